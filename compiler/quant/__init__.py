@@ -1,0 +1,1 @@
+"""Quantised weights: one canonical form (`ir`), its meaning (`reference`), and the formats that decode to it."""

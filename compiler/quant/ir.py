@@ -1,0 +1,145 @@
+"""The one form every weight has after decoding: canonical codes, or dense values. Nothing downstream knows a format.
+
+Letters: n = output features, k = input features, g = group size. Always w = scale * (grid[code] - zero), with the scale
+and zero of the row and of group k // g; the last group is short when g does not divide k.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compiler.errors import UnsupportedError
+from compiler.quant.grids import GRIDS
+
+DENSE_STORAGE: dict[str, np.dtype[Any]] = {
+    "float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16), "float32": np.dtype(np.float32),
+}
+
+
+@dataclass(frozen=True)
+class WeightType:
+    """Shape and kind of a weight [n, k]. grid is "int4", "int8"... or a dense dtype name, which has group_size 0."""
+
+    n: int
+    k: int
+    grid: str
+    group_size: int
+
+    def __post_init__(self) -> None:
+        assert self.n > 0 and self.k > 0, self
+        assert self.grid in GRIDS or self.grid in DENSE_STORAGE, f"unknown grid {self.grid!r}"
+        assert (self.group_size == 0) == self.dense and self.group_size <= self.k, self
+
+    @property
+    def dense(self) -> bool:
+        """True when values are stored as they are."""
+        return self.grid in DENSE_STORAGE
+
+    @property
+    def bits(self) -> int:
+        """Stored bits per weight, without scales."""
+        return DENSE_STORAGE[self.grid].itemsize * 8 if self.dense else GRIDS[self.grid].bits
+
+    @property
+    def groups(self) -> int:
+        """Scales per row; 0 when dense."""
+        return 0 if self.dense else -(-self.k // self.group_size)
+
+
+@dataclass(frozen=True, eq=False)
+class QuantWeight:
+    """codes u8[n, k], scale f16|f32[n, groups], zero i16[n, groups], groups = ceil(k / group_size).
+
+    permutation (act-order): None, or i32[k] where stored column j holds original input permutation[j]; whoever multiplies
+    must gather x[permutation] first. Every code and zero is below the grid's number of levels, every scale is finite.
+    """
+
+    codes: NDArray[np.uint8]
+    scale: NDArray[Any]
+    zero: NDArray[np.int16]
+    grid: str
+    group_size: int
+    permutation: NDArray[np.int32] | None = None
+
+    def __post_init__(self) -> None:
+        assert self.grid in GRIDS, f"unknown grid {self.grid!r}"
+        assert self.codes.dtype == np.uint8 and self.codes.ndim == 2, (self.codes.dtype, self.codes.shape)
+        n, k = self.codes.shape
+        assert 0 < self.group_size <= k, (self.group_size, k)
+        want = (n, -(-k // self.group_size))
+        assert self.scale.shape == want and self.scale.dtype in (np.float16, np.float32), (self.scale.shape, want)
+        assert self.zero.shape == want and self.zero.dtype == np.int16, (self.zero.shape, self.zero.dtype, want)
+        levels = GRIDS[self.grid].levels
+        assert levels == 256 or int(self.codes.max()) < levels, f"a code is not below {levels}"
+        assert 0 <= int(self.zero.min()) and int(self.zero.max()) < levels, f"a zero is outside 0..{levels - 1}"
+        assert np.isfinite(self.scale).all(), "a scale is not finite"
+        if self.permutation is not None:
+            assert self.permutation.dtype == np.int32 and self.permutation.shape == (k,), self.permutation.shape
+            assert np.array_equal(np.sort(self.permutation), np.arange(k)), "not a permutation"
+
+    @property
+    def type(self) -> WeightType:
+        """Shape and kind."""
+        n, k = self.codes.shape
+        return WeightType(n, k, self.grid, self.group_size)
+
+
+@dataclass(frozen=True, eq=False)
+class DenseWeight:
+    """values [n, k] as float16, float32, or the uint16 bits of bfloat16; dtype names which."""
+
+    values: NDArray[Any]
+    dtype: str
+
+    def __post_init__(self) -> None:
+        assert self.values.ndim == 2, self.values.shape
+        assert self.values.dtype == DENSE_STORAGE[self.dtype], (self.values.dtype, self.dtype)
+
+    @property
+    def type(self) -> WeightType:
+        """Shape and kind."""
+        n, k = self.values.shape
+        return WeightType(n, k, self.dtype, 0)
+
+
+@overload
+def join(weights: Sequence[QuantWeight]) -> QuantWeight: ...
+@overload
+def join(weights: Sequence[DenseWeight]) -> DenseWeight: ...
+@overload
+def join(weights: Sequence[QuantWeight | DenseWeight]) -> QuantWeight | DenseWeight: ...
+def join(weights: Sequence[QuantWeight] | Sequence[DenseWeight] | Sequence[QuantWeight | DenseWeight],
+         ) -> QuantWeight | DenseWeight:
+    """One weight with the rows of all, in order: q, k, v or gate, up read the same x.
+
+    Raises UnsupportedError unless k, kind, group size and permutation agree. Scales of float16 and float32 meet as
+    float32, which is exact.
+    """
+    types = [w.type for w in weights]
+    if len({(t.k, t.grid, t.group_size) for t in types}) > 1:
+        got = ", ".join(f"[{t.n}, {t.k}] {t.grid} with group size {t.group_size}" for t in types)
+        raise UnsupportedError(f"Weights that share an input must be joined, but these differ in kind: {got}. "
+                               f"Quantise them alike.")
+    dense = [w for w in weights if isinstance(w, DenseWeight)]
+    if dense:
+        return DenseWeight(np.concatenate([w.values for w in dense]), dense[0].dtype)
+    quantised = [w for w in weights if isinstance(w, QuantWeight)]
+    first = quantised[0]
+    if not all(_same_order(first.permutation, w.permutation) for w in quantised):
+        raise UnsupportedError("Weights that share an input must be joined, but the act-orders of these differ. "
+                               "Quantise them with one order, or with desc_act = false.")
+    return QuantWeight(
+        np.concatenate([w.codes for w in quantised]),
+        np.concatenate([w.scale for w in quantised]),
+        np.concatenate([w.zero for w in quantised]),
+        first.grid, first.group_size, first.permutation)
+
+
+def _same_order(a: NDArray[np.int32] | None, b: NDArray[np.int32] | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return np.array_equal(a, b)
