@@ -1,0 +1,109 @@
+"""The target `native`: this machine's CPU, from /proc/cpuinfo, with every feature that a kernel can use."""
+from __future__ import annotations
+
+import dataclasses
+import platform
+from pathlib import Path
+
+from targets.features import (
+    AARCH64_BASE,
+    AARCH64_EXTRAS,
+    ARM_OPTIONAL,
+    ARM_PARTS,
+    X86_64_LEVELS,
+    X86_64_V2,
+    cpuinfo_names,
+)
+from targets.target import Target, TargetError
+
+BASES = {"x86_64": "x86-64", "aarch64": "aarch64"}  # machine -> target that gives the triple and the glibc floor
+CPUINFO = Path("/proc/cpuinfo")
+ARM_LTD = "0x41"  # "CPU implementer"
+
+
+def machine() -> str:
+    """This machine's architecture by LLVM's name. Raises TargetError for one that quern does not compile for."""
+    name = platform.machine()
+    if name not in BASES or platform.system() != "Linux":
+        raise TargetError(
+            f"This machine is {platform.system()} on {name}, but 'native' needs Linux on {' or '.join(BASES)}. "
+            f"Name a target with --target instead; 'python -m compiler targets' lists them."
+        )
+    return name
+
+
+def read_cpuinfo() -> str:
+    """/proc/cpuinfo as text."""
+    try:
+        return CPUINFO.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise TargetError(f"{CPUINFO}: cannot be read ({error.strerror}). Name a target with --target instead.") from error
+
+
+def arch_of(cpuinfo: str) -> str:
+    """Which architecture wrote this text: arm64 kernels write "Features", x86 ones "flags"."""
+    return "aarch64" if _values(cpuinfo, "Features") else "x86_64"
+
+
+def detect(cpuinfo: str, base: Target) -> Target:
+    """The `native` target of the machine that wrote `cpuinfo`; `base` gives what a CPU cannot tell (triple, glibc)."""
+    if base.arch == "x86_64":
+        mcpu, features, vector_bits = _detect_x86(cpuinfo)
+    else:
+        mcpu, features, vector_bits = _detect_arm(cpuinfo)
+    models = _values(cpuinfo, "model name") or [mcpu]
+    return dataclasses.replace(
+        base,
+        name="native",
+        description=f"this machine: {models[0]}",
+        mcpu=mcpu,
+        features=features,
+        cpuinfo=cpuinfo_names(base.arch, features, str(CPUINFO)),
+        vector_bits=vector_bits,
+        cores=max(1, len(_values(cpuinfo, "processor"))),
+        tier=1,
+        clock_mhz=None,
+        l1d_kib_per_core=None,
+        l2_kib=None,
+        dram_read_mb_per_s=None,
+    )
+
+
+def _detect_x86(cpuinfo: str) -> tuple[str, tuple[str, ...], int]:
+    flags = _common(_values(cpuinfo, "flags"))
+    for mcpu, (vector_bits, level, extras) in X86_64_LEVELS.items():
+        if flags.issuperset(level.values()):
+            found = [f"+{llvm}" for llvm, name in (level | extras).items() if name in flags]
+            # Without this LLVM splits 512-bit vectors into 256-bit halves on CPUs that slow down for them.
+            return mcpu, tuple(found + (["-prefer-256-bit"] if vector_bits == 512 else [])), vector_bits
+    missing = ", ".join(name for name in X86_64_V2.values() if name not in flags)
+    raise TargetError(f"{CPUINFO}: this CPU lacks {missing}; quern needs at least x86-64-v2 (SSE4.2, about 2009).")
+
+
+def _detect_arm(cpuinfo: str) -> tuple[str, tuple[str, ...], int]:
+    have = _common(_values(cpuinfo, "Features"))
+    if missing := [name for name in AARCH64_BASE.values() if name not in have]:
+        raise TargetError(f"{CPUINFO}: this CPU lacks {', '.join(missing)}; quern needs NEON.")
+    features = [f"+{llvm}" for llvm, name in (AARCH64_BASE | AARCH64_EXTRAS).items() if name in have]
+    return _arm_model(cpuinfo, have, features)
+
+
+def _arm_model(cpuinfo: str, have: set[str], features: list[str]) -> tuple[str, tuple[str, ...], int]:
+    """LLVM's model when all cores are of one kind and have what LLVM expects of it, else `generic`."""
+    parts = set(_values(cpuinfo, "CPU part"))
+    model, implied = ARM_PARTS.get(parts.pop() if len(parts) == 1 else "", ("generic", ()))
+    lacking = [llvm for llvm in implied if AARCH64_EXTRAS[llvm] not in have]
+    if set(_values(cpuinfo, "CPU implementer")) != {ARM_LTD} or not set(lacking) <= set(ARM_OPTIONAL):
+        return "generic", tuple(features), 128
+    return model, tuple(features + [f"-{llvm}" for llvm in lacking]), 128
+
+
+def _values(cpuinfo: str, key: str) -> list[str]:
+    """What stands after `key :` on each line that has it, one for each processor."""
+    pairs = (line.split(":", 1) for line in cpuinfo.splitlines() if ":" in line)
+    return [value.strip() for name, value in pairs if name.strip() == key]
+
+
+def _common(flag_lines: list[str]) -> set[str]:
+    """The flags that every processor has: a thread may run on any of them."""
+    return set.intersection(*(set(line.split()) for line in flag_lines)) if flag_lines else set()

@@ -1,0 +1,52 @@
+"""What the compiler and the kernels know of a device. Plain data: made by `targets.load`, read by everyone."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class TargetError(Exception):
+    """A target that does not exist, a target file that is wrong, or a CPU that quern cannot serve."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One device. Names of features are LLVM's; `cpuinfo` holds the same features as /proc/cpuinfo spells them.
+
+    `features` is complete: what `mcpu` implies is written out too, as far as a kernel may ask for it. An entry starts
+    with "+" (the CPU has it) or "-" (LLVM must not use it, though `mcpu` would have it).
+    """
+
+    name: str
+    description: str
+    arch: str
+    triple: str
+    mcpu: str
+    features: tuple[str, ...]
+    cpuinfo: tuple[str, ...]
+    glibc: str
+    vector_bits: int
+    cores: int
+    tier: int
+    clock_mhz: int | None = None
+    l1d_kib_per_core: int | None = None
+    l2_kib: int | None = None
+    dram_read_mb_per_s: int | None = None
+
+    @property
+    def zig_triple(self) -> str:
+        """What `zig cc -target` takes: the ABI and the oldest glibc that the result must still load on."""
+        return f"{self.arch}-linux-gnu.{self.glibc}"
+
+    def has(self, feature: str) -> bool:
+        """True when the CPU has this LLVM feature, named without a sign: has("avx512vnni")."""
+        return f"+{feature}" in self.features
+
+    def tvm_target(self) -> dict[str, str | int | list[str]]:
+        """The argument of `tvm.target.Target`, as plain data."""
+        return {
+            "kind": "llvm",
+            "mtriple": self.triple,
+            "mcpu": self.mcpu,
+            "mattr": list(self.features),
+            "num-cores": self.cores,
+        }
