@@ -30,9 +30,10 @@ class WeightType:
     group_size: int
 
     def __post_init__(self) -> None:
-        assert self.n > 0 and self.k > 0, self
+        assert min(self.n, self.k) > 0, self
         assert self.grid in GRIDS or self.grid in DENSE_STORAGE, f"unknown grid {self.grid!r}"
-        assert (self.group_size == 0) == self.dense and self.group_size <= self.k, self
+        assert (self.group_size == 0) == self.dense, self
+        assert self.group_size <= self.k, self
 
     @property
     def dense(self) -> bool:
@@ -54,8 +55,8 @@ class WeightType:
 class QuantWeight:
     """codes u8[n, k], scale f16|f32[n, groups], zero i16[n, groups], groups = ceil(k / group_size).
 
-    permutation (act-order): None, or i32[k] where stored column j holds original input permutation[j]; whoever multiplies
-    must gather x[permutation] first. Every code and zero is below the grid's number of levels, every scale is finite.
+    permutation (act-order): None, or i32[k] where stored column j holds original input permutation[j]; whoever
+    multiplies must gather x[permutation] first. Every code and zero is below the grid's number of levels, every scale is finite.
     """
 
     codes: NDArray[np.uint8]
@@ -67,18 +68,19 @@ class QuantWeight:
 
     def __post_init__(self) -> None:
         assert self.grid in GRIDS, f"unknown grid {self.grid!r}"
-        assert self.codes.dtype == np.uint8 and self.codes.ndim == 2, (self.codes.dtype, self.codes.shape)
+        assert (self.codes.dtype, self.codes.ndim) == (np.uint8, 2), (self.codes.dtype, self.codes.shape)
         n, k = self.codes.shape
         assert 0 < self.group_size <= k, (self.group_size, k)
         want = (n, -(-k // self.group_size))
-        assert self.scale.shape == want and self.scale.dtype in (np.float16, np.float32), (self.scale.shape, want)
-        assert self.zero.shape == want and self.zero.dtype == np.int16, (self.zero.shape, self.zero.dtype, want)
+        assert self.scale.dtype in (np.float16, np.float32), self.scale.dtype
+        assert self.zero.dtype == np.int16, self.zero.dtype
+        assert self.scale.shape == self.zero.shape == want, (self.scale.shape, self.zero.shape, want)
         levels = GRIDS[self.grid].levels
         assert levels == 256 or int(self.codes.max()) < levels, f"a code is not below {levels}"
-        assert 0 <= int(self.zero.min()) and int(self.zero.max()) < levels, f"a zero is outside 0..{levels - 1}"
+        assert not (self.zero.astype(np.uint16) >= levels).any(), f"a zero is outside 0..{levels - 1}"
         assert np.isfinite(self.scale).all(), "a scale is not finite"
         if self.permutation is not None:
-            assert self.permutation.dtype == np.int32 and self.permutation.shape == (k,), self.permutation.shape
+            assert self.permutation.dtype == np.int32, self.permutation.dtype
             assert np.array_equal(np.sort(self.permutation), np.arange(k)), "not a permutation"
 
     @property

@@ -23,7 +23,8 @@ def unpack(words: NDArray[np.int32], bits: int, axis: int) -> NDArray[np.uint8]:
 
     Works block by block over the first remaining axis, so that beside the result only BLOCK_CODES are held.
     """
-    assert bits in FIELD_BITS and words.dtype.itemsize == 4, (bits, words.dtype)
+    assert bits in FIELD_BITS, bits
+    assert words.dtype.itemsize == 4, words.dtype
     assert words.shape[axis] * 32 % bits == 0, (words.shape, axis, bits)
     moved = np.moveaxis(words, axis, -1)
     count = moved.shape[-1] * 32 // bits
@@ -38,7 +39,8 @@ def unpack(words: NDArray[np.int32], bits: int, axis: int) -> NDArray[np.uint8]:
 
 def pack(codes: NDArray[np.uint8], bits: int, axis: int) -> NDArray[np.int32]:
     """The inverse of `unpack`. Raises ValueError when the codes along `axis` do not fill whole words."""
-    assert bits in FIELD_BITS and codes.dtype == np.uint8, (bits, codes.dtype)
+    assert bits in FIELD_BITS, bits
+    assert codes.dtype == np.uint8, codes.dtype
     if words_for(codes.shape[axis], bits) is None:
         raise ValueError(f"{codes.shape[axis]} codes of {bits} bits do not fill whole 32-bit words")
     moved = np.moveaxis(codes, axis, -1)

@@ -1,8 +1,8 @@
 """The living definition: what a quantised weight means and what the integer path computes, in plain numpy.
 
 Letters: m tokens, n output features, k input features. Kernels and decoders are tested against this file; nothing here
-is meant to be fast. `source` and `weight_group` come from the schedules' geometry: source i64[spans, width] is the input
-index of every stored place (-1 = padding), weight_group i64[spans] the weight group of every span.
+is meant to be fast. `source` and `weight_group` come from the schedules' geometry: source i64[spans, width] is the
+input index of every stored place (-1 = padding), weight_group i64[spans] the weight group of every span.
 """
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def widen(values: NDArray[Any], dtype: str) -> F32:
 def quantize_activations(x: F32, source: I64) -> tuple[NDArray[np.int8], F32, NDArray[np.int32]]:
     """x f32[m, k] -> (q i8[m, spans, width], scale f32[m, spans], sum i32[m, spans]), all arithmetic in float32.
 
-    scale = amax / 127, q = rint(x * (127 / amax)) with ties to even, sum = sum of q. Padding is 0. A span whose amax is 0,
-    or so small that 127 / amax overflows (below 3.8e-37), has q = 0.
+    scale = amax / 127, q = rint(x * (127 / amax)) with ties to even, sum = sum of q. Padding is 0. A span whose
+    amax is 0, or so small that 127 / amax overflows (below 3.8e-37), has q = 0.
     """
     padded = np.where(source >= 0, x[:, source], np.float32(0)).astype(np.float32)
     amax = np.abs(padded).max(axis=2)
@@ -60,8 +60,8 @@ def quantize_activations(x: F32, source: I64) -> tuple[NDArray[np.int8], F32, ND
 def matmul_int8(x: F32, w: QuantWeight, source: I64, weight_group: I64) -> F32:
     """x[m, k] times w[n, k] transposed, with int8 activations: f32[m, n].
 
-    y = sum over spans of scale_x * scale_w * (q . codes - zero * sum): the dot products are exact integers, the sum over
-    spans is taken in float64 and rounded once, so a float32 kernel may differ by its own rounding only.
+    y = sum over spans of scale_x * scale_w * (q . codes - zero * sum): the dot products are exact integers, the sum
+    over spans is taken in float64 and rounded once, so a float32 kernel may differ by its own rounding only.
     """
     if w.permutation is not None:
         x = x[:, w.permutation]

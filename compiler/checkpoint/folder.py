@@ -1,0 +1,139 @@
+"""A checkpoint folder: which files hold the tensors (one file, or shards with an index), and the tensors by name."""
+from __future__ import annotations
+
+import mmap
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from compiler.checkpoint import safetensors, strict_json
+from compiler.checkpoint.config import Config, read_config, read_optional
+from compiler.checkpoint.safetensors import TensorInfo
+from compiler.checkpoint.strict_json import shown
+from compiler.errors import CheckpointError, UnsupportedError
+
+INDEX_SUFFIX = ".safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened folder. Opening reads headers only; `array` maps a file when one of its tensors is first asked for."""
+
+    path: Path
+    config: Config
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]  # of the first file: what the writer says about itself
+    _maps: dict[Path, mmap.mmap] = field(default_factory=dict, repr=False)
+
+    def array(self, name: str) -> NDArray[Any]:
+        """The tensor as a read-only view of its file; bfloat16 comes as uint16 bits. CheckpointError if absent."""
+        info = self.tensors.get(name)
+        if info is None:
+            raise CheckpointError(f"{self.path} has no tensor {shown(name)}. "
+                                  f"Is this the model that config.json describes?")
+        if info.file not in self._maps:
+            self._maps[info.file] = safetensors.map_file(info.file)
+        return safetensors.view(self._maps[info.file], info)
+
+    def optional_json(self, name: str) -> Config | None:
+        """Another JSON file of the folder (generation_config.json ...), or None where there is none."""
+        return read_optional(self.path / name)
+
+
+def open_checkpoint(path: Path | str) -> Checkpoint:
+    """Open a folder with config.json and safetensors files. Raises a UserError that says what is wrong or missing."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder. Give the folder that holds config.json and the .safetensors "
+                              f"files.")
+    config = read_config(folder)
+    index = _find_index(folder)
+    if index is not None:
+        tensors, metadata = _read_shards(index)
+    else:
+        tensors, metadata = safetensors.read_header(_find_single(folder))
+    if not tensors:
+        raise CheckpointError(f"{folder} holds no tensors. Fetch the checkpoint again.")
+    return Checkpoint(folder, config, tensors, metadata)
+
+
+def _visible(folder: Path, pattern: str) -> list[Path]:
+    """Matching files, without the hidden ones that some systems leave beside a copied file ("._model.safetensors")."""
+    return sorted(p for p in folder.glob(pattern) if not p.name.startswith("."))
+
+
+def _find_index(folder: Path) -> Path | None:
+    found = _visible(folder, "*" + INDEX_SUFFIX)
+    if len(found) > 1:
+        raise CheckpointError(f"{folder} has several indexes: {', '.join(p.name for p in found)}. Keep one.")
+    return found[0] if found else None
+
+
+def _find_single(folder: Path) -> Path:
+    """model.safetensors, or the only .safetensors file (auto-gptq names it after its settings)."""
+    found = _visible(folder, "*.safetensors")
+    if folder / "model.safetensors" in found:
+        return folder / "model.safetensors"
+    if len(found) > 1:
+        names = ", ".join(p.name for p in found[:4]) + (", ..." if len(found) > 4 else "")
+        raise CheckpointError(f"{folder} has {len(found)} .safetensors files ({names}) and no index. Add "
+                              f"model{INDEX_SUFFIX}, or keep only the file that holds the model.")
+    if not found:
+        raise _no_tensors(folder)
+    if found[0].name == "adapter_model.safetensors":
+        raise UnsupportedError(f"{folder} holds a LoRA adapter, not a model. Merge it into its base model first "
+                               f"(peft: merge_and_unload, then save_pretrained).")
+    return found[0]
+
+
+def _no_tensors(folder: Path) -> CheckpointError | UnsupportedError:
+    pickles = sorted(p.name for pattern in PICKLES for p in folder.glob(pattern))
+    if pickles:
+        return UnsupportedError(
+            f"{folder} has its weights in {pickles[0]} only. That is a Python pickle, which can run any code when it "
+            f"is read, so quern does not read it. Convert it where you trust it: load the model with transformers and "
+            f"save_pretrained(folder, safe_serialization=True), or take the safetensors form of the same model.")
+    if any(folder.glob("*.gguf")):
+        return UnsupportedError(f"{folder} holds a GGUF file. quern reads safetensors: take that form of the model.")
+    return CheckpointError(f"{folder} has no .safetensors file. Check that the checkpoint was copied whole.")
+
+
+def _read_shards(index: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """All shards an index names, checked against the index in both directions."""
+    weight_map = strict_json.load_file(index, CheckpointError).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{index}: weight_map must map tensor names to file names. Fetch the file again.")
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        if not safetensors.is_inside(shard):
+            raise CheckpointError(f"{index} names the shard {shown(shard)}, but a shard must be a .safetensors file in "
+                                  f"the same folder, without any path. Fetch the index from a source you trust.")
+    single = index.parent / "model.safetensors"
+    if single.name not in shards and single.exists():
+        raise CheckpointError(f"{index.parent} has model.safetensors beside the shards of {index.name}. "
+                              f"Keep one of them.")
+    tensors: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] = {}
+    for shard in shards:
+        file = index.parent / shard
+        if not strict_json.exists(file):
+            raise CheckpointError(f"{index} names the shard {shard}, but it is not there. Copy or download it again.")
+        found, described = safetensors.read_header(file)
+        metadata = metadata or described
+        for name, info in found.items():
+            if name in tensors:
+                raise CheckpointError(f"{file}: tensor {shown(name)} is also in {tensors[name].file.name}. "
+                                      f"Fetch the checkpoint again.")
+            if weight_map.get(name) != shard:
+                raise CheckpointError(f"{file} holds tensor {shown(name)}, but {index.name} does not list it there. "
+                                      f"The files are from different checkpoints: fetch them again.")
+            tensors[name] = info
+    for name, shard in weight_map.items():
+        if name not in tensors:
+            raise CheckpointError(f"{index} says that {shard} holds tensor {shown(name)}, but it does not. "
+                                  f"The files are from different checkpoints: fetch them again.")
+    return tensors, metadata
