@@ -1,7 +1,7 @@
 """CPU features: LLVM's name beside the name in /proc/cpuinfo, and which of them a processor model implies.
 
-The only such table in quern. LLVM's names: llvm/lib/Target/{X86,AArch64}; the kernel's: arch/x86/include/asm/cpufeatures.h
-and Documentation/arch/arm64/elf_hwcaps.rst; x86-64 levels: the x86-64 psABI, section 3.1.1 "Processor Architecture".
+The only such table in quern. LLVM's names: llvm/lib/Target/{X86,AArch64}; the kernel's: cpufeatures.h in arch/x86 and
+Documentation/arch/arm64/elf_hwcaps.rst; x86-64 levels: the x86-64 psABI, section 3.1.1 "Processor Architecture".
 """
 from __future__ import annotations
 
@@ -79,7 +79,8 @@ X86_64_LEVELS = {  # highest first: vector width in bits, what the level needs, 
     "x86-64-v3": (256, X86_64_V3, X86_64_V3_EXTRAS),
     "x86-64-v2": (128, X86_64_V2, {}),
 }
-ARM_PARTS = {  # "CPU part" of implementer 0x41 -> LLVM model, and what LLVM takes for granted there (of the table above)
+# "CPU part" of implementer 0x41 -> LLVM model, and what of the table above LLVM takes for granted there
+ARM_PARTS = {
     "0xd08": ("cortex-a72", ("crc", "aes", "sha2")),
     "0xd0b": ("cortex-a76", ("crc", "aes", "sha2", "lse", "rdm", "fullfp16", "dotprod")),
 }
@@ -88,9 +89,9 @@ ARM_OPTIONAL = ("aes", "sha2")
 
 
 def cpuinfo_names(arch: str, features: Iterable[str], where: str) -> tuple[str, ...]:
-    """/proc/cpuinfo's names of all "+feature" entries, in order. Raises TargetError, naming `where`, for one unknown."""
+    """/proc/cpuinfo's names of all "+feature" entries, in order. Raises TargetError, beginning with `where`."""
     if arch not in CPUINFO_NAMES:
-        raise TargetError(f"{where}: arch is {arch!r}, but quern compiles for {' and '.join(sorted(CPUINFO_NAMES))} only.")
+        raise TargetError(f"{where}: arch is {arch!r}, but quern compiles for {' and '.join(CPUINFO_NAMES)} only.")
     table = CPUINFO_NAMES[arch]
     required = []
     for entry in features:

@@ -81,7 +81,8 @@ def _read(path: Path) -> dict[str, Any]:
     for table in KEYS:
         if table and table in document:
             if not isinstance(document[table], dict):
-                raise TargetError(f"{path}: {table} is a {_toml_name(document[table])}, but it must be a table: [{table}].")
+                got = _toml_name(document[table])
+                raise TargetError(f"{path}: {table} is a {got}, but it must be a table: [{table}].")
             tables[table] = document[table]
     flat: dict[str, Any] = {}
     for table, values in tables.items():

@@ -37,7 +37,8 @@ def read_cpuinfo() -> str:
     try:
         return CPUINFO.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
-        raise TargetError(f"{CPUINFO}: cannot be read ({error.strerror}). Name a target with --target instead.") from error
+        advice = "Name a target with --target instead."
+        raise TargetError(f"{CPUINFO}: cannot be read ({error.strerror}). {advice}") from error
 
 
 def arch_of(cpuinfo: str) -> str:

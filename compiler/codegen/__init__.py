@@ -1,0 +1,1 @@
+"""From scheduled modules to files: machine code, the linked library, the bundle."""

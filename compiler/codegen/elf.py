@@ -1,0 +1,107 @@
+"""What a linked shared library asks of the machine that loads it: read from its ELF headers, without any tool.
+
+Format: System V ABI, chapter 4 and 5; symbol versions: Linux Standard Base, "Symbol Versioning".
+"""
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+MACHINES = {62: "x86_64", 183: "aarch64"}  # e_machine
+SHT_DYNAMIC, SHT_DYNSYM, SHT_GNU_VERNEED, SHT_GNU_VERSYM = 6, 11, 0x6FFFFFFE, 0x6FFFFFFF
+DT_NEEDED = 1
+VERSYM_MASK = 0x7FFF  # bit 15 marks a hidden version; 0 local, 1 global without a version
+
+
+class ElfError(ValueError):
+    """The file is not a little-endian 64-bit ELF file with section headers."""
+
+
+@dataclass(frozen=True)
+class SharedLibrary:
+    """Needs of one library: `versions` like "GLIBC_2.27", `unversioned` symbols that someone else must bring."""
+
+    arch: str
+    needed: tuple[str, ...]
+    versions: tuple[str, ...]
+    unversioned: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Section:
+    kind: int
+    link: int
+    data: bytes
+
+
+def read(path: Path) -> SharedLibrary:
+    """Headers of the library at `path`. Raises ElfError when it is something else."""
+    data = path.read_bytes()
+    if data[:6] != b"\x7fELF\x02\x01" or len(data) < 64:
+        raise ElfError(f"{path}: not a little-endian 64-bit ELF file.")
+    machine: int = struct.unpack_from("<H", data, 18)[0]
+    try:
+        sections = _sections(data)
+        dynamic = _only(sections, SHT_DYNAMIC)
+        strings = sections[dynamic.link].data
+        entries = struct.iter_unpack("<qQ", dynamic.data)
+        needed = [_text(strings, value) for tag, value in entries if tag == DT_NEEDED]
+        versions = _versions(sections)
+        unversioned = list(_unversioned(sections))
+    except (struct.error, IndexError, ValueError) as error:
+        raise ElfError(f"{path}: damaged, or without section headers: {error}.") from error
+    arch = MACHINES.get(machine, f"machine {machine}")
+    return SharedLibrary(arch, tuple(sorted(needed)), tuple(sorted(versions)), tuple(sorted(unversioned)))
+
+
+def _sections(data: bytes) -> list[_Section]:
+    table, entry_bytes, count = struct.unpack_from("<Q10xHH", data, 40)
+    rows = (struct.unpack_from("<II16xQQI", data, table + i * entry_bytes) for i in range(count))
+    return [_Section(kind, link, data[start : start + size]) for _, kind, start, size, link in rows]
+
+
+def _only(sections: list[_Section], kind: int) -> _Section:
+    found = [section for section in sections if section.kind == kind]
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} sections of type {kind:#x}, not one")
+    return found[0]
+
+
+def _text(strings: bytes, start: int) -> str:
+    return strings[start : strings.index(b"\0", start)].decode()
+
+
+def _versions(sections: list[_Section]) -> set[str]:
+    """Every version that some library must offer; an ELF file without such needs has no section for them."""
+    found: set[str] = set()
+    for section in sections:
+        if section.kind == SHT_GNU_VERNEED:
+            found.update(_text(sections[section.link].data, name) for name in _verneed_names(section.data))
+    return found
+
+
+def _verneed_names(data: bytes) -> Iterator[int]:
+    library = 0
+    while True:
+        count, _, aux, next_library = struct.unpack_from("<2xHIII", data, library)
+        need = library + aux
+        for _ in range(count):
+            name, next_need = struct.unpack_from("<8xII", data, need)
+            yield name
+            need += next_need
+        if not next_library:
+            return
+        library += next_library
+
+
+def _unversioned(sections: list[_Section]) -> Iterator[str]:
+    """Undefined symbols with no version: not from glibc, so the program that loads the library must have them."""
+    table = _only(sections, SHT_DYNSYM)
+    symbols = list(struct.iter_unpack("<IBBHQQ", table.data))
+    versions = [s.data for s in sections if s.kind == SHT_GNU_VERSYM]
+    indices = [v & VERSYM_MASK for (v,) in struct.iter_unpack("<H", versions[0])] if versions else [1] * len(symbols)
+    for (name, _, _, section, _, _), version in zip(symbols, indices, strict=True):
+        if name and section == 0 and version <= 1:
+            yield _text(sections[table.link].data, name)
