@@ -1,0 +1,40 @@
+"""Rows of the embedding table, one a token, widened to fp32.
+
+  quern.embedding  ids i32[m], table f16 | bf16 bits in u16 | f32 [vocab, d] -> f32[m, d]
+ids must lie in 0..vocab-1: the runtime checks them, the kernel does not.
+"""
+from __future__ import annotations
+
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+
+from schedules import vector
+from schedules.kernel import Kernel, Request
+from schedules.vector import Expr
+
+
+def lower(request: Request) -> Kernel:
+    """One copy loop a token; tokens in parallel."""
+    ids, table = request.args
+    (m,), (vocab, d) = ids.shape, table.shape
+    name = f"embedding_{table.dtype}_m{m}_v{vocab}_d{d}"
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_attr({"tirx.noalias": True, "global_symbol": name})
+            id_of = T.arg("ids", T.buffer((m,), "int32", layout=None))
+            rows = T.arg("table", T.buffer((vocab, d), table.dtype, layout=None))
+            out = T.arg("out", T.buffer((m, d), "float32", layout=None))
+            with T.sblock("embedding"):
+                T.reads(id_of[0:m], rows[0:vocab, 0:d])
+                T.writes(out[0:m, 0:d])
+                with vector.tokens(m) as t:
+                    row = T.bind(id_of[t])
+
+                    def copy(offset: Expr, lanes: int) -> None:
+                        vector.store(out, vector.load(rows, row, offset, lanes=lanes), t, offset, lanes=lanes)
+
+                    vector.sweep(d, copy)
+    return Kernel(name, builder.get())
+
+
+LOWERS = {"quern.embedding": lower}

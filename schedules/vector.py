@@ -1,0 +1,135 @@
+"""Vector expressions that the hand-scheduled kernels share: loads to fp32, stores, reductions, 2^x.
+
+A logical vector has LANES = 16 lanes on every ISA; LLVM splits it into two AVX2 or four NEON registers. Only portable
+LLVM intrinsics are used, so one kernel text serves all targets. All of it emits code into the open IRBuilder.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+LANES = 16
+Expr = Any  # tvm has no types for mypy
+
+# 2^f = 1 + f * p(f) on [-0.5, 0.5]. p: Lawson's reweighted least squares in float64 (4001 Chebyshev nodes, relative
+# error), constant term held at 1 so that 2^0 is exact. Max relative error 9.2e-8 before and 1.7e-7 after rounding to fp32.
+EXP2 = (0.001326472731307149, 0.009671512991189957, 0.05550733581185341, 0.24022242426872253, 0.6931470036506653)
+EXP2_ERROR = 1.7e-7
+LOG2_E = 1.4426950408889634
+
+
+def kind(dtype: str, lanes: int) -> str:
+    """TVM's name of a vector type; one lane is a scalar."""
+    return dtype if lanes == 1 else f"{dtype}x{lanes}"
+
+
+def at(start: Expr, lanes: int) -> Expr:
+    """Index of `lanes` neighbours from `start` on."""
+    return start if lanes == 1 else T.ramp(start, 1, lanes)
+
+
+def splat(value: Expr, lanes: int) -> Expr:
+    """A scalar in every lane. Python floats become fp32."""
+    scalar = T.float32(value) if isinstance(value, float) else value
+    return scalar if lanes == 1 else T.broadcast(scalar, lanes)
+
+
+def load(buffer: Any, *index: Expr, lanes: int) -> Expr:
+    """fp32 vector of `lanes` neighbours in the last dimension. uint16 holds the bits of bfloat16: they are fp32's high half."""
+    raw = buffer[(*index[:-1], at(index[-1], lanes))]
+    if buffer.ty.dtype == "float32":
+        return raw
+    if buffer.ty.dtype == "uint16":
+        wide = T.Cast(kind("uint32", lanes), raw)
+        return T.reinterpret(kind("float32", lanes), T.shift_left(wide, splat(T.uint32(16), lanes)))
+    return T.Cast(kind("float32", lanes), raw)
+
+
+def store(buffer: Any, value: Expr, *index: Expr, lanes: int) -> None:
+    """Write a vector to neighbours in the last dimension, cast to the buffer's element type."""
+    if buffer.ty.dtype != "float32":
+        value = T.Cast(kind(str(buffer.ty.dtype), lanes), value)
+    T.buffer_store(buffer, value, [*index[:-1], at(index[-1], lanes)])
+
+
+def registers(count: int, lanes: int = LANES, dtype: str = "float32") -> Any:
+    """`count` vectors that LLVM keeps in registers, as long as every index is a constant (at most 1 KiB: else the heap)."""
+    return T.alloc_buffer((count, lanes), dtype, scope="local", layout=None)
+
+
+def intrinsic(name: str, *args: Expr, dtype: str = "float32", lanes: int) -> Expr:
+    """Call of an LLVM intrinsic without side effects; its overload follows from the arguments."""
+    return T.call_llvm_pure_intrin(kind(dtype, lanes), name, *args)
+
+
+def absolute(x: Expr, lanes: int) -> Expr:
+    """|x|."""
+    return intrinsic("llvm.fabs", x, lanes=lanes)
+
+
+def to_int32(x: Expr, lanes: int) -> Expr:
+    """Nearest integer, half to even whatever the CPU's rounding mode."""
+    return T.Cast(kind("int32", lanes), intrinsic("llvm.roundeven", x, lanes=lanes))
+
+
+def fold(x: Expr, lanes: int, combine: Callable[[Expr, Expr], Expr], dtype: str = "float32") -> Expr:
+    """All lanes of x combined as a tree, halves first: the same order, thus the same bits, on every ISA."""
+    x = T.bind(x)
+    while lanes > 2:
+        lanes //= 2
+        half = kind(dtype, lanes)
+        x = T.bind(combine(T.vectorlow(half, x), T.vectorhigh(half, x)))
+    return x if lanes == 1 else T.bind(combine(tirx.Shuffle([x], [0]), tirx.Shuffle([x], [1])))
+
+
+def total(x: Expr, lanes: int, dtype: str = "float32") -> Expr:
+    """Sum of all lanes."""
+    return fold(x, lanes, lambda a, b: a + b, dtype)
+
+
+def largest(x: Expr, lanes: int) -> Expr:
+    """Maximum of all lanes."""
+    return fold(x, lanes, T.max)
+
+
+def exp2(x: Expr, lanes: int) -> Expr:
+    """2^x for x <= 127, relative error EXP2_ERROR; exactly 1 at 0, exactly 0 below -127, wrong denormals in between.
+
+    x = n + f with n the nearest integer: 2^f from the polynomial, n added to its exponent bits.
+    """
+    x = T.bind(T.max(x, splat(-127.0, lanes)))
+    whole = T.bind(intrinsic("llvm.roundeven", x, lanes=lanes))
+    f = T.bind(x - whole)
+    power = splat(EXP2[0], lanes)
+    for coefficient in (*EXP2[1:], 1.0):
+        power = power * f + splat(coefficient, lanes)
+    exponent = T.shift_left(T.Cast(kind("int32", lanes), whole), splat(T.int32(23), lanes))
+    return T.bind(T.reinterpret(kind("float32", lanes), T.reinterpret(kind("int32", lanes), power) + exponent))
+
+
+def pieces(n: int, widest: int = LANES) -> Iterator[tuple[int, int]]:
+    """(offset, lanes) that cover 0..n-1 with the fewest power-of-two vectors."""
+    offset, lanes = 0, widest
+    while offset < n:
+        while lanes > n - offset:
+            lanes //= 2
+        yield offset, lanes
+        offset += lanes
+
+
+def sweep(n: int, body: Callable[[Expr, int], None]) -> None:
+    """body(offset, lanes) over 0..n-1: a loop of full vectors, then the rest in shorter ones."""
+    whole = n - n % LANES
+    if whole:
+        with T.serial(n // LANES) as i:
+            body(i * LANES, LANES)
+    for offset, lanes in pieces(n - whole):
+        body(whole + offset, lanes)
+
+
+def tokens(m: int) -> Any:
+    """Loop over the tokens of a call: in parallel, unless there is but one (a fork and join costs 2 us)."""
+    return T.parallel(m) if m > 1 else T.serial(m)
