@@ -1,0 +1,27 @@
+"""AVX512-VNNI: VPDPBUSD multiplies 64 unsigned codes by 64 signed activations and adds them four by four, at once.
+
+Exact: a product is at most 255 * 127, and thousands of them stay far below 2**31.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tvm.script import tirx as T
+
+from schedules.isa import broadcast_quad, field
+
+NAME = "avx512_vnni"
+NEEDS = ("avx512f", "avx512bw", "avx512vl", "avx512vnni")
+RANK = 30
+VECTOR = 16
+KNOBS = {"row_blocks": 8, "unroll": 16, "prefetch_bytes": 1024, "gemm_row_blocks": 2, "gemm_tokens": 8}
+
+
+def step(bits: int, acc: Any, w: Any, a: Sequence[Any]) -> Any:
+    """See schedules.isa.Isa."""
+    for h, quad in enumerate(a):
+        acc = T.call_llvm_pure_intrin(
+            "int32x16", "llvm.x86.avx512.vpdpbusd.512", acc, field(w, bits, h, VECTOR), broadcast_quad(quad, VECTOR)
+        )
+    return acc

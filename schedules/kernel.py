@@ -1,0 +1,85 @@
+"""What a schedule file offers: operator name -> scheduled kernel. No tables elsewhere; files are found by walking the folder.
+
+Every schedule file has `LOWERS: dict[str, Lower]`. A `Lower` gets a `Request` and gives a `Kernel`, or raises
+`Unsupported` with the reason. Letters: n = output features, k = input features, m = tokens in the call.
+"""
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from targets import Target
+
+
+class Unsupported(ValueError):
+    """No schedule for this request on this target: the message says which operator, shape and target."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and numpy-style dtype name of one tensor argument."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Request:
+    """One operator call as the graph states it: tensors in, tensors out, attributes, and the target to run on.
+
+    `args` and `outs` keep the operator's documented order. `knobs` overrides a schedule's default decisions by name.
+    """
+
+    op: str
+    args: tuple[TensorSpec, ...]
+    outs: tuple[TensorSpec, ...]
+    attrs: Mapping[str, int | float | str]
+    target: Target
+    knobs: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How one weight argument lies in memory for this kernel, and how to bring the canonical array there.
+
+    `pack(array of canonical shape) -> C-contiguous array of spec.shape and spec.dtype`. Equal `name`s mean equal layouts.
+    """
+
+    name: str
+    spec: TensorSpec
+    pack: Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A scheduled PrimFunc: parameters are the operator's arguments in order, then its fresh outputs.
+
+    `name` is a valid C identifier and states family, ISA and shape; equal names mean equal functions.
+    `packings` maps an argument index to the layout the kernel wants there; other arguments come as the graph has them.
+    """
+
+    name: str
+    func: Any
+    packings: Mapping[int, Packing] = field(default_factory=dict)
+
+
+Lower = Callable[[Request], Kernel]
+
+
+def lowerings() -> dict[str, Lower]:
+    """All operators that have a schedule, collected from every module in this package. A name in two files is a bug."""
+    import schedules
+
+    found: dict[str, Lower] = {}
+    for info in pkgutil.iter_modules(schedules.__path__):
+        module = importlib.import_module(f"schedules.{info.name}")
+        for op, lower in getattr(module, "LOWERS", {}).items():
+            assert op not in found, f"{op} is lowered by two files"
+            found[op] = lower
+    return found
