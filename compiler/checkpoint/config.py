@@ -63,7 +63,7 @@ class Config:
         plain = {key: entry.value for key, entry in self._entries.items()}
         return plain if self.quantization is None else {**plain, QUANTIZATION: self.quantization.data}
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         """Names that have a value other than null."""
         return [key for key, entry in self._entries.items() if entry.value is not None or entry.conflict]
 
@@ -148,7 +148,7 @@ class Config:
                               f"changes nothing in the computation, remove it; otherwise the model is not supported.")
 
     def _unhandled(self, harmless: frozenset[str]) -> list[tuple[str, Any]]:
-        unread = [(self.where(key), self._entries[key].value) for key in self.keys()
+        unread = [(self.where(key), self._entries[key].value) for key in self.names()
                   if key not in self._read and key not in harmless]
         for section in self._sections.values():
             unread += section._unhandled(harmless)

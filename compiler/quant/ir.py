@@ -56,7 +56,7 @@ class QuantWeight:
     """codes u8[n, k], scale f16|f32[n, groups], zero i16[n, groups], groups = ceil(k / group_size).
 
     permutation (act-order): None, or i32[k] where stored column j holds original input permutation[j]; whoever
-    multiplies must gather x[permutation] first. Every code and zero is below the grid's number of levels, every scale is finite.
+    multiplies must gather x[permutation] first. Codes and zeros are below the grid's number of levels, scales finite.
     """
 
     codes: NDArray[np.uint8]
@@ -68,7 +68,7 @@ class QuantWeight:
 
     def __post_init__(self) -> None:
         assert self.grid in GRIDS, f"unknown grid {self.grid!r}"
-        assert (self.codes.dtype, self.codes.ndim) == (np.uint8, 2), (self.codes.dtype, self.codes.shape)
+        assert self.codes.dtype == np.uint8, self.codes.dtype
         n, k = self.codes.shape
         assert 0 < self.group_size <= k, (self.group_size, k)
         want = (n, -(-k // self.group_size))

@@ -1,0 +1,138 @@
+"""The border between checkpoints and formats: what a format needs from a checkpoint, and what it gives to others.
+
+Both sides are protocols, so that `quant` never imports `checkpoint` and a model never learns which format it reads.
+"""
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compiler.errors import CheckpointError, FormatError, UnsupportedError
+from compiler.quant.ir import DENSE_STORAGE, DenseWeight, QuantWeight, WeightType
+from compiler.quant.reference import F32, widen
+
+
+class TensorView(Protocol):
+    """What is known of a tensor before its bytes are read."""
+
+    @property
+    def dtype(self) -> str:
+        """"float16", "bfloat16", "int32" ..."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Row-major shape."""
+
+    @property
+    def file(self) -> Path:
+        """The file that holds it."""
+
+
+class ConfigView(Protocol):
+    """One JSON object with typed getters; see compiler/checkpoint/config.py."""
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The plain values."""
+
+    @property
+    def quantization(self) -> ConfigView | None:
+        """The merged quantisation configuration."""
+
+    def names(self) -> list[str]:
+        """Names that have a value."""
+
+    def has(self, key: str) -> bool:
+        """Whether there is a value."""
+
+    def where(self, key: str) -> str:
+        """"FILE: section.key", to start a message with."""
+
+    def accept(self, *keys: str) -> None:
+        """Mark keys as handled."""
+
+    def integer(self, key: str, low: int, high: int, default: int = ...) -> int:
+        """An integer within bounds."""
+
+    def boolean(self, key: str, default: bool = ...) -> bool:
+        """true or false."""
+
+    def string(self, key: str, choices: Collection[str] = ..., default: str = ...) -> str:
+        """A string, one of choices."""
+
+    def section(self, key: str) -> ConfigView:
+        """A nested object."""
+
+    def refuse_unhandled(self, known_harmless: Iterable[str] = ...) -> None:
+        """Raise ConfigError for keys that nobody read."""
+
+
+class CheckpointView(Protocol):
+    """An opened checkpoint; see compiler/checkpoint/folder.py."""
+
+    @property
+    def path(self) -> Path:
+        """Its folder."""
+
+    @property
+    def config(self) -> ConfigView:
+        """config.json."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorView]:
+        """All tensors by name."""
+
+    def array(self, name: str) -> NDArray[Any]:
+        """A read-only view of the file; bfloat16 as uint16 bits."""
+
+
+class Source(Protocol):
+    """Weights by module name ("model.layers.0.self_attn.q_proj"), decoded when asked for, one module at a time."""
+
+    def modules(self) -> list[str]:
+        """Every module with a weight matrix, embeddings and output head included."""
+
+    def has(self, module: str) -> bool:
+        """Whether there is such a weight matrix."""
+
+    def describe(self, module: str) -> WeightType:
+        """Its shape and kind, from headers alone."""
+
+    def load(self, module: str) -> QuantWeight | DenseWeight:
+        """The weight itself. Reads this module's tensors and no others."""
+
+    def vector(self, name: str) -> F32:
+        """A one-dimensional tensor as float32, by module ("model.norm") or by tensor name ("model.norm.weight")."""
+
+
+def read_vector(checkpoint: CheckpointView, name: str) -> F32:
+    """A norm weight, widened to float32. Raises FormatError when it is not one-dimensional, dense and finite."""
+    tensor = name if name in checkpoint.tensors else f"{name}.weight"
+    if tensor not in checkpoint.tensors:
+        raise CheckpointError(f"{checkpoint.path} has no tensor {tensor!r}. "
+                              f"Is this the model that config.json describes?")
+    info = checkpoint.tensors[tensor]
+    if len(info.shape) != 1 or info.dtype not in DENSE_STORAGE:
+        raise FormatError(f"{info.file}: {tensor} is {spelled(info)}, but a vector needs one dimension and one of "
+                          f"{', '.join(DENSE_STORAGE)}. Quantised norms are not a thing quern knows.")
+    values = widen(checkpoint.array(tensor), info.dtype)
+    if not np.isfinite(values).all():
+        raise FormatError(f"{info.file}: {tensor} has values that are not finite. The file is damaged: fetch it again.")
+    return values
+
+
+def refuse_bias(checkpoint: CheckpointView, module: str) -> None:
+    """auto-gptq writes an all-zero bias on every linear. Raises UnsupportedError when one is more than that."""
+    name = f"{module}.bias"
+    if name in checkpoint.tensors and checkpoint.array(name).any():
+        raise UnsupportedError(f"{checkpoint.tensors[name].file}: {name} is not zero, but quern has no biases in "
+                               f"linear layers yet. Use a model without them.")
+
+
+def spelled(info: TensorView) -> str:
+    """dtype[shape] for a message."""
+    return f"{info.dtype}[{', '.join(map(str, info.shape))}]"

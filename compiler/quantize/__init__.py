@@ -1,0 +1,1 @@
+"""Turning dense weights into quantised ones: one method a file."""
