@@ -6,7 +6,7 @@
 The zero point meets the span's activation sum, so the inner loop sees unsigned codes only. One workload in plain TIR,
 one template; the instruction set is a `tensorize` away (schedules.isa). Layout: schedules.packed.
 Operators (arguments in order):
-  quern.linear_int8           q i8[m, spans, width], ascale f32[m, spans], asum i32[m, spans],
+  quern.linear_int8           q i8[m, spans, 2, width / 2], ascale f32[m, spans], asum i32[m, spans],
                               codes u8[n, k], scale f16|f32[n, groups], zero i16[n, groups]; bits, group -> f32[m, n]
   quern.linear_int8_residual  the same, then residual f32[m, n]
 """
@@ -32,11 +32,12 @@ CODES, SCALE, ZERO = 3, 4, 5  # argument positions of the weight
 def workload(m: int, n: int, geometry: Geometry, bits: int, scale_dtype: str, residual: bool) -> Any:
     """The layer in plain TIR: blocks `dot` (int32 per span), `scale` (fp32 over spans), `store` (residual, row padding)."""
     nb, spans, width, count = blocks(n), geometry.spans, geometry.width, fields(bits)
-    steps = width // (QUAD * count)
+    steps, half = width // (QUAD * count), width // 2
+    quads = half // QUAD
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_attr({"tirx.noalias": True, "global_symbol": "main"})
-            q = T.arg("q", T.buffer((m, spans, *([count] if count > 1 else []), width // count), "int8"))
+            q = T.arg("q", T.buffer((m, spans, 2, half), "int8"))
             ascale = T.arg("ascale", T.buffer((m, spans), "float32"))
             asum = T.arg("asum", T.buffer((m, spans), "int32"))
             codes = T.arg("codes", T.buffer((nb, spans, steps, LANES, QUAD), "uint8"))
@@ -58,7 +59,9 @@ def workload(m: int, n: int, geometry: Geometry, bits: int, scale_dtype: str, re
                         for f in vh:
                             shift = T.Cast("uint8", f * bits)
                             code = T.bitwise_and(T.shift_right(code, shift), T.uint8((1 << bits) - 1))
-                        product = T.Cast("int32", code) * T.Cast("int32", q[vm, vs, *vh, vj * QUAD + vq])
+                        side = vh[0] if vh else T.floordiv(vj, quads)
+                        place = (vj if vh else T.floormod(vj, quads)) * QUAD + vq
+                        product = T.Cast("int32", code) * T.Cast("int32", q[vm, vs, side, place])
                         T.buffer_store(total, total[vm, vb, vs, vi] + product, [vm, vb, vs, vi])
                 with T.grid(m, nb, spans, LANES) as (im, ib, s, i):
                     with T.sblock("scale"):
@@ -141,7 +144,7 @@ def template(sch: Any, intrinsic: str, knobs: Mapping[str, Any], aligned: bool) 
 def lower(request: Request) -> Kernel:
     """Workload, default or requested knobs, and this target's best instruction set."""
     bits, group = int(request.attrs["bits"]), int(request.attrs["group"])
-    (m, _, _), (n, k) = request.args[0].shape, request.args[CODES].shape
+    m, (n, k) = request.args[0].shape[0], request.args[CODES].shape
     scale_dtype = request.args[SCALE].dtype
     residual = request.op.endswith("_residual")
     geometry = Geometry(k, group)
