@@ -1,0 +1,142 @@
+"""Open a bundle directory: read its manifest, refuse the wrong machine, check every digest, map the weights.
+
+No code of the bundle runs here. The weights are mapped read-only and handed out as views, so that a model takes its
+memory once, in the page cache, and other processes share it.
+"""
+from __future__ import annotations
+
+import hashlib
+import mmap
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import device, manifest
+from .errors import BundleError
+from .manifest import FileDigest, Manifest
+
+Array = NDArray[Any]
+
+_DTYPES = {"bfloat16": "uint16"}  # numpy has no bfloat16; the compiled code takes the bits
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A checked bundle. `weights` are read-only views into the mapped file, by name; they keep the mapping alive."""
+
+    path: Path
+    manifest: Manifest
+    weights: Mapping[str, Array]
+
+    @property
+    def library(self) -> Path:
+        """The compiled code."""
+        return self.path / self.manifest.library
+
+    @property
+    def tokenizer(self) -> Path:
+        """tokenizer.json, checked like every file; BundleError when the bundle was built without one."""
+        if "tokenizer.json" not in self.manifest.files:
+            raise BundleError(f"{self.path}: has no tokenizer.json, so it takes ids, not text. "
+                              "Use the logits command, or rebuild the bundle from a checkpoint that has a tokenizer.")
+        return self.path / "tokenizer.json"
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """How an array of this manifest dtype looks in numpy."""
+    return np.dtype(_DTYPES.get(name, name))
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a bundle directory, without looking at the other files or at this machine."""
+    if not path.exists():
+        raise BundleError(f"{path}: there is no such directory. Point at a directory that quern built.")
+    if not path.is_dir():
+        raise BundleError(f"{path}: is not a directory. A bundle is a directory with a {manifest.FILE_NAME}.")
+    if not (path / manifest.FILE_NAME).is_file():
+        raise BundleError(f"{path}: has no {manifest.FILE_NAME}, so it is not a bundle. "
+                          "Point at a directory that quern built.")
+    return manifest.load(path / manifest.FILE_NAME)
+
+
+def open_bundle(path: Path, verify_weights: bool = True) -> Bundle:
+    """Check a bundle and map its weights. `verify_weights=False` skips the digest of the weights file, nothing else.
+
+    Raises ManifestError, BundleError (missing, truncated or damaged files) or DeviceError (wrong machine).
+    """
+    found = read_manifest(path)
+    device.require(found.target, str(path))
+    for name, digest in sorted(found.files.items()):
+        _check_size(path / name, digest)
+    for name, digest in sorted(found.files.items()):
+        if name != found.weights.file:
+            _check_digest(path / name, digest)
+    return Bundle(path, found, _map_weights(path / found.weights.file, found, verify_weights))
+
+
+def _check_size(path: Path, digest: FileDigest) -> None:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read: {error.strerror}. Copy the bundle again.") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise BundleError(f"{path}: is not a regular file. Copy the bundle again.")
+    if status.st_size != digest.bytes:
+        raise BundleError(f"{path}: has {status.st_size} bytes, but the manifest says {digest.bytes}. Copy the bundle again.")
+
+
+def _check_digest(path: Path, digest: FileDigest) -> None:
+    """Small files: read and hash, whole or in the manifest's chunks."""
+    try:
+        found = manifest.digest_file(path, digest.chunk_bytes)
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read: {error.strerror}. Copy the bundle again.") from None
+    if found != digest:
+        raise _damaged(path, "its SHA-256 is not the manifest's")
+
+
+def _map_weights(path: Path, found: Manifest, verify: bool) -> dict[str, Array]:
+    """Map the file, start reading it ahead, check it if asked, and cut it into arrays."""
+    if not found.weights.tensors:
+        return {}
+    try:
+        with path.open("rb") as stream:
+            mapping = mmap.mmap(stream.fileno(), found.files[path.name].bytes, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path}: cannot be mapped into memory: {error}.") from None
+    mapping.madvise(mmap.MADV_WILLNEED)
+    if verify:
+        _check_mapping(path, mapping, found.files[path.name])
+    arrays = {}
+    for tensor in found.weights.tensors:
+        dtype = numpy_dtype(tensor.dtype)
+        flat = np.frombuffer(mapping, dtype, tensor.nbytes // dtype.itemsize, tensor.offset)
+        arrays[tensor.name] = flat.reshape(tensor.shape)
+    return arrays
+
+
+def _check_mapping(path: Path, mapping: mmap.mmap, digest: FileDigest) -> None:
+    """Hash the chunks in threads (hashlib lets go of the interpreter lock). It also warms the mapping for the first token."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    step = digest.chunk_bytes or max(1, digest.bytes)
+    expected = digest.chunks or (digest.sha256,)
+
+    def intact(index: int) -> bool:
+        with memoryview(mapping) as view, view[index * step:(index + 1) * step] as chunk:
+            return hashlib.sha256(chunk).hexdigest() == expected[index]
+
+    with ThreadPoolExecutor(device.default_threads()) as pool:
+        for index, good in enumerate(pool.map(intact, range(len(expected)))):
+            if not good:
+                end = min((index + 1) * step, digest.bytes)
+                raise _damaged(path, f"the SHA-256 of bytes {index * step} to {end - 1} is not the manifest's")
+
+
+def _damaged(path: Path, what: str) -> BundleError:
+    return BundleError(f"{path}: is damaged: {what}. Copy the bundle again or rebuild it.")

@@ -1,0 +1,181 @@
+"""The machine we run on: architecture, CPU features, C library, memory, and how many threads are worth starting.
+
+Everything is read from the kernel's text files, so that it can be asked before any compiled code is loaded.
+"""
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Optional
+
+from .errors import DeviceError
+from .manifest import Target
+
+CPUINFO, CGROUP, CPU_FOLDER = Path("/proc/cpuinfo"), Path("/sys/fs/cgroup"), Path("/sys/devices/system/cpu")
+
+# Linux arch/arm64/include/uapi/asm/hwcap.h: the names /proc/cpuinfo prints, by bit of AT_HWCAP and AT_HWCAP2.
+_HWCAP = ("fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm jscvt fcma lrcpc dcpop sha3 sm3 "
+          "sm4 asimddp sha512 sve asimdfhm dit uscat ilrcpc flagm ssbs sb paca pacg").split()
+_HWCAP2 = ("dcpodp sve2 sveaes svepmull svebitperm svesha3 svesm4 flagm2 frint svei8mm svef32mm svef64mm svebf16 i8mm bf16 "
+           "dgh rng bti").split()
+
+
+def arch() -> str:
+    """Architecture of this process, as manifests spell it."""
+    name = platform.machine()
+    return {"AMD64": "x86_64", "arm64": "aarch64"}.get(name, name)
+
+
+def cpu_features(cpuinfo: Optional[str] = None) -> frozenset[str]:
+    """Names under "flags" (x86) or "Features" (arm64) that every core has.
+
+    An arm64 emulator may show the host's cpuinfo, without such a line: the kernel's hardware capabilities answer then.
+    """
+    if cpuinfo is None:
+        cpuinfo = CPUINFO.read_text(encoding="utf-8", errors="replace") if CPUINFO.exists() else ""
+    key = "Features" if arch() == "aarch64" else "flags"
+    cores = [frozenset(line.split()) for line in re.findall(rf"^{key}\s*:(.*)$", cpuinfo, re.MULTILINE)]
+    if not cores and arch() == "aarch64":
+        return _arm64_capabilities()
+    return frozenset.intersection(*cores) if cores else frozenset()
+
+
+def _arm64_capabilities() -> frozenset[str]:
+    import ctypes
+
+    getauxval = ctypes.CDLL(None).getauxval
+    getauxval.restype, getauxval.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
+    return frozenset(name for key, names in ((16, _HWCAP), (26, _HWCAP2))
+                     for bit, name in enumerate(names) if getauxval(key) >> bit & 1)
+
+
+def glibc() -> Optional[str]:
+    """Version of the C library like "2.36", None where it is not glibc."""
+    try:
+        name, _, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").partition(" ")
+    except (ValueError, OSError):
+        return None
+    return version if name == "glibc" else None
+
+
+def refusals(target: Target) -> list[str]:
+    """Why this machine cannot run code for `target`; empty when it can."""
+    if arch() != target.arch:
+        return [f"it is built for {target.arch} ({target.name}), but this machine is {arch()}"]
+    found = []
+    missing = sorted(set(target.features) - cpu_features())
+    if missing:
+        found.append(f"it is built for {target.name} ({target.cpu}), but this CPU lacks {', '.join(missing)}")
+    have = glibc()
+    if have is None or _version(have) < _version(target.glibc):
+        found.append(f"it needs glibc {target.glibc} or later, but this machine has "
+                     f"{'no glibc' if have is None else 'glibc ' + have}")
+    return found
+
+
+def require(target: Target, where: str) -> None:
+    """Raise DeviceError when this machine cannot run code for `target`."""
+    found = refusals(target)
+    if found:
+        raise DeviceError(f"{where}: cannot run here: {'; '.join(found)}. "
+                          "Rebuild the bundle for this machine's target (quern targets).")
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in re.findall(r"[0-9]+", text)[:2])
+
+
+def memory_bytes() -> Optional[int]:
+    """Memory this process may use: installed, or the cgroup's limit when that is lower. None when unknown."""
+    limits = []
+    try:
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (ValueError, OSError):
+        pass
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        text = _read(CGROUP / name)
+        if text.isdigit():
+            limits.append(int(text))
+    return min(limits) if limits else None
+
+
+def peak_rss_mib() -> float:
+    """Most memory this process ever held, in MiB. VmHWM, because ru_maxrss also remembers the parent's before exec."""
+    found = re.search(r"^VmHWM:\s*([0-9]+) kB", _read(Path("/proc/self/status")), re.MULTILINE)
+    if found:
+        return int(found[1]) / 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def default_threads() -> int:
+    """As many as there are physical cores in our affinity, but no more than the cgroup's CPU quota, at least one."""
+    cores = physical_cores(affinity())
+    quota = cpu_quota()
+    return max(1, cores if quota is None else min(cores, int(quota + 0.5)))
+
+
+def affinity() -> frozenset[int]:
+    """Logical CPUs this process may run on."""
+    try:
+        return frozenset(os.sched_getaffinity(0))
+    except (AttributeError, OSError):
+        return frozenset(range(os.cpu_count() or 1))
+
+
+def physical_cores(cpus: Iterable[int]) -> int:
+    """How many cores these logical CPUs make; hyper-threads of one core count once."""
+    cpus = list(cpus)
+    cores = set()
+    for cpu in cpus:
+        siblings = _read(CPU_FOLDER / f"cpu{cpu}/topology/thread_siblings_list")
+        cores.add(siblings or str(cpu))
+    return len(cores)
+
+
+def cpu_quota() -> Optional[float]:
+    """CPUs' worth of time that cgroup v2 (cpu.max) or v1 (cfs quota) grants, the tightest up the tree; None = no limit."""
+    quotas = []
+    for line in _read(Path("/proc/self/cgroup")).splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers not in ("", "cpu", "cpu,cpuacct", "cpuacct,cpu"):
+            continue
+        root = CGROUP if not controllers else CGROUP / controllers
+        folder = root / path.lstrip("/")
+        for place in (folder, *folder.parents):
+            quotas.append(_quota_of(place))
+            if place == root:
+                break
+    limits = [q for q in (*quotas, _quota_of(CGROUP), _quota_of(CGROUP / "cpu")) if q]
+    return min(limits) if limits else None
+
+
+def _quota_of(folder: Path) -> Optional[float]:
+    text = _read(folder / "cpu.max").split()
+    if len(text) != 2:
+        text = [_read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")]
+    if text[0].isdigit() and text[1].isdigit() and int(text[1]):
+        return int(text[0]) / int(text[1])
+    return None
+
+
+def _read(path: Path) -> str:
+    """Contents of a small kernel file, "" when there is none."""
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def fastest(cpus: Iterable[int]) -> int:
+    """The CPU that TVM reserves for its caller: the highest clock, then the lowest number (threading_backend.cc)."""
+    def rank(cpu: int) -> tuple[int, int]:
+        text = _read(CPU_FOLDER / f"cpu{cpu}/cpufreq/cpuinfo_max_freq")
+        return -int(text) if text.isdigit() else 0, cpu
+
+    return min(cpus, key=rank)

@@ -1,0 +1,303 @@
+"""manifest.json: what the compiler writes and the runtime reads. The runtime owns this schema; the compiler imports it.
+
+The dataclasses below are the schema: every key is needed, an unknown key is an error. `load` and `dump` both run
+`manifest_check.check`, so that neither side can hold a manifest that the other would refuse.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Optional, Union, get_args, get_origin, get_type_hints
+
+from .errors import ManifestError
+
+FORMAT, VERSION, ABI = "quern-bundle", 1, 1
+FILE_NAME = "manifest.json"
+MAX_MANIFEST_BYTES = 64 << 20  # a 70-billion-parameter model needs about 1 MiB
+CHUNK_BYTES = 16 << 20
+
+Scalar = Union[str, int, float, bool, None]
+
+
+@dataclass(frozen=True)
+class Model:
+    """The network: `context` is the number of positions that the caches hold."""
+
+    type: str
+    name: str
+    vocab_size: int
+    context: int
+    layers: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Target:
+    """The machine: `features` are spelt as /proc/cpuinfo spells them, `glibc` is the oldest version that works."""
+
+    name: str
+    arch: str
+    triple: str
+    cpu: str
+    features: tuple[str, ...]
+    glibc: str
+
+
+@dataclass(frozen=True)
+class TvmVersions:
+    """The wheels that built the bundle: apache-tvm and apache-tvm-ffi."""
+
+    version: str
+    ffi_version: str
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """Element type and shape of an array."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Function:
+    """A Relax function in the library: names of its arguments in order, `tokens` rows a call, one fresh output."""
+
+    tokens: int
+    inputs: tuple[str, ...]
+    output: TensorType
+
+
+@dataclass(frozen=True)
+class Cache:
+    """An array that starts as zeros and that `decode` and `prefill_*` change in place."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """An array inside the weights file, at byte `offset`; bfloat16 is handed to the code as uint16."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights file and where each array lies in it."""
+
+    file: str
+    alignment: int
+    tensors: tuple[Weight, ...]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Planned memory in bytes: weights = size of the weights file, cache = sum of the caches."""
+
+    weights_bytes: int
+    cache_bytes: int
+    activation_bytes: int
+    planned_peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Special ids: `bos` starts an otherwise empty prompt, any of `eos` ends generation."""
+
+    bos: Optional[int]
+    eos: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """Text around each part of a conversation; each pair is (before, after). Read by `chat.py`."""
+
+    format: str
+    system: tuple[str, str]
+    user: tuple[str, str]
+    assistant: tuple[str, str]
+    start: str
+    generation_prompt: str
+
+
+@dataclass(frozen=True)
+class FileDigest:
+    """Size and SHA-256 (hex) of a bundle file.
+
+    A file with `chunks` is hashed in pieces of `chunk_bytes` bytes (the last may be shorter), so that the pieces can be
+    checked in parallel; its `sha256` is the digest of the concatenated 32-byte chunk digests.
+    """
+
+    bytes: int
+    sha256: str
+    chunk_bytes: Optional[int] = None
+    chunks: Optional[tuple[str, ...]] = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A whole manifest, without the keys that only the file has: `format`, `version`, `abi` and its own `sha256`."""
+
+    model: Model
+    quantization: dict[str, Scalar]
+    target: Target
+    tvm: TvmVersions
+    library: str
+    functions: dict[str, Function]
+    caches: tuple[Cache, ...]
+    weights: Weights
+    memory: Memory
+    tokens: Tokens
+    chat: Optional[ChatFormat]
+    files: dict[str, FileDigest]
+
+
+def load(path: Path) -> Manifest:
+    """Read and check a manifest file; raises ManifestError with the path, the key and what is needed."""
+    try:
+        with path.open("rb") as stream:
+            raw = stream.read(MAX_MANIFEST_BYTES + 1)
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot be read: {error.strerror}.") from None
+    if len(raw) > MAX_MANIFEST_BYTES:
+        raise ManifestError(f"{path}: larger than {MAX_MANIFEST_BYTES >> 20} MiB, so it is no manifest. "
+                            "Point at a directory that quern built.")
+    return loads(raw, str(path))
+
+
+def loads(raw: Union[str, bytes], where: str = FILE_NAME) -> Manifest:
+    """Parse and check the text of a manifest; `where` opens every error message."""
+    from .manifest_check import check
+
+    try:
+        data = json.loads(raw, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{where}: not valid JSON ({error}). Copy the bundle again or rebuild it.") from None
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise ManifestError(f'{where}: no "format": "{FORMAT}", so this is not a quern bundle. '
+                            "Point at a directory that quern built.")
+    for key, known in (("version", VERSION), ("abi", ABI)):
+        got = data.get(key)
+        if got != known or isinstance(got, bool):
+            raise ManifestError(f"{where}: {key} is {got!r}, but this runtime reads {key} {known}. "
+                                "Rebuild the bundle with this release of quern, or use the runtime of the release that built it.")
+    if data.get("sha256") != _digest_of_keys(data):
+        raise ManifestError(f"{where}: is damaged or was changed by hand: its sha256 is not that of its other keys. "
+                            "Copy the bundle again or rebuild it.")
+    body = {key: value for key, value in data.items() if key not in ("format", "version", "abi", "sha256")}
+    manifest: Manifest = _decode(Manifest, body, where, "")
+    check(manifest, where)
+    return manifest
+
+
+def dump(manifest: Manifest, path: Path) -> None:
+    """Check a manifest and write it: sorted keys, so that equal manifests are equal files."""
+    path.write_text(dumps(manifest), encoding="utf-8")
+
+
+def dumps(manifest: Manifest) -> str:
+    """The text that `dump` writes."""
+    from .manifest_check import check
+
+    check(manifest, FILE_NAME)
+    data = {"format": FORMAT, "version": VERSION, "abi": ABI, **asdict(manifest)}
+    data["files"] = {name: {k: v for k, v in digest.items() if v is not None} for name, digest in data["files"].items()}
+    data["sha256"] = _digest_of_keys(data)
+    return json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+def digest_file(path: Path, chunk_bytes: Optional[int] = None) -> FileDigest:
+    """The `files` entry of a file: one digest, or chunked when `chunk_bytes` is given (see FileDigest)."""
+    whole, chunks, size = hashlib.sha256(), [], 0
+    with path.open("rb") as stream:
+        while True:
+            piece = stream.read(chunk_bytes or CHUNK_BYTES)
+            if not piece:
+                break
+            size += len(piece)
+            if chunk_bytes is None:
+                whole.update(piece)
+            else:
+                chunks.append(hashlib.sha256(piece).hexdigest())
+    if chunk_bytes is None:
+        return FileDigest(size, whole.hexdigest())
+    return FileDigest(size, digest_of_chunks(chunks), chunk_bytes, tuple(chunks))
+
+
+def digest_of_chunks(chunks: Sequence[str]) -> str:
+    """SHA-256 over the concatenated raw bytes of hex digests."""
+    return hashlib.sha256(b"".join(map(bytes.fromhex, chunks))).hexdigest()
+
+
+def _digest_of_keys(data: dict[str, Any]) -> str:
+    """SHA-256 of all keys but `sha256`, in canonical JSON: no other file can vouch for the manifest."""
+    rest = {key: value for key, value in data.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse what json would silently drop."""
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)!r} appears twice")
+    return out
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _decode(kind: Any, value: Any, where: str, key: str) -> Any:
+    """JSON value -> the annotated type, strictly: no unknown or missing keys, no bool for int, no int for float."""
+    origin, args = get_origin(kind), get_args(kind)
+    if is_dataclass(kind):
+        return _decode_record(kind, value, where, key)
+    if origin is Union:
+        if value is None and type(None) in args:
+            return None
+        if len(args) == 2:  # Optional[X]
+            return _decode(args[0], value, where, key)
+        if isinstance(value, (str, int, float)):  # Scalar
+            return value
+        raise _mismatch(where, key, value, "a string, number, true, false or null")
+    if origin is tuple and isinstance(value, list):
+        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
+        if len(kinds) != len(value):
+            raise _mismatch(where, key, value, f"a list of {len(kinds)}")
+        return tuple(_decode(k, v, where, f"{key}[{i}]") for i, (k, v) in enumerate(zip(kinds, value)))
+    if origin is dict and isinstance(value, dict):
+        return {name: _decode(args[1], v, where, f"{key}.{name}") for name, v in value.items()}
+    if kind in (str, int) and isinstance(value, kind) and not isinstance(value, bool):
+        return value
+    names = {str: "a string", int: "an integer", tuple: "a list", dict: "an object"}
+    raise _mismatch(where, key, value, names[origin or kind])
+
+
+def _decode_record(kind: Any, value: Any, where: str, key: str) -> Any:
+    if not isinstance(value, dict):
+        raise _mismatch(where, key, value, "an object")
+    known = {f.name for f in fields(kind)}
+    needed = [f.name for f in fields(kind) if f.default is not None]
+    unknown, missing = sorted(set(value) - known), [n for n in needed if n not in value]
+    if unknown or missing:
+        what = f"unknown key {unknown[0]!r}" if unknown else f"key {missing[0]!r} is missing"
+        raise ManifestError(f"{where}: {key or 'top level'}: {what}. Rebuild the bundle with this release of quern.")
+    hints = get_type_hints(kind)
+    return kind(**{n: _decode(hints[n], v, where, f"{key}.{n}" if key else n) for n, v in value.items()})
+
+
+def _mismatch(where: str, key: str, value: Any, needed: str) -> ManifestError:
+    got = json.dumps(value)
+    got = got if len(got) <= 60 else got[:57] + "..."
+    return ManifestError(f"{where}: {key} is {got}, but {needed} is needed. Rebuild the bundle with this release of quern.")

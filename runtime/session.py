@@ -1,0 +1,203 @@
+"""One conversation with a model: its caches, where it is in the context, and the calls that move it on."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Optional
+
+import numpy as np
+
+from . import device
+from .bundle import Array, Bundle, numpy_dtype
+from .errors import ContextFullError, DeviceError, InputError
+from .manifest import Function as Signature
+from .manifest_check import nbytes
+from .vm import Function, Tensor, Vm, aligned_zeros
+
+CALL_COST_TOKENS = 4  # a call reads all weights once, which takes about as long as computing this many prompt tokens
+
+
+class Chunk(NamedTuple):
+    """One call of a prefill plan: a function of `tokens` rows, of which the first `valid` are used."""
+
+    tokens: int
+    valid: int
+
+
+class Planner:
+    """Cut a prompt into calls: fewest rows in all, padding included, plus CALL_COST_TOKENS for each call.
+
+    `sizes` always has 1 (decode). Costs are found once for every length up to the longest asked for, so plans are exact.
+    """
+
+    def __init__(self, sizes: Sequence[int], call_cost: int = CALL_COST_TOKENS) -> None:
+        self.sizes, self.call_cost = sorted({1, *sizes}), call_cost
+        self._best: list[tuple[int, int]] = [(0, 0)]  # for each length: (cost, size of a call in a best plan)
+
+    def plan(self, tokens: int) -> list[Chunk]:
+        """Calls for `tokens` prompt tokens, largest first, so that only the last one is padded."""
+        for length in range(len(self._best), tokens + 1):
+            self._best.append(min((self._best[max(0, length - size)][0] + size + self.call_cost, -size)
+                                  for size in self.sizes))
+        sizes, left = [], tokens
+        while left > 0:
+            sizes.append(-self._best[left][1])
+            left -= sizes[-1]
+        sizes.sort(reverse=True)
+        chunks, left = [], tokens
+        for size in sizes:
+            chunks.append(Chunk(size, min(size, left)))
+            left -= chunks[-1].valid
+        return chunks
+
+
+class _Call(NamedTuple):
+    """A bound function and the buffers that its caller fills: ids i32[tokens] for steps, hidden f32[tokens, d] for heads."""
+
+    run: Function
+    buffer: Array
+
+
+class Session:
+    """A model that is being run. Not for several threads at once: use it from the thread that made it.
+
+    Logits come as read-only float32 views of the runtime's own memory, valid as long as they are held.
+    """
+
+    def __init__(self, bundle: Bundle, threads: Optional[int] = None) -> None:
+        self.manifest = bundle.manifest
+        self._check_memory(str(bundle.path))
+        self._vm = Vm(bundle.library, self.manifest.tvm, threads)
+        self._span = aligned_zeros((2,), "int32")  # first position, number of valid tokens
+        self._caches = {c.name: aligned_zeros(c.shape, numpy_dtype(c.dtype)) for c in self.manifest.caches}
+        arrays = {**bundle.weights, **self._caches, "span": self._span}
+        self._tensors = {name: self._vm.tensor(array) for name, array in arrays.items()}
+        self._calls = {name: self._bind(name, f) for name, f in self.manifest.functions.items()}
+        self._decode = self._calls["decode"]
+        self._planner = Planner(self._sizes("prefill_"))
+        self._heads = sorted(self._sizes("head_"))
+        self.position = 0
+
+    def _check_memory(self, where: str) -> None:
+        """Weights can be read again from the file, but caches and activations need real memory."""
+        memory, have = self.manifest.memory, device.memory_bytes()
+        needed = memory.cache_bytes + memory.activation_bytes
+        if have is not None and needed > have:
+            raise DeviceError(f"{where}: caches and activations need {needed >> 20} MiB, but this machine has {have >> 20} MiB. "
+                              "Rebuild the bundle with a shorter context (quern build --context).")
+
+    def _sizes(self, prefix: str) -> list[int]:
+        return [f.tokens for name, f in self.manifest.functions.items() if name.startswith(prefix)]
+
+    def _bind(self, name: str, signature: Signature) -> _Call:
+        """Buffers of the function's own, and the shared arrays, in the order that its signature states."""
+        if name.startswith("head_"):
+            hidden = next(f.output.shape[1] for n, f in self.manifest.functions.items() if n.startswith("prefill_"))
+            own, buffer = "hidden", aligned_zeros((signature.tokens, hidden), "float32")
+        else:
+            own, buffer = "ids", aligned_zeros((signature.tokens,), "int32")
+        tensors: dict[str, Tensor] = {**self._tensors, own: self._vm.tensor(buffer)}
+        return _Call(self._vm.function(name, [tensors[i] for i in signature.inputs]), buffer)
+
+    @property
+    def threads(self) -> int:
+        """Threads that the kernels use."""
+        return self._vm.threads
+
+    @property
+    def context(self) -> int:
+        """Positions in all."""
+        return self.manifest.model.context
+
+    @property
+    def remaining(self) -> int:
+        """Positions that are still free."""
+        return self.context - self.position
+
+    def reset(self) -> None:
+        """Forget everything. The caches keep their bytes: nothing reads beyond the position."""
+        self.position = 0
+
+    def rewind(self, position: int) -> None:
+        """Forget all tokens from `position` on."""
+        if not 0 <= position <= self.position:
+            raise ValueError(f"position {position} is outside 0..{self.position}")
+        self.position = position
+
+    def prefill(self, ids: Sequence[int]) -> Array:
+        """Take in tokens; gives the logits float32[vocab] after the last one. Nothing changes when it refuses."""
+        checked = self.check_ids(ids)
+        done = 0
+        row: Array
+        for chunk in self._planner.plan(len(checked)):
+            rows = self._run(chunk, checked[done:done + chunk.valid])
+            done += chunk.valid
+            if done == len(checked):
+                row = rows[0] if chunk.tokens == 1 else self._head(rows[chunk.valid - 1:chunk.valid])[0]
+        return row
+
+    def step(self, token: int) -> Array:
+        """Take in one token; gives the logits float32[vocab] after it."""
+        if not 0 <= token < self.manifest.model.vocab_size:
+            raise self._outside(token)
+        if self.position >= self.context:
+            raise self._full(1)
+        decode = self._decode
+        decode.buffer[0] = token
+        self._span[0], self._span[1] = self.position, 1
+        row = decode.run()[0]
+        self.position += 1
+        return row
+
+    def logits(self, ids: Sequence[int], out: Optional[Array] = None) -> Array:
+        """Take in tokens; gives the logits float32[len(ids), vocab] after each of them, in `out` when given."""
+        checked = self.check_ids(ids)
+        shape = (len(checked), self.manifest.model.vocab_size)
+        if out is None:
+            out = np.empty(shape, np.float32)
+        elif out.shape != shape:
+            raise ValueError(f"out has shape {out.shape}, but {shape} is needed")
+        done = 0
+        for chunk in self._planner.plan(len(checked)):
+            rows = self._run(chunk, checked[done:done + chunk.valid])
+            out[done:done + chunk.valid] = rows if chunk.tokens == 1 else self._head(rows[:chunk.valid])
+            done += chunk.valid
+        return out
+
+    def check_ids(self, ids: Sequence[int]) -> Array:
+        """The ids as int32[n]; refuses none, one outside the vocabulary, and more than the context has room for."""
+        given = np.asarray(ids)
+        if given.ndim != 1 or not given.size or given.dtype.kind not in "iu":
+            raise InputError(f"ids are {given.dtype}{list(given.shape)}, but a list of at least one integer is needed.")
+        low, high = int(given.min()), int(given.max())
+        if low < 0 or high >= self.manifest.model.vocab_size:
+            raise self._outside(low if low < 0 else high)
+        if given.size > self.remaining:
+            raise self._full(given.size)
+        return given.astype(np.int32)
+
+    def _run(self, chunk: Chunk, ids: Array) -> Array:
+        """One prefill or decode call: hidden states f32[tokens, d], or for one token its logits f32[1, vocab]."""
+        call = self._calls[f"prefill_{chunk.tokens}"] if chunk.tokens > 1 else self._decode
+        call.buffer[:chunk.valid] = ids
+        call.buffer[chunk.valid:] = 0
+        self._span[0], self._span[1] = self.position, chunk.valid
+        rows = call.run()
+        self.position += chunk.valid
+        return rows
+
+    def _head(self, hidden: Array) -> Array:
+        """Logits f32[n, vocab] of hidden states f32[n, d], in one call when a head is large enough."""
+        size = next((s for s in self._heads if s >= len(hidden)), self._heads[-1])
+        call, parts = self._calls[f"head_{size}"], []
+        for start in range(0, len(hidden), size):
+            part = hidden[start:start + size]
+            call.buffer[:len(part)] = part
+            parts.append(call.run()[:len(part)])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _outside(self, token: int) -> InputError:
+        return InputError(f"token id {token} is outside the vocabulary 0..{self.manifest.model.vocab_size - 1}.")
+
+    def _full(self, wanted: int) -> ContextFullError:
+        return ContextFullError(f"{wanted} more token{'s' if wanted > 1 else ''} after {self.position} do not fit into the context of {self.context}. "
+                                "Use a shorter prompt, or rebuild the bundle with a longer context (quern build --context).")
