@@ -4,7 +4,7 @@
 """
 from __future__ import annotations
 
-from targets.load import load, names
+from targets.files import load, names
 from targets.target import Target, TargetError
 
 __all__ = ["Target", "TargetError", "load", "names"]

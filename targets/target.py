@@ -1,4 +1,4 @@
-"""What the compiler and the kernels know of a device. Plain data: made by `targets.load`, read by everyone."""
+"""What the compiler and the kernels know of a device. Plain data: made by `targets.load()`, read by everyone."""
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -82,7 +82,7 @@ def _read(path: Path) -> dict[str, Any]:
         if table and table in document:
             if not isinstance(document[table], dict):
                 got = _toml_name(document[table])
-                raise TargetError(f"{path}: {table} is a {got}, but it must be a table: [{table}].")
+                raise TargetError(f"{path}: {table} is {document[table]!r}, {got}, but it must be a table: [{table}].")
             tables[table] = document[table]
     flat: dict[str, Any] = {}
     for table, values in tables.items():
@@ -104,14 +104,14 @@ def _check(path: Path, table: str, key: str, value: object) -> None:
     strings = not isinstance(value, list) or all(isinstance(item, str) for item in value)
     if type(value) is not want or not strings:
         needed = {str: "a string", int: "an integer", list: "a list of strings"}[want]
-        raise TargetError(f"{path}: {where} is {value!r}, a {_toml_name(value)}, but it must be {needed}.")
+        raise TargetError(f"{path}: {where} is {value!r}, {_toml_name(value)}, but it must be {needed}.")
     if want is int and isinstance(value, int) and value < 1:
         raise TargetError(f"{path}: {where} is {value}, but it must be at least 1.")
 
 
 def _toml_name(value: object) -> str:
-    names_of = {str: "string", int: "integer", float: "float", bool: "boolean", list: "list", dict: "table"}
-    return names_of.get(type(value), type(value).__name__)
+    names_of = {str: "a string", int: "an integer", float: "a float", bool: "a boolean", list: "a list"}
+    return names_of.get(type(value), "a table" if isinstance(value, dict) else "a date or time")
 
 
 def _target(name: str, path: Path, values: dict[str, Any]) -> Target:

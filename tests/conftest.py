@@ -1,0 +1,59 @@
+"""What all tests share: the rule that CI skips nothing unseen, and the emulated board."""
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+
+from tests.board import arm64
+
+# In CI a skip is a failure, unless its reason matches one of these: what no package can bring to a machine.
+ALLOWED_SKIPS = (
+    r"this CPU lacks ",  # a kernel for an instruction set that the CI machine does not have
+    r"no NVIDIA GPU",
+)
+IN_CI = bool(os.environ.get("CI"))
+
+
+def unwanted_skip(reason: str) -> bool:
+    """True for a reason that CI does not accept."""
+    text = reason.removeprefix("Skipped: ")
+    return not any(re.match(allowed, text) for allowed in ALLOWED_SKIPS)
+
+
+def _fail_if_skipped(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if unwanted_skip(reason):
+            report.outcome = "failed"
+            report.longrepr = f"{reason}\nIn CI this skip is a failure: tests/conftest.py lists the accepted reasons."
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, Any, Any]:
+    """A skipped test."""
+    report = yield
+    if IN_CI:
+        _fail_if_skipped(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, Any, Any]:
+    """A module that skips itself as a whole."""
+    report = yield
+    if IN_CI:
+        _fail_if_skipped(report)
+    return report
+
+
+@pytest.fixture(scope="session")
+def board() -> Any:
+    """`tests.board.arm64` with its root made: board.run(["-c", "print(1)"]) runs the board's Python."""
+    if missing := arm64.missing_tools():
+        pytest.skip(f"the emulated board needs {', '.join(missing)}: apt-get install qemu-user (on Debian or Ubuntu)")
+    arm64.root()
+    return arm64
