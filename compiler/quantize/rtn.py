@@ -159,12 +159,12 @@ def _encode(x: F32, step: F32, center: F32 | None, grid: Grid, lowest: int) -> t
     half = step.astype(np.float16)
     half = np.where((half == 0) & (step != 0), np.copysign(F16_TINY, half), half)  # never flush a group to zero
     scale = half.astype(np.float32)
-    divisor = np.where(scale == 0, np.float32(1), scale)
+    divisor: F32 = np.where(scale == 0, np.float32(1), scale)
     if center is None:
         zero = np.full(step.shape, grid.middle, np.float32)
     else:
         zero = np.rint(np.float32((grid.levels - 1) / 2) - center / divisor).clip(0, grid.levels - 1)
-    codes = x / divisor[..., None]
+    codes: F32 = x / divisor[..., None]
     np.rint(codes, out=codes)
     codes += zero[..., None]
     codes.clip(lowest, grid.levels - 1, out=codes)
