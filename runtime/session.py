@@ -1,7 +1,7 @@
 """One conversation with a model: its caches, where it is in the context, and the calls that move it on."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Optional
 
 import numpy as np
@@ -148,20 +148,17 @@ class Session:
         self.position += 1
         return row
 
-    def logits(self, ids: Sequence[int], out: Optional[Array] = None) -> Array:
-        """Take in tokens; gives the logits float32[len(ids), vocab] after each of them, in `out` when given."""
+    def logits(self, ids: Sequence[int]) -> Iterator[Array]:
+        """Take in tokens; gives the logits after each of them, float32[rows, vocab] call by call, len(ids) rows in all."""
         checked = self.check_ids(ids)
-        shape = (len(checked), self.manifest.model.vocab_size)
-        if out is None:
-            out = np.empty(shape, np.float32)
-        elif out.shape != shape:
-            raise ValueError(f"out has shape {out.shape}, but {shape} is needed")
+        return self._logits(checked)
+
+    def _logits(self, ids: Array) -> Iterator[Array]:
         done = 0
-        for chunk in self._planner.plan(len(checked)):
-            rows = self._run(chunk, checked[done:done + chunk.valid])
-            out[done:done + chunk.valid] = rows if chunk.tokens == 1 else self._head(rows[:chunk.valid])
+        for chunk in self._planner.plan(len(ids)):
+            rows = self._run(chunk, ids[done:done + chunk.valid])
             done += chunk.valid
-        return out
+            yield rows if chunk.tokens == 1 else self._head(rows[:chunk.valid])
 
     def check_ids(self, ids: Sequence[int]) -> Array:
         """The ids as int32[n]; refuses none, one outside the vocabulary, and more than the context has room for."""

@@ -1,0 +1,183 @@
+"""Command line of the runtime: python -m runtime generate | chat | info | logits BUNDLE ...
+
+Exit codes: 0 done, 2 a UserError (one message on stderr), 130 interrupted, 141 the reader of our output went away.
+"""
+from __future__ import annotations
+
+import time
+
+STARTED = time.perf_counter()  # first_token_s counts from here, so before the other imports
+
+import argparse  # noqa: E402
+import json  # noqa: E402
+import os  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Sequence  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import TYPE_CHECKING, Optional  # noqa: E402
+
+from .errors import InputError, UserError  # noqa: E402
+
+if TYPE_CHECKING:
+    from .bundle import Bundle
+    from .sampler import Sampler
+    from .session import Session
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """Run one command; gives the exit code."""
+    try:
+        for stream in (sys.stdin, sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # a terminal that cannot show a character gets "?", not a traceback
+                stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "replace")
+        options = parser().parse_args(arguments)
+        options.run(options)
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except MemoryError:
+        print("error: out of memory. Use a smaller model or context, or close other programs.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more when it ends: give it somewhere to write to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """All verbs and their options."""
+    top = argparse.ArgumentParser(prog="python -m runtime", description="Run a quern bundle.")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="generate | chat | info | logits")
+    generate = _verb(verbs, "generate", "continue a prompt", run_generate)
+    generate.add_argument("--prompt", required=True, help="text to continue")
+    _running_options(generate)
+    _sampling_options(generate, max_new_tokens=128)
+    generate.add_argument("--json", action="store_true", help="print one JSON object at the end instead of streaming text")
+    generate.add_argument("--ignore-eos", action="store_true", help="go on after an end token (for measurements)")
+    chat = _verb(verbs, "chat", "talk; /reset starts over, /exit leaves", run_chat)
+    chat.add_argument("--system", help="system message")
+    _running_options(chat)
+    _sampling_options(chat, max_new_tokens=512)
+    info = _verb(verbs, "info", "what is in a bundle, and whether it runs here", run_info)
+    info.add_argument("--json", action="store_true", help="print one JSON object")
+    logits = _verb(verbs, "logits", "logits after every token of a list of ids", run_logits)
+    logits.add_argument("--ids", required=True, type=Path, help=".npy file, integers [n]")
+    logits.add_argument("--out", required=True, type=Path, help=".npy file to write, float32 [n, vocabulary]")
+    _running_options(logits)
+    return top
+
+
+def _verb(verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str,
+          run: object) -> argparse.ArgumentParser:
+    verb = verbs.add_parser(name, help=text, description=text)
+    verb.add_argument("bundle", type=Path, help="bundle directory")
+    verb.set_defaults(run=run)
+    return verb
+
+
+def _running_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--threads", type=int, help="kernel threads (default: physical cores we may use)")
+    verb.add_argument("--no-verify-weights", action="store_true", help="do not check the digest of the weights file")
+
+
+def _sampling_options(verb: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    verb.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N")
+    verb.add_argument("--temperature", type=float, default=0.0, help="0 (default) always takes the most likely token")
+    verb.add_argument("--top-k", type=int, default=0, help="0 (default) is off")
+    verb.add_argument("--top-p", type=float, default=1.0, help="1 (default) is off")
+    verb.add_argument("--min-p", type=float, default=0.0, help="0 (default) is off")
+    verb.add_argument("--repetition-penalty", type=float, default=1.0, help="1 (default) is off")
+    verb.add_argument("--seed", type=int, help="makes sampling repeatable")
+    verb.add_argument("--stop", action="append", default=[], metavar="STR", help="end before this text; may be repeated")
+
+
+def _open(options: argparse.Namespace) -> tuple[Bundle, Session]:
+    from .bundle import open_bundle
+    from .session import Session
+
+    bundle = open_bundle(options.bundle, verify_weights=not options.no_verify_weights)
+    return bundle, Session(bundle, options.threads)
+
+
+def _sampler(options: argparse.Namespace, vocab_size: int) -> Sampler:
+    from .sampler import Sampler, Sampling
+
+    if options.max_new_tokens < 1:
+        raise InputError(f"max-new-tokens is {options.max_new_tokens}, but must be at least 1.")
+    return Sampler(Sampling(options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty,
+                            options.seed), vocab_size)
+
+
+def run_generate(options: argparse.Namespace) -> None:
+    """Stream a continuation to stdout and its statistics to stderr, or print both as JSON."""
+    from . import device
+    from .bundle import read_manifest
+    from .generate import Generation, Statistics
+    from .tokenizer import StopStrings, TextStream, Tokenizer
+
+    sampler, stops = _sampler(options, read_manifest(options.bundle).model.vocab_size), StopStrings(options.stop)
+    bundle, session = _open(options)
+    tokenizer, tokens = Tokenizer(bundle.tokenizer), bundle.manifest.tokens
+    ids = tokenizer.encode(options.prompt) or ([] if tokens.bos is None else [tokens.bos])
+    if not ids:
+        raise InputError("the prompt is empty and the model has no start token. Give some text with --prompt.")
+    load_s = time.perf_counter() - STARTED
+    ends = frozenset() if options.ignore_eos else frozenset(tokens.eos)
+    reply = Generation(session, sampler, options.max_new_tokens, Statistics(STARTED), ends)
+    text = []
+    for piece in reply.text(ids, TextStream(tokenizer.decode, ids), stops):
+        text.append(piece)
+        if not options.json:
+            print(piece, end="", flush=True)
+    s = reply.statistics
+    if options.json:
+        print(json.dumps({
+            "text": "".join(text), "tokens": reply.tokens, "prompt_tokens": s.prompt_tokens, "prefill_s": s.prefill_s,
+            "decode_s": s.decode_s, "first_token_s": s.first_token_s, "load_s": load_s, "stop_reason": reply.stop_reason,
+            "threads": session.threads, "peak_rss_mib": round(device.peak_rss_mib(), 1)}))
+        return
+    print(flush=True)
+    print(f"{len(reply.tokens)} tokens ({reply.stop_reason}), decode {s.decode_rate:.1f} tokens/s, "
+          f"prefill {s.prefill_rate:.1f} tokens/s ({s.prompt_tokens} tokens), first token after {s.first_token_s or 0:.2f} s, "
+          f"{session.threads} threads, peak memory {device.peak_rss_mib():.0f} MiB", file=sys.stderr)
+
+
+def run_chat(options: argparse.Namespace) -> None:
+    """Talk until /exit."""
+    from .bundle import read_manifest
+    from .chat import Conversation, converse, terminal_reader
+    from .tokenizer import StopStrings, Tokenizer
+
+    sampler = _sampler(options, read_manifest(options.bundle).model.vocab_size)
+    StopStrings(options.stop)  # refuses an empty one before anything is loaded
+    bundle, session = _open(options)
+    conversation = Conversation(session, Tokenizer(bundle.tokenizer), sampler, options.max_new_tokens, options.stop,
+                                options.system)
+    converse(conversation, terminal_reader(), lambda piece: print(piece, end="", flush=True))
+
+
+def run_info(options: argparse.Namespace) -> None:
+    """Describe a bundle."""
+    from . import info
+
+    print(json.dumps(info.as_json(options.bundle)) if options.json else info.as_text(options.bundle),
+          end="\n" if options.json else "")
+
+
+def run_logits(options: argparse.Namespace) -> None:
+    """Write the logits of a list of ids."""
+    from .logits_file import read_ids, write_logits
+
+    ids = read_ids(options.ids)
+    if options.out.is_dir() or not options.out.parent.is_dir():
+        raise InputError(f"{options.out}: cannot be written: it is a directory, or is in a directory that does not exist.")
+    write_logits(_open(options)[1], ids, options.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

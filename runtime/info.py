@@ -1,0 +1,47 @@
+"""What a bundle is and whether it runs here, for people and as JSON. Reads the manifest only, so any machine will do."""
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from . import device
+from .bundle import read_manifest
+from .manifest import Manifest
+
+
+def as_json(path: Path) -> dict[str, Any]:
+    """The manifest's keys (chunk digests left out) and `refusals`: why this machine cannot run it, empty when it can."""
+    manifest = read_manifest(path)
+    data = asdict(manifest)
+    for digest in data["files"].values():
+        del digest["chunks"]
+    return {**data, "refusals": device.refusals(manifest.target)}
+
+
+def as_text(path: Path) -> str:
+    """The same in a dozen lines."""
+    manifest = read_manifest(path)
+    model, target, refusals = manifest.model, manifest.target, device.refusals(manifest.target)
+    rows = {
+        "model": f"{model.name} ({model.type}), {model.parameters:,} parameters, {model.layers} layers, "
+                 f"vocabulary {model.vocab_size}",
+        "context": f"{model.context} tokens",
+        "quantisation": ", ".join(f"{k} {v}" for k, v in manifest.quantization.items() if v is not None),
+        "target": f"{target.name}: {target.triple}, {target.cpu}, glibc {target.glibc}"
+                  + (f", {' '.join(target.features)}" if target.features else ""),
+        "tvm": f"{manifest.tvm.version}, ffi {manifest.tvm.ffi_version}",
+        "memory": _memory(manifest),
+        "functions": " ".join(manifest.functions),
+        "chat": "turns" if manifest.chat else "none (plain text)",
+        "files": ", ".join(f"{name} {digest.bytes:,} B" for name, digest in sorted(manifest.files.items())),
+        "runs here": "no: " + "; ".join(refusals) if refusals else "yes",
+    }
+    return "".join(f"{name + ':':<14}{value}\n" for name, value in rows.items())
+
+
+def _memory(manifest: Manifest) -> str:
+    memory = manifest.memory
+    parts = (("weights", memory.weights_bytes), ("caches", memory.cache_bytes), ("activations", memory.activation_bytes),
+             ("planned peak", memory.planned_peak_bytes))
+    return ", ".join(f"{name} {count / (1 << 20):.1f} MiB" for name, count in parts)
