@@ -6,9 +6,14 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """A mistake in the user's input or request, not in quern."""
+    """A mistake in the user's input or request, not in quern. Control characters in the message come out escaped."""
 
     exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        # Names from a hostile file may stand in a message: none may move the cursor of a terminal.
+        shown = message if message.isprintable() else "".join(map(_visible, message))
+        super().__init__(shown)
 
 
 class CheckpointError(UserError):
@@ -25,3 +30,7 @@ class FormatError(UserError):
 
 class UnsupportedError(UserError):
     """The input is sound, but quern cannot handle it (yet)."""
+
+
+def _visible(character: str) -> str:
+    return character if character.isprintable() or character == "\n" else ascii(character)[1:-1]

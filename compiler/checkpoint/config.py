@@ -17,6 +17,7 @@ from compiler.errors import ConfigError
 
 QUANTIZATION = "quantization_config"
 QUANTIZATION_FILES = ("quantize_config.json", "quantization_config.json", "quant_config.json")
+LONGEST_NAME = 80  # characters of a key that a message shows
 MOST_NAMED = 6  # unhandled keys one message names
 # Where the file comes from, how it was trained, how a library runs it: never what the model computes.
 PROVENANCE = frozenset({
@@ -55,7 +56,8 @@ class Config:
     @classmethod
     def of(cls, data: Mapping[str, Any], file: Path | str, prefix: str = "") -> Config:
         """A Config over a parsed JSON object; prefix is its dotted place in the file ("rope_parameters.")."""
-        return cls({key: Entry(value, f"{file}: {prefix}{key}") for key, value in data.items()}, f"{file}: {prefix}")
+        entries = {key: Entry(value, f"{file}: {prefix}{key[:LONGEST_NAME]}") for key, value in data.items()}
+        return cls(entries, f"{file}: {prefix}")
 
     @property
     def data(self) -> dict[str, Any]:
@@ -134,7 +136,7 @@ class Config:
             self._refuse(key, "an object")
         if key not in self._sections:
             where = self.where(key)
-            entries = {child: Entry(item, f"{where}.{child}") for child, item in value.items()}
+            entries = {child: Entry(item, f"{where}.{child[:LONGEST_NAME]}") for child, item in value.items()}
             self._sections[key] = Config(entries, f"{where}.")
         return self._sections[key]
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-SPELLED = {"float16": "F16", "float32": "F32", "int32": "I32", "int64": "I64", "uint8": "U8", "int8": "I8", "uint16": "BF16"}
+SPELLED = {"float16": "F16", "float32": "F32", "int32": "I32", "int64": "I64", "uint8": "U8", "int8": "I8",
+           "uint16": "BF16"}
 
 
 def header(tensors: dict[str, np.ndarray]) -> tuple[dict[str, Any], bytes]:

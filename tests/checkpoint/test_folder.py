@@ -77,13 +77,15 @@ def test_refuses_indexes_that_lie(tmp_path: Path) -> None:
         assert refusal(sharded(tmp_path, weight_map)) == message
 
 
-@pytest.mark.parametrize("shard", ["../1.safetensors", "/etc/passwd", "sub/1.safetensors", "..", "", "1.bin", "a\\b.safetensors",
-                                   ".safetensors", "x\0.safetensors", "\ud800.safetensors"])
+@pytest.mark.parametrize("shard", [
+    "../1.safetensors", "/etc/passwd", "sub/1.safetensors", "..", "", "1.bin", "a\\b.safetensors", ".safetensors",
+    "x\0.safetensors", "\ud800.safetensors",
+])
 def test_refuses_shards_outside_the_folder(tmp_path: Path, shard: str) -> None:
     message = refusal(sharded(tmp_path, {"a": shard}))
     index = tmp_path / "model.safetensors.index.json"
-    assert message == (f"{index} names the shard {shard!r}, but a shard must be a .safetensors file in the same folder, "
-                       f"without any path. Fetch the index from a source you trust.")
+    assert message == (f"{index} names the shard {shard!r}, but a shard must be a .safetensors file in the same "
+                       f"folder, without any path. Fetch the index from a source you trust.")
 
 
 def test_refuses_a_tensor_in_two_shards(tmp_path: Path) -> None:
@@ -119,17 +121,17 @@ def test_refuses_folders_without_tensors(tmp_path: Path) -> None:
         f"{tmp_path} holds a GGUF file. quern reads safetensors: take that form of the model.")
     (tmp_path / "pytorch_model.bin").touch()
     assert refusal(tmp_path, UnsupportedError) == (
-        f"{tmp_path} has its weights in pytorch_model.bin only. That is a Python pickle, which can run any code when it "
-        f"is read, so quern does not read it. Convert it where you trust it: load the model with transformers and "
+        f"{tmp_path} has its weights in pytorch_model.bin only. That is a Python pickle, which can run any code when "
+        f"it is read, so quern does not read it. Convert it where you trust it: load the model with transformers and "
         f"save_pretrained(folder, safe_serialization=True), or take the safetensors form of the same model.")
     write_safetensors(tmp_path / "adapter_model.safetensors", A)
     assert refusal(tmp_path, UnsupportedError) == (
-        f"{tmp_path} holds a LoRA adapter, not a model. Merge it into its base model first (peft: merge_and_unload, then "
-        f"save_pretrained).")
+        f"{tmp_path} holds a LoRA adapter, not a model. Merge it into its base model first (peft: merge_and_unload, "
+        f"then save_pretrained).")
 
 
 def test_refuses_what_is_not_a_checkpoint_folder(tmp_path: Path) -> None:
-    assert refusal(tmp_path / "no") == (f"{tmp_path / 'no'} is not a folder. Give the folder that holds config.json and "
-                                        f"the .safetensors files.")
+    assert refusal(tmp_path / "no") == (f"{tmp_path / 'no'} is not a folder. Give the folder that holds config.json "
+                                        f"and the .safetensors files.")
     assert refusal(tmp_path) == (f"{tmp_path / 'config.json'}: No such file or directory. "
                                  f"Check that the checkpoint was copied whole.")

@@ -64,17 +64,19 @@ def entry(dtype: Any = "U8", shape: Any = None, offsets: Any = None, **more: Any
 
 
 DAMAGED_ENTRIES = {
-    "missing key": ({"dtype": "U8", "shape": [4]}, """is described by {"dtype": "U8", "shape": [4]}, but needs dtype, """
-                    "shape and data_offsets and nothing else"),
+    "missing key": ({"dtype": "U8", "shape": [4]}, """is described by {"dtype": "U8", "shape": [4]}, but needs """
+                    "dtype, shape and data_offsets and nothing else"),
     "not an object": (7, "is described by 7, but needs dtype, shape and data_offsets and nothing else"),
     "dtype": (entry(dtype="F4"), f"has dtype 'F4', but quern knows {', '.join(reader.DTYPES)}"),
     "unhashable dtype": (entry(dtype=[]), f"has dtype [], but quern knows {', '.join(reader.DTYPES)}"),
     "negative size": (entry(shape=[-4]), "has shape [-4], but needs a list of at most 8 integers >= 0"),
     "fraction": (entry(shape=[4.0]), "has shape [4.0], but needs a list of at most 8 integers >= 0"),
     "boolean": (entry(shape=[True]), "has shape [true], but needs a list of at most 8 integers >= 0"),
-    "rank": (entry(shape=[1] * 9), "has shape [1, 1, 1, 1, 1, 1, 1, 1, 1], but needs a list of at most 8 integers >= 0"),
+    "rank": (entry(shape=[1] * 9),
+             "has shape [1, 1, 1, 1, 1, 1, 1, 1, 1], but needs a list of at most 8 integers >= 0"),
     "backwards": (entry(offsets=[4, 0]), "has data_offsets [4, 0], but needs [begin, end] with 0 <= begin <= end"),
-    "three offsets": (entry(offsets=[0, 2, 4]), "has data_offsets [0, 2, 4], but needs [begin, end] with 0 <= begin <= end"),
+    "three offsets": (entry(offsets=[0, 2, 4]),
+                      "has data_offsets [0, 2, 4], but needs [begin, end] with 0 <= begin <= end"),
     "size": (entry(dtype="F32"), "is F32 [4], which is 16 bytes, but data_offsets [0, 4] hold 4"),
     "huge": (entry(shape=[2**62, 2**62]), "is U8 [4611686018427387904, 4611686018427387904], which is "
              "21267647932558653966460912964485513216 bytes, but data_offsets [0, 4] hold 4"),
@@ -123,8 +125,8 @@ def test_refuses_wrong_lengths(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError) as error:
             reader.read_header(path)
         assert str(error.value) == (
-            f"{path}: the header claims {length} bytes, but the file has 10 and a header at most 33554432. Either it was "
-            f"cut short, or it is not a safetensors file: fetch it again.")
+            f"{path}: the header claims {length} bytes, but the file has 10 and a header at most 33554432. Either it "
+            f"was cut short, or it is not a safetensors file: fetch it again.")
 
 
 def layout(tmp_path: Path, spans: dict[str, tuple[int, int]], size: int) -> str:
@@ -156,4 +158,5 @@ def test_refuses_what_is_not_a_file(tmp_path: Path) -> None:
     assert str(error.value) == f"{tmp_path} is not a regular file. Put the file itself there."
     with pytest.raises(CheckpointError) as error:
         reader.read_header(tmp_path / "no")
-    assert str(error.value) == f"{tmp_path / 'no'}: No such file or directory. Check that the checkpoint was copied whole."
+    assert str(error.value) == (f"{tmp_path / 'no'}: No such file or directory. "
+                                f"Check that the checkpoint was copied whole.")
