@@ -2,6 +2,7 @@
 
 Exit codes: 0 done, 2 a UserError (one message on stderr), 130 interrupted, 141 the reader of our output went away.
 """
+
 from __future__ import annotations
 
 import time
@@ -57,7 +58,9 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--prompt", required=True, help="text to continue")
     _running_options(generate)
     _sampling_options(generate, max_new_tokens=128)
-    generate.add_argument("--json", action="store_true", help="print one JSON object at the end instead of streaming text")
+    generate.add_argument(
+        "--json", action="store_true", help="print one JSON object at the end instead of streaming text"
+    )
     generate.add_argument("--ignore-eos", action="store_true", help="go on after an end token (for measurements)")
     chat = _verb(verbs, "chat", "talk; /reset starts over, /exit leaves", run_chat)
     chat.add_argument("--system", help="system message")
@@ -72,8 +75,9 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _verb(verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str,
-          run: object) -> argparse.ArgumentParser:
+def _verb(
+    verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str, run: object
+) -> argparse.ArgumentParser:
     verb = verbs.add_parser(name, help=text, description=text)
     verb.add_argument("bundle", type=Path, help="bundle directory")
     verb.set_defaults(run=run)
@@ -93,7 +97,9 @@ def _sampling_options(verb: argparse.ArgumentParser, max_new_tokens: int) -> Non
     verb.add_argument("--min-p", type=float, default=0.0, help="0 (default) is off")
     verb.add_argument("--repetition-penalty", type=float, default=1.0, help="1 (default) is off")
     verb.add_argument("--seed", type=int, help="makes sampling repeatable")
-    verb.add_argument("--stop", action="append", default=[], metavar="STR", help="end before this text; may be repeated")
+    verb.add_argument(
+        "--stop", action="append", default=[], metavar="STR", help="end before this text; may be repeated"
+    )
 
 
 def _open(options: argparse.Namespace) -> tuple[Bundle, Session]:
@@ -109,8 +115,12 @@ def _sampler(options: argparse.Namespace, vocab_size: int) -> Sampler:
 
     if options.max_new_tokens < 1:
         raise InputError(f"max-new-tokens is {options.max_new_tokens}, but must be at least 1.")
-    return Sampler(Sampling(options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty,
-                            options.seed), vocab_size)
+    return Sampler(
+        Sampling(
+            options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty, options.seed
+        ),
+        vocab_size,
+    )
 
 
 def run_generate(options: argparse.Namespace) -> None:
@@ -136,15 +146,31 @@ def run_generate(options: argparse.Namespace) -> None:
             print(piece, end="", flush=True)
     s = reply.statistics
     if options.json:
-        print(json.dumps({
-            "text": "".join(text), "tokens": reply.tokens, "prompt_tokens": s.prompt_tokens, "prefill_s": s.prefill_s,
-            "decode_s": s.decode_s, "first_token_s": s.first_token_s, "load_s": load_s, "stop_reason": reply.stop_reason,
-            "threads": session.threads, "peak_rss_mib": round(device.peak_rss_mib(), 1)}))
+        print(
+            json.dumps(
+                {
+                    "text": "".join(text),
+                    "tokens": reply.tokens,
+                    "prompt_tokens": s.prompt_tokens,
+                    "prefill_s": s.prefill_s,
+                    "decode_s": s.decode_s,
+                    "first_token_s": s.first_token_s,
+                    "load_s": load_s,
+                    "stop_reason": reply.stop_reason,
+                    "threads": session.threads,
+                    "peak_rss_mib": round(device.peak_rss_mib(), 1),
+                }
+            )
+        )
         return
     print(flush=True)
-    print(f"{len(reply.tokens)} tokens ({reply.stop_reason}), decode {s.decode_rate:.1f} tokens/s, "
-          f"prefill {s.prefill_rate:.1f} tokens/s ({s.prompt_tokens} tokens), first token after {s.first_token_s or 0:.2f} s, "
-          f"{session.threads} threads, peak memory {device.peak_rss_mib():.0f} MiB", file=sys.stderr)
+    print(
+        f"{len(reply.tokens)} tokens ({reply.stop_reason}), decode {s.decode_rate:.1f} tokens/s, "
+        f"prefill {s.prefill_rate:.1f} tokens/s ({s.prompt_tokens} tokens), "
+        f"first token after {s.first_token_s or 0:.2f} s, "
+        f"{session.threads} threads, peak memory {device.peak_rss_mib():.0f} MiB",
+        file=sys.stderr,
+    )
 
 
 def run_chat(options: argparse.Namespace) -> None:
@@ -156,8 +182,9 @@ def run_chat(options: argparse.Namespace) -> None:
     sampler = _sampler(options, read_manifest(options.bundle).model.vocab_size)
     StopStrings(options.stop)  # refuses an empty one before anything is loaded
     bundle, session = _open(options)
-    conversation = Conversation(session, Tokenizer(bundle.tokenizer), sampler, options.max_new_tokens, options.stop,
-                                options.system)
+    conversation = Conversation(
+        session, Tokenizer(bundle.tokenizer), sampler, options.max_new_tokens, options.stop, options.system
+    )
     converse(conversation, terminal_reader(), lambda piece: print(piece, end="", flush=True))
 
 
@@ -165,8 +192,10 @@ def run_info(options: argparse.Namespace) -> None:
     """Describe a bundle."""
     from . import info
 
-    print(json.dumps(info.as_json(options.bundle)) if options.json else info.as_text(options.bundle),
-          end="\n" if options.json else "")
+    print(
+        json.dumps(info.as_json(options.bundle)) if options.json else info.as_text(options.bundle),
+        end="\n" if options.json else "",
+    )
 
 
 def run_logits(options: argparse.Namespace) -> None:
@@ -175,7 +204,9 @@ def run_logits(options: argparse.Namespace) -> None:
 
     ids = read_ids(options.ids)
     if options.out.is_dir() or not options.out.parent.is_dir():
-        raise InputError(f"{options.out}: cannot be written: it is a directory, or is in a directory that does not exist.")
+        raise InputError(
+            f"{options.out}: cannot be written: it is a directory, or is in a directory that does not exist."
+        )
     write_logits(_open(options)[1], ids, options.out)
 
 

@@ -3,6 +3,7 @@
 No code of the bundle runs here. The weights are mapped read-only and handed out as views, so that a model takes its
 memory once, in the page cache, and other processes share it.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -42,8 +43,10 @@ class Bundle:
     def tokenizer(self) -> Path:
         """tokenizer.json, checked like every file; BundleError when the bundle was built without one."""
         if "tokenizer.json" not in self.manifest.files:
-            raise BundleError(f"{self.path}: has no tokenizer.json, so it takes ids, not text. "
-                              "Use the logits command, or rebuild the bundle from a checkpoint that has a tokenizer.")
+            raise BundleError(
+                f"{self.path}: has no tokenizer.json, so it takes ids, not text. "
+                "Use the logits command, or rebuild the bundle from a checkpoint that has a tokenizer."
+            )
         return self.path / "tokenizer.json"
 
 
@@ -59,8 +62,9 @@ def read_manifest(path: Path) -> Manifest:
     if not path.is_dir():
         raise BundleError(f"{path}: is not a directory. A bundle is a directory with a {manifest.FILE_NAME}.")
     if not (path / manifest.FILE_NAME).is_file():
-        raise BundleError(f"{path}: has no {manifest.FILE_NAME}, so it is not a bundle. "
-                          "Point at a directory that quern built.")
+        raise BundleError(
+            f"{path}: has no {manifest.FILE_NAME}, so it is not a bundle. Point at a directory that quern built."
+        )
     return manifest.load(path / manifest.FILE_NAME)
 
 
@@ -87,7 +91,9 @@ def _check_size(path: Path, digest: FileDigest) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise BundleError(f"{path}: is not a regular file. Copy the bundle again.")
     if status.st_size != digest.bytes:
-        raise BundleError(f"{path}: has {status.st_size} bytes, but the manifest says {digest.bytes}. Copy the bundle again.")
+        raise BundleError(
+            f"{path}: has {status.st_size} bytes, but the manifest says {digest.bytes}. Copy the bundle again."
+        )
 
 
 def _check_digest(path: Path, digest: FileDigest) -> None:
@@ -121,14 +127,14 @@ def _map_weights(path: Path, found: Manifest, verify: bool) -> dict[str, Array]:
 
 
 def _check_mapping(path: Path, mapping: mmap.mmap, digest: FileDigest) -> None:
-    """Hash the chunks in threads (hashlib lets go of the interpreter lock). It also warms the mapping for the first token."""
+    """Hash the chunks in threads (hashlib lets go of the interpreter lock). Warms the mapping, too."""
     from concurrent.futures import ThreadPoolExecutor
 
     step = digest.chunk_bytes or max(1, digest.bytes)
     expected = digest.chunks or (digest.sha256,)
 
     def intact(index: int) -> bool:
-        with memoryview(mapping) as view, view[index * step:(index + 1) * step] as chunk:
+        with memoryview(mapping) as view, view[index * step : (index + 1) * step] as chunk:
             return hashlib.sha256(chunk).hexdigest() == expected[index]
 
     with ThreadPoolExecutor(device.default_threads()) as pool:

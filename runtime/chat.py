@@ -3,6 +3,7 @@
 manifest.chat states the text around each part, so no template engine is needed on the device. A bundle without it gets
 the plain form: what you type continues the text.
 """
+
 from __future__ import annotations
 
 import sys
@@ -29,14 +30,19 @@ class Part(NamedTuple):
 def turn(chat: Optional[ChatFormat], text: str, first: bool, system: Optional[str] = None) -> list[Part]:
     """What to take in for a user's turn, up to where the assistant begins to speak.
 
-    Follows the model's own template: start, system, user, generation prompt; a later turn first closes the reply before.
+    Follows the model's own template: start, system, user, generation prompt; later turns first close the reply before.
     """
     if chat is None:
         return [Part("" if first else "\n", False), Part(text, True)]
     parts = [Part(chat.start if first else chat.assistant[1], False)]
     if first and system is not None:
         parts += [Part(chat.system[0], False), Part(system, True), Part(chat.system[1], False)]
-    parts += [Part(chat.user[0], False), Part(text, True), Part(chat.user[1], False), Part(chat.generation_prompt, False)]
+    parts += [
+        Part(chat.user[0], False),
+        Part(text, True),
+        Part(chat.user[1], False),
+        Part(chat.generation_prompt, False),
+    ]
     return parts
 
 
@@ -53,8 +59,15 @@ def encode(tokenizer: Tokenizer, parts: Sequence[Part], special: bool) -> list[i
 class Conversation:
     """Keeps the session's cache in step with what was said. A turn that does not fit leaves everything as it was."""
 
-    def __init__(self, session: Session, tokenizer: Tokenizer, sampler: Sampler, max_new_tokens: int,
-                 stops: Sequence[str] = (), system: Optional[str] = None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        tokenizer: Tokenizer,
+        sampler: Sampler,
+        max_new_tokens: int,
+        stops: Sequence[str] = (),
+        system: Optional[str] = None,
+    ) -> None:
         self._session, self._tokenizer, self._sampler = session, tokenizer, sampler
         self._max_new_tokens, self._stops, self._system = max_new_tokens, tuple(stops), system
         self._chat = session.manifest.chat
@@ -70,7 +83,11 @@ class Conversation:
 
     def say(self, text: str) -> Iterator[str]:
         """Take in the user's turn and yield the reply as it grows. Raises ContextFullError before anything changes."""
-        ids = encode(self._tokenizer, turn(self._chat, text, self._first, self._system), special=self._chat is None and self._first)
+        ids = encode(
+            self._tokenizer,
+            turn(self._chat, text, self._first, self._system),
+            special=self._chat is None and self._first,
+        )
         bos = self._session.manifest.tokens.bos
         ids = self._pending + ids or ([] if bos is None else [bos])
         self._session.check_ids(ids)
@@ -108,6 +125,7 @@ def converse(conversation: Conversation, read: Callable[[], str], write: Callabl
 def terminal_reader() -> Callable[[], str]:
     """Lines from standard input: with a prompt and line editing on a terminal, silent in a pipe."""
     if not sys.stdin.isatty():
+
         def from_pipe() -> str:
             line = sys.stdin.readline()
             if not line:

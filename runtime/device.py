@@ -2,8 +2,10 @@
 
 Everything is read from the kernel's text files, so that it can be asked before any compiled code is loaded.
 """
+
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -17,10 +19,14 @@ from .manifest import Target
 CPUINFO, CGROUP, CPU_FOLDER = Path("/proc/cpuinfo"), Path("/sys/fs/cgroup"), Path("/sys/devices/system/cpu")
 
 # Linux arch/arm64/include/uapi/asm/hwcap.h: the names /proc/cpuinfo prints, by bit of AT_HWCAP and AT_HWCAP2.
-_HWCAP = ("fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm jscvt fcma lrcpc dcpop sha3 sm3 "
-          "sm4 asimddp sha512 sve asimdfhm dit uscat ilrcpc flagm ssbs sb paca pacg").split()
-_HWCAP2 = ("dcpodp sve2 sveaes svepmull svebitperm svesha3 svesm4 flagm2 frint svei8mm svef32mm svef64mm svebf16 i8mm bf16 "
-           "dgh rng bti").split()
+_HWCAP = (  # noqa: SIM905
+    "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm jscvt fcma lrcpc dcpop sha3 sm3 "
+    "sm4 asimddp sha512 sve asimdfhm dit uscat ilrcpc flagm ssbs sb paca pacg"
+).split()
+_HWCAP2 = (  # noqa: SIM905
+    "dcpodp sve2 sveaes svepmull svebitperm svesha3 svesm4 flagm2 frint svei8mm svef32mm svef64mm svebf16 i8mm bf16 "
+    "dgh rng bti"
+).split()
 
 
 def arch() -> str:
@@ -48,8 +54,12 @@ def _arm64_capabilities() -> frozenset[str]:
 
     getauxval = ctypes.CDLL(None).getauxval
     getauxval.restype, getauxval.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
-    return frozenset(name for key, names in ((16, _HWCAP), (26, _HWCAP2))
-                     for bit, name in enumerate(names) if getauxval(key) >> bit & 1)
+    return frozenset(
+        name
+        for key, names in ((16, _HWCAP), (26, _HWCAP2))
+        for bit, name in enumerate(names)
+        if getauxval(key) >> bit & 1
+    )
 
 
 def glibc() -> Optional[str]:
@@ -71,8 +81,10 @@ def refusals(target: Target) -> list[str]:
         found.append(f"it is built for {target.name} ({target.cpu}), but this CPU lacks {', '.join(missing)}")
     have = glibc()
     if have is None or _version(have) < _version(target.glibc):
-        found.append(f"it needs glibc {target.glibc} or later, but this machine has "
-                     f"{'no glibc' if have is None else 'glibc ' + have}")
+        found.append(
+            f"it needs glibc {target.glibc} or later, but this machine has "
+            f"{'no glibc' if have is None else 'glibc ' + have}"
+        )
     return found
 
 
@@ -80,8 +92,10 @@ def require(target: Target, where: str) -> None:
     """Raise DeviceError when this machine cannot run code for `target`."""
     found = refusals(target)
     if found:
-        raise DeviceError(f"{where}: cannot run here: {'; '.join(found)}. "
-                          "Rebuild the bundle for this machine's target (quern targets).")
+        raise DeviceError(
+            f"{where}: cannot run here: {'; '.join(found)}. "
+            "Rebuild the bundle for this machine's target (quern targets)."
+        )
 
 
 def _version(text: str) -> tuple[int, ...]:
@@ -91,10 +105,8 @@ def _version(text: str) -> tuple[int, ...]:
 def memory_bytes() -> Optional[int]:
     """Memory this process may use: installed, or the cgroup's limit when that is lower. None when unknown."""
     limits = []
-    try:
+    with contextlib.suppress(ValueError, OSError):
         limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    except (ValueError, OSError):
-        pass
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
         text = _read(CGROUP / name)
         if text.isdigit():
@@ -138,7 +150,7 @@ def physical_cores(cpus: Iterable[int]) -> int:
 
 
 def cpu_quota() -> Optional[float]:
-    """CPUs' worth of time that cgroup v2 (cpu.max) or v1 (cfs quota) grants, the tightest up the tree; None = no limit."""
+    """CPUs of time that cgroup v2 (cpu.max) or v1 (cfs quota) grants, the tightest up the tree. None: no limit."""
     quotas = []
     for line in _read(Path("/proc/self/cgroup")).splitlines():
         _, _, rest = line.partition(":")
@@ -174,6 +186,7 @@ def _read(path: Path) -> str:
 
 def fastest(cpus: Iterable[int]) -> int:
     """The CPU that TVM reserves for its caller: the highest clock, then the lowest number (threading_backend.cc)."""
+
     def rank(cpu: int) -> tuple[int, int]:
         text = _read(CPU_FOLDER / f"cpu{cpu}/cpufreq/cpuinfo_max_freq")
         return -int(text) if text.isdigit() else 0, cpu

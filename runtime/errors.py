@@ -1,4 +1,5 @@
-"""What a user can get wrong. Each message says where, what it is, what is needed and what to do; the CLI exits with 2."""
+"""What a user can get wrong. Messages say where, what it is, what is needed and what to do; the CLI exits with 2."""
+
 from __future__ import annotations
 
 

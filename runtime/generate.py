@@ -1,4 +1,5 @@
 """The loop: take in a prompt, choose a token, take it in, until something says stop. With its clock."""
+
 from __future__ import annotations
 
 import time
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Statistics:
-    """What a run took, in seconds and tokens. `first_token_s` counts from `started`; decode excludes the first token."""
+    """What a run took. `first_token_s` counts from `started`; decode leaves out the first token."""
 
     started: float
     prompt_tokens: int = 0

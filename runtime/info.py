@@ -1,4 +1,5 @@
-"""What a bundle is and whether it runs here, for people and as JSON. Reads the manifest only, so any machine will do."""
+"""What a bundle is and whether it runs here, for people and as JSON. Reads the manifest only: any machine will do."""
+
 from __future__ import annotations
 
 from dataclasses import asdict
@@ -11,7 +12,7 @@ from .manifest import Manifest
 
 
 def as_json(path: Path) -> dict[str, Any]:
-    """The manifest's keys (chunk digests left out) and `refusals`: why this machine cannot run it, empty when it can."""
+    """The manifest's keys (chunk digests left out) and `refusals`: why this machine cannot run it; empty if it can."""
     manifest = read_manifest(path)
     data = asdict(manifest)
     for digest in data["files"].values():
@@ -25,11 +26,11 @@ def as_text(path: Path) -> str:
     model, target, refusals = manifest.model, manifest.target, device.refusals(manifest.target)
     rows = {
         "model": f"{model.name} ({model.type}), {model.parameters:,} parameters, {model.layers} layers, "
-                 f"vocabulary {model.vocab_size}",
+        f"vocabulary {model.vocab_size}",
         "context": f"{model.context} tokens",
         "quantisation": ", ".join(f"{k} {v}" for k, v in manifest.quantization.items() if v is not None),
         "target": f"{target.name}: {target.triple}, {target.cpu}, glibc {target.glibc}"
-                  + (f", {' '.join(target.features)}" if target.features else ""),
+        + (f", {' '.join(target.features)}" if target.features else ""),
         "tvm": f"{manifest.tvm.version}, ffi {manifest.tvm.ffi_version}",
         "memory": _memory(manifest),
         "functions": " ".join(manifest.functions),
@@ -42,6 +43,10 @@ def as_text(path: Path) -> str:
 
 def _memory(manifest: Manifest) -> str:
     memory = manifest.memory
-    parts = (("weights", memory.weights_bytes), ("caches", memory.cache_bytes), ("activations", memory.activation_bytes),
-             ("planned peak", memory.planned_peak_bytes))
+    parts = (
+        ("weights", memory.weights_bytes),
+        ("caches", memory.cache_bytes),
+        ("activations", memory.activation_bytes),
+        ("planned peak", memory.planned_peak_bytes),
+    )
     return ", ".join(f"{name} {count / (1 << 20):.1f} MiB" for name, count in parts)

@@ -1,4 +1,5 @@
 """Ids in, logits out, as .npy files: how a bundle is compared with a reference. Nothing is left behind on failure."""
+
 from __future__ import annotations
 
 import contextlib
@@ -32,7 +33,7 @@ def read_ids(path: Path) -> Array:
 
 
 def write_logits(session: Session, ids: Array, path: Path) -> None:
-    """Run the ids from an empty context and write float32[n, vocab] to `path`, which appears only when it is complete."""
+    """Run ids from an empty context and write float32[n, vocab] to `path`, which appears only when it is complete."""
     blocks = session.logits(ids)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     header = {"descr": "<f4", "fortran_order": False, "shape": (len(ids), session.manifest.model.vocab_size)}

@@ -3,6 +3,7 @@
 The dataclasses below are the schema: every key is needed, an unknown key is an error. `load` and `dump` both run
 `manifest_check.check`, so that neither side can hold a manifest that the other would refuse.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -170,8 +171,10 @@ def load(path: Path) -> Manifest:
     except OSError as error:
         raise ManifestError(f"{path}: cannot be read: {error.strerror}.") from None
     if len(raw) > MAX_MANIFEST_BYTES:
-        raise ManifestError(f"{path}: larger than {MAX_MANIFEST_BYTES >> 20} MiB, so it is no manifest. "
-                            "Point at a directory that quern built.")
+        raise ManifestError(
+            f"{path}: larger than {MAX_MANIFEST_BYTES >> 20} MiB, so it is no manifest. "
+            "Point at a directory that quern built."
+        )
     return loads(raw, str(path))
 
 
@@ -184,16 +187,21 @@ def loads(raw: Union[str, bytes], where: str = FILE_NAME) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise ManifestError(f"{where}: not valid JSON ({error}). Copy the bundle again or rebuild it.") from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise ManifestError(f'{where}: no "format": "{FORMAT}", so this is not a quern bundle. '
-                            "Point at a directory that quern built.")
+        raise ManifestError(
+            f'{where}: no "format": "{FORMAT}", so this is not a quern bundle. Point at a directory that quern built.'
+        )
     for key, known in (("version", VERSION), ("abi", ABI)):
         got = data.get(key)
         if got != known or isinstance(got, bool):
-            raise ManifestError(f"{where}: {key} is {got!r}, but this runtime reads {key} {known}. "
-                                "Rebuild the bundle with this release of quern, or use the runtime of the release that built it.")
+            raise ManifestError(
+                f"{where}: {key} is {got!r}, but this runtime reads {key} {known}. "
+                "Rebuild the bundle with this release of quern, or use the runtime of the release that built it."
+            )
     if data.get("sha256") != _digest_of_keys(data):
-        raise ManifestError(f"{where}: is damaged or was changed by hand: its sha256 is not that of its other keys. "
-                            "Copy the bundle again or rebuild it.")
+        raise ManifestError(
+            f"{where}: is damaged or was changed by hand: its sha256 is not that of its other keys. "
+            "Copy the bundle again or rebuild it."
+        )
     body = {key: value for key, value in data.items() if key not in ("format", "version", "abi", "sha256")}
     manifest: Manifest = _decode(Manifest, body, where, "")
     check(manifest, where)
@@ -275,7 +283,7 @@ def _decode(kind: Any, value: Any, where: str, key: str) -> Any:
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
         if len(kinds) != len(value):
             raise _mismatch(where, key, value, f"a list of {len(kinds)}")
-        return tuple(_decode(k, v, where, f"{key}[{i}]") for i, (k, v) in enumerate(zip(kinds, value)))
+        return tuple(_decode(kinds[i], item, where, f"{key}[{i}]") for i, item in enumerate(value))
     if origin is dict and isinstance(value, dict):
         return {name: _decode(args[1], v, where, f"{key}.{name}") for name, v in value.items()}
     if kind in (str, int) and isinstance(value, kind) and not isinstance(value, bool):
@@ -300,4 +308,6 @@ def _decode_record(kind: Any, value: Any, where: str, key: str) -> Any:
 def _mismatch(where: str, key: str, value: Any, needed: str) -> ManifestError:
     got = json.dumps(value)
     got = got if len(got) <= 60 else got[:57] + "..."
-    return ManifestError(f"{where}: {key} is {got}, but {needed} is needed. Rebuild the bundle with this release of quern.")
+    return ManifestError(
+        f"{where}: {key} is {got}, but {needed} is needed. Rebuild the bundle with this release of quern."
+    )

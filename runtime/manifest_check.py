@@ -2,6 +2,7 @@
 
 Nothing here touches a file or allocates: a hostile manifest can at most be refused.
 """
+
 from __future__ import annotations
 
 import re
@@ -13,7 +14,10 @@ from .manifest import FILE_NAME, FileDigest, Function, Manifest, digest_of_chunk
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1, "int16": 2, "int32": 4}
 ARCHES = ("x86_64", "aarch64")
-STEP_INPUTS, HEAD_INPUTS = ("ids", "span"), ("hidden",)  # what the runtime makes itself, for decode and prefill, for heads
+STEP_INPUTS, HEAD_INPUTS = (
+    ("ids", "span"),
+    ("hidden",),
+)  # what the runtime makes itself, for decode and prefill, for heads
 MIN_ALIGNMENT, MAX_ALIGNMENT = 64, 4096  # TVM's code assumes 64 bytes; a mapped file begins on a page
 MAX_BYTES, MAX_COUNT, MAX_TOKENS, MAX_RANK = 1 << 46, 1 << 26, 1 << 16, 8
 
@@ -76,8 +80,11 @@ class Checker:
             self.bounded(f"model.{key}", getattr(model, key), 0, MAX_BYTES)
         if target.arch not in ARCHES:
             self.fail(f"target.arch is {target.arch!r}, but must be one of {', '.join(ARCHES)}")
-        for key, text in (("target.glibc", target.glibc), ("tvm.version", self.m.tvm.version),
-                          ("tvm.ffi_version", self.m.tvm.ffi_version)):
+        for key, text in (
+            ("target.glibc", target.glibc),
+            ("tvm.version", self.m.tvm.version),
+            ("tvm.ffi_version", self.m.tvm.ffi_version),
+        ):
             if not re.match(r"[0-9]{1,4}\.[0-9]{1,4}(\.|$)", text):
                 self.fail(f"{key} is {text!r}, but must begin like 2.28")
         for feature in target.features:
@@ -114,8 +121,10 @@ class Checker:
             self.bounded(f"{key}.chunk_bytes", digest.chunk_bytes, 1, MAX_BYTES)
             needed = -(-digest.bytes // digest.chunk_bytes)
             if len(chunks) != needed:
-                self.fail(f"{key} has {len(chunks)} chunks, but {digest.bytes} bytes in chunks of "
-                          f"{digest.chunk_bytes} make {needed}")
+                self.fail(
+                    f"{key} has {len(chunks)} chunks, but {digest.bytes} bytes in chunks of "
+                    f"{digest.chunk_bytes} make {needed}"
+                )
             if digest_of_chunks(chunks) != digest.sha256:
                 self.fail(f"{key}.sha256 is not the digest of its chunk digests")
 
@@ -126,8 +135,9 @@ class Checker:
         self.bounded("weights.alignment", alignment, MIN_ALIGNMENT, MAX_ALIGNMENT)
         if alignment & (alignment - 1):
             self.fail(f"weights.alignment is {alignment}, but must be a power of two")
-        self.unique("array", [*STEP_INPUTS, *HEAD_INPUTS, *(c.name for c in self.m.caches),
-                              *(t.name for t in weights.tensors)])
+        self.unique(
+            "array", [*STEP_INPUTS, *HEAD_INPUTS, *(c.name for c in self.m.caches), *(t.name for t in weights.tensors)]
+        )
         for cache in self.m.caches:
             self.array(f"cache {cache.name!r}", cache.dtype, cache.shape)
         end, before = 0, ""
@@ -168,7 +178,7 @@ class Checker:
             self.fail(f"memory.weights_bytes is {memory.weights_bytes}, but {self.m.weights.file} has {weights}")
 
     def functions(self) -> None:
-        """`decode`, and for prefill at least `head_1`; known arguments; outputs of the one shape that the session reads."""
+        """`decode`, and for prefill at least `head_1`; known arguments; outputs of the shape that the session reads."""
         functions = self.m.functions
         if "decode" not in functions:
             self.fail("functions has no 'decode'")
@@ -184,7 +194,7 @@ class Checker:
             self.function(name, function, arrays)
 
     def function(self, name: str, function: Function, arrays: set[str]) -> None:
-        """One function: its name states its tokens, its inputs exist, its output is float32[tokens, vocab or hidden]."""
+        """One function: its name states its tokens, inputs exist, output is float32[tokens, vocab or hidden]."""
         found, key = _FUNCTION_NAME.fullmatch(name), f"functions.{name}"
         if found is None:
             self.fail(f"functions has {name!r}, but only decode, prefill_M and head_M are known")

@@ -1,7 +1,9 @@
-"""From logits to the next token. Meaning and order are Hugging Face's: repetition penalty, temperature, top-k, top-p, min-p.
+"""From logits to the next token. Meaning and order are Hugging Face's:
+repetition penalty, temperature, top-k, top-p, min-p.
 
 Filters see the distribution that the filters before them left, and always keep its most likely token.
 """
+
 from __future__ import annotations
 
 import random
@@ -67,8 +69,10 @@ class Sampler:
             logits = np.where(self._seen, _penalised(logits, options.repetition_penalty), logits)
         best = int(logits.argmax())
         if not np.isfinite(logits[best]):
-            raise VmError(f"the model gave the logit {logits[best]}, so there is no next token. "
-                          "The weights are damaged or the model does not fit its quantisation.")
+            raise VmError(
+                f"the model gave the logit {logits[best]}, so there is no next token. "
+                "The weights are damaged or the model does not fit its quantisation."
+            )
         token = best if options.temperature == 0 else self._draw(logits)
         self._seen[token] = True
         return token
@@ -76,7 +80,13 @@ class Sampler:
     def _draw(self, logits: Array) -> int:
         ids, probabilities = distribution(logits, self.sampling)
         cumulative = np.cumsum(probabilities)
-        return int(ids[min(int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right")), len(ids) - 1)])
+        return int(
+            ids[
+                min(
+                    int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right")), len(ids) - 1
+                )
+            ]
+        )
 
 
 def _penalised(logits: Array, penalty: float) -> Array:
@@ -108,7 +118,7 @@ def _softmax(values: Array) -> Array:
 
 
 def _nucleus(probabilities: Array, top_p: float) -> Array:
-    """Mask of the most likely tokens that together reach top_p: drop, from the least likely on, what sums to <= 1 - top_p."""
+    """Mask of the most likely tokens that together reach top_p: least likely first, drop what sums to <= 1 - top_p."""
     tail = 1 - top_p
     # Tokens below tail / n sum to less than the tail together, so they go without being sorted.
     candidates = np.flatnonzero(probabilities >= tail / len(probabilities))

@@ -1,8 +1,9 @@
 """One conversation with a model: its caches, where it is in the context, and the calls that move it on."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Union
 
 import numpy as np
 
@@ -10,8 +11,9 @@ from . import device
 from .bundle import Array, Bundle, numpy_dtype
 from .errors import ContextFullError, DeviceError, InputError
 from .manifest import Function as Signature
-from .manifest_check import nbytes
 from .vm import Function, Tensor, Vm, aligned_zeros
+
+Ids = Union[Sequence[int], Array]
 
 CALL_COST_TOKENS = 4  # a call reads all weights once, which takes about as long as computing this many prompt tokens
 
@@ -26,7 +28,7 @@ class Chunk(NamedTuple):
 class Planner:
     """Cut a prompt into calls: fewest rows in all, padding included, plus CALL_COST_TOKENS for each call.
 
-    `sizes` always has 1 (decode). Costs are found once for every length up to the longest asked for, so plans are exact.
+    `sizes` always has 1 (decode). Costs are found once for each length up to the longest asked for: plans are exact.
     """
 
     def __init__(self, sizes: Sequence[int], call_cost: int = CALL_COST_TOKENS) -> None:
@@ -36,8 +38,9 @@ class Planner:
     def plan(self, tokens: int) -> list[Chunk]:
         """Calls for `tokens` prompt tokens, largest first, so that only the last one is padded."""
         for length in range(len(self._best), tokens + 1):
-            self._best.append(min((self._best[max(0, length - size)][0] + size + self.call_cost, -size)
-                                  for size in self.sizes))
+            self._best.append(
+                min((self._best[max(0, length - size)][0] + size + self.call_cost, -size) for size in self.sizes)
+            )
         sizes, left = [], tokens
         while left > 0:
             sizes.append(-self._best[left][1])
@@ -51,7 +54,7 @@ class Planner:
 
 
 class _Call(NamedTuple):
-    """A bound function and the buffers that its caller fills: ids i32[tokens] for steps, hidden f32[tokens, d] for heads."""
+    """A bound function and the buffer its caller fills: ids i32[tokens] for steps, hidden f32[tokens, d] for heads."""
 
     run: Function
     buffer: Array
@@ -82,8 +85,10 @@ class Session:
         memory, have = self.manifest.memory, device.memory_bytes()
         needed = memory.cache_bytes + memory.activation_bytes
         if have is not None and needed > have:
-            raise DeviceError(f"{where}: caches and activations need {needed >> 20} MiB, but this machine has {have >> 20} MiB. "
-                              "Rebuild the bundle with a shorter context (quern build --context).")
+            raise DeviceError(
+                f"{where}: caches and activations need {needed >> 20} MiB, but this machine has {have >> 20} MiB. "
+                "Rebuild the bundle with a shorter context (quern build --context)."
+            )
 
     def _sizes(self, prefix: str) -> list[int]:
         return [f.tokens for name, f in self.manifest.functions.items() if name.startswith(prefix)]
@@ -123,16 +128,16 @@ class Session:
             raise ValueError(f"position {position} is outside 0..{self.position}")
         self.position = position
 
-    def prefill(self, ids: Sequence[int]) -> Array:
+    def prefill(self, ids: Ids) -> Array:
         """Take in tokens; gives the logits float32[vocab] after the last one. Nothing changes when it refuses."""
         checked = self.check_ids(ids)
         done = 0
         row: Array
         for chunk in self._planner.plan(len(checked)):
-            rows = self._run(chunk, checked[done:done + chunk.valid])
+            rows = self._run(chunk, checked[done : done + chunk.valid])
             done += chunk.valid
             if done == len(checked):
-                row = rows[0] if chunk.tokens == 1 else self._head(rows[chunk.valid - 1:chunk.valid])[0]
+                row = rows[0] if chunk.tokens == 1 else self._head(rows[chunk.valid - 1 : chunk.valid])[0]
         return row
 
     def step(self, token: int) -> Array:
@@ -148,19 +153,19 @@ class Session:
         self.position += 1
         return row
 
-    def logits(self, ids: Sequence[int]) -> Iterator[Array]:
-        """Take in tokens; gives the logits after each of them, float32[rows, vocab] call by call, len(ids) rows in all."""
+    def logits(self, ids: Ids) -> Iterator[Array]:
+        """Take in tokens; gives the logits after each, float32[rows, vocab] call by call, len(ids) rows in all."""
         checked = self.check_ids(ids)
         return self._logits(checked)
 
     def _logits(self, ids: Array) -> Iterator[Array]:
         done = 0
         for chunk in self._planner.plan(len(ids)):
-            rows = self._run(chunk, ids[done:done + chunk.valid])
+            rows = self._run(chunk, ids[done : done + chunk.valid])
             done += chunk.valid
-            yield rows if chunk.tokens == 1 else self._head(rows[:chunk.valid])
+            yield rows if chunk.tokens == 1 else self._head(rows[: chunk.valid])
 
-    def check_ids(self, ids: Sequence[int]) -> Array:
+    def check_ids(self, ids: Ids) -> Array:
         """The ids as int32[n]; refuses none, one outside the vocabulary, and more than the context has room for."""
         given = np.asarray(ids)
         if given.ndim != 1 or not given.size or given.dtype.kind not in "iu":
@@ -175,8 +180,8 @@ class Session:
     def _run(self, chunk: Chunk, ids: Array) -> Array:
         """One prefill or decode call: hidden states f32[tokens, d], or for one token its logits f32[1, vocab]."""
         call = self._calls[f"prefill_{chunk.tokens}"] if chunk.tokens > 1 else self._decode
-        call.buffer[:chunk.valid] = ids
-        call.buffer[chunk.valid:] = 0
+        call.buffer[: chunk.valid] = ids
+        call.buffer[chunk.valid :] = 0
         self._span[0], self._span[1] = self.position, chunk.valid
         rows = call.run()
         self.position += chunk.valid
@@ -187,14 +192,17 @@ class Session:
         size = next((s for s in self._heads if s >= len(hidden)), self._heads[-1])
         call, parts = self._calls[f"head_{size}"], []
         for start in range(0, len(hidden), size):
-            part = hidden[start:start + size]
-            call.buffer[:len(part)] = part
-            parts.append(call.run()[:len(part)])
+            part = hidden[start : start + size]
+            call.buffer[: len(part)] = part
+            parts.append(call.run()[: len(part)])
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _outside(self, token: int) -> InputError:
         return InputError(f"token id {token} is outside the vocabulary 0..{self.manifest.model.vocab_size - 1}.")
 
     def _full(self, wanted: int) -> ContextFullError:
-        return ContextFullError(f"{wanted} more token{'s' if wanted > 1 else ''} after {self.position} do not fit into the context of {self.context}. "
-                                "Use a shorter prompt, or rebuild the bundle with a longer context (quern build --context).")
+        return ContextFullError(
+            f"{wanted} token{'s' if wanted > 1 else ''} after {self.position} do not fit into the context of "
+            f"{self.context}. "
+            "Use a shorter prompt, or rebuild the bundle with a longer context (quern build --context)."
+        )

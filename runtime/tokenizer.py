@@ -3,6 +3,7 @@
 Streaming text is harder than it looks: one character may take several tokens, and a tokenizer may write a leading space
 only where a token is not the first. `TextStream` therefore decodes a short window of tokens, never one token alone.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -22,19 +23,23 @@ class Tokenizer:
         try:
             from tokenizers import Tokenizer as Fast
         except ImportError:
-            raise BundleError("The Python package tokenizers is not installed, but text needs it. "
-                              "Install it (pip install tokenizers), or use the logits command, which takes ids.") from None
+            raise BundleError(
+                "The Python package tokenizers is not installed, but text needs it. "
+                "Install it (pip install tokenizers), or use the logits command, which takes ids."
+            ) from None
         try:
             self._fast = Fast.from_file(str(path))
-        except Exception as error:  # noqa: BLE001  the library raises plain Exception
-            raise BundleError(f"{path}: is no tokenizer that this version of the tokenizers package can read: {error}. "
-                              "Update the package or rebuild the bundle.") from None
+        except Exception as error:  # the library raises plain Exception
+            raise BundleError(
+                f"{path}: is no tokenizer that this version of the tokenizers package can read: {error}. "
+                "Update the package or rebuild the bundle."
+            ) from None
         self._fast.no_truncation()
         self._fast.no_padding()
         self._special = tuple(t.content for t in self._fast.get_added_tokens_decoder().values() if t.special)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Ids of a text. `special`: let the tokenizer add its own start and end tokens, as it does for a plain prompt."""
+        """Ids of a text. `special`: let the tokenizer add its start and end tokens, as for a plain prompt."""
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
@@ -61,8 +66,8 @@ class Tokenizer:
 class TextStream:
     """Text of a growing list of tokens, a piece at a time; the pieces never hold half a character.
 
-    `decode` gives the text of ids. `prompt` is what comes before, of which only the end matters: it decides on a leading
-    space, and is not repeated.
+    `decode` gives the text of ids. `prompt` is what comes before, of which only the end matters: it decides on a
+    leading space, and is not repeated.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], prompt: Sequence[int] = ()) -> None:
@@ -80,9 +85,9 @@ class TextStream:
             settled = text.rstrip(UNDECIDED)
             if not settled.startswith(self._out_text):
                 return ""
-            piece, self._out_text = settled[len(self._out_text):], settled
+            piece, self._out_text = settled[len(self._out_text) :], settled
             return piece
-        piece = text[len(self._out_text):]
+        piece = text[len(self._out_text) :]
         self._window = self._window[-held:]  # begins where a character begins: a run of byte tokens decodes as a whole
         self._out_tokens, self._out_text = len(self._window), self._decode(self._window)
         return piece
@@ -93,7 +98,7 @@ class TextStream:
             return ""
         text = self._decode(self._window)
         self._out_tokens = len(self._window)
-        return text[len(self._out_text):]
+        return text[len(self._out_text) :]
 
 
 def _tail(decode: Callable[[Sequence[int]], str], prompt: Sequence[int]) -> list[int]:
@@ -118,7 +123,7 @@ class StopStrings:
         self._held += text
         found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
         if found:
-            shown, self._held = self._held[:min(found)], ""
+            shown, self._held = self._held[: min(found)], ""
             return shown, True
         keep = max((self._overlap(stop) for stop in self._stops), default=0)
         cut = len(self._held) - keep

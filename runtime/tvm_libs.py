@@ -4,6 +4,7 @@ Looked for in this order: the folder in QUERN_TVM_LIBS, the folder `lib` beside 
 installed wheels apache-tvm-ffi and apache-tvm. A folder may hold `versions.json`, an object of wheel name to version,
 which `quern deploy` writes; for installed wheels the versions come from their dist-info folders.
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -50,8 +51,10 @@ def find() -> Found:
         folder = Path(given)
         for name in (FFI, RUNTIME):
             if not (folder / name).is_file():
-                raise LibraryError(f"{ENVIRONMENT} is {given}, but there is no {name} in it. "
-                                   f"Point it at a folder with {FFI} and {RUNTIME}, or unset it.")
+                raise LibraryError(
+                    f"{ENVIRONMENT} is {given}, but there is no {name} in it. "
+                    f"Point it at a folder with {FFI} and {RUNTIME}, or unset it."
+                )
         return _in_folder(folder)
     beside = Path(__file__).resolve().parent / "lib"
     if (beside / FFI).is_file() and (beside / RUNTIME).is_file():
@@ -60,9 +63,11 @@ def find() -> Found:
     if ffi and tvm and (ffi / "lib" / FFI).is_file() and (tvm / "lib" / RUNTIME).is_file():
         versions = {**_dist_info(ffi, "apache-tvm-ffi"), **_dist_info(tvm, "apache-tvm")}
         return Found(ffi / "lib" / FFI, tvm / "lib" / RUNTIME, versions)
-    raise LibraryError(f"{FFI} and {RUNTIME} were not found: {ENVIRONMENT} is not set, {beside} does not have them, and the "
-                       "wheels apache-tvm-ffi and apache-tvm are not installed. Put both files in that folder, or "
-                       "install the wheels.")
+    raise LibraryError(
+        f"{FFI} and {RUNTIME} were not found: {ENVIRONMENT} is not set, {beside} does not have them, and the "
+        "wheels apache-tvm-ffi and apache-tvm are not installed. Put both files in that folder, or "
+        "install the wheels."
+    )
 
 
 def _in_folder(folder: Path) -> Found:
@@ -73,7 +78,9 @@ def _in_folder(folder: Path) -> Found:
     except (OSError, ValueError) as error:
         raise LibraryError(f"{folder / 'versions.json'}: cannot be read: {error}. Copy the runtime again.") from None
     if not isinstance(versions, dict) or not all(isinstance(v, str) for v in versions.values()):
-        raise LibraryError(f"{folder / 'versions.json'}: must be an object of wheel name to version. Copy the runtime again.")
+        raise LibraryError(
+            f"{folder / 'versions.json'}: must be an object of wheel name to version. Copy the runtime again."
+        )
     return Found(folder / FFI, folder / RUNTIME, versions)
 
 
@@ -90,10 +97,10 @@ def _package(name: str) -> Optional[Path]:
 
 
 def _dist_info(package: Path, wheel: str) -> dict[str, str]:
-    """The version in the name of the wheel's dist-info folder; importlib.metadata would take longer than all the rest."""
+    """The version in the name of the wheel's dist-info folder; importlib.metadata takes longer than all the rest."""
     stem = wheel.replace("-", "_")
     for path in package.parent.glob(f"{stem}-*.dist-info"):
-        return {wheel: path.name[len(stem) + 1:-len(".dist-info")]}
+        return {wheel: path.name[len(stem) + 1 : -len(".dist-info")]}
     return {}
 
 
@@ -112,8 +119,10 @@ def load(built_with: TvmVersions, threads: Optional[int] = None) -> Libraries:
     else:
         _check_versions(_loaded.found, built_with)
     if threads not in (None, _loaded.threads):
-        raise InputError(f"threads is {threads}, but TVM already runs with {_loaded.threads} in this process. "
-                         "Start a new process to change it.")
+        raise InputError(
+            f"threads is {threads}, but TVM already runs with {_loaded.threads} in this process. "
+            "Start a new process to change it."
+        )
     _check_abi(_loaded, built_with)
     return _loaded
 
@@ -133,8 +142,10 @@ def _open(found: Found, threads: int) -> Libraries:
         ffi = ctypes.CDLL(str(found.ffi), ctypes.RTLD_GLOBAL)
         ctypes.CDLL(str(found.runtime), ctypes.RTLD_GLOBAL)
     except OSError as error:
-        raise LibraryError(f"{found.runtime.parent}: the TVM libraries do not load: {error}. "
-                           f"Install the wheels for this machine ({device.arch()}).") from None
+        raise LibraryError(
+            f"{found.runtime.parent}: the TVM libraries do not load: {error}. "
+            f"Install the wheels for this machine ({device.arch()})."
+        ) from None
     return Libraries(ffi, found, threads)
 
 
@@ -143,19 +154,25 @@ def _check_versions(found: Found, built_with: TvmVersions) -> None:
     for wheel, needed in (("apache-tvm", built_with.version), ("apache-tvm-ffi", built_with.ffi_version)):
         have = found.versions.get(wheel)
         if have is not None and have.split(".")[:2] != needed.split(".")[:2]:
-            raise LibraryError(f"{found.runtime.parent}: {wheel} is {have}, but the bundle was built with {needed}. "
-                               f"Install {wheel}=={needed}.")
+            raise LibraryError(
+                f"{found.runtime.parent}: {wheel} is {have}, but the bundle was built with {needed}. "
+                f"Install {wheel}=={needed}."
+            )
 
 
 def _check_abi(libraries: Libraries, built_with: TvmVersions) -> None:
-    """The same for the number compiled into libtvm_ffi.so. Its patch number runs ahead of the wheel's and says nothing."""
+    """The same for the number compiled into libtvm_ffi.so. Its patch number runs ahead of the wheel's."""
     try:
         get_version = libraries.ffi.TVMFFIGetVersion
     except AttributeError:
-        raise LibraryError(f"{libraries.found.ffi}: is no TVM FFI library (no TVMFFIGetVersion). "
-                           f"Install apache-tvm-ffi=={built_with.ffi_version}.") from None
+        raise LibraryError(
+            f"{libraries.found.ffi}: is no TVM FFI library (no TVMFFIGetVersion). "
+            f"Install apache-tvm-ffi=={built_with.ffi_version}."
+        ) from None
     numbers = (ctypes.c_uint32 * 3)()
     get_version(numbers)
     if [str(n) for n in numbers[:2]] != built_with.ffi_version.split(".")[:2]:
-        raise LibraryError(f"{libraries.found.ffi}: has ABI version {'.'.join(map(str, numbers))}, but the bundle was built "
-                           f"with apache-tvm-ffi {built_with.ffi_version}. Install apache-tvm-ffi=={built_with.ffi_version}.")
+        raise LibraryError(
+            f"{libraries.found.ffi}: has ABI version {'.'.join(map(str, numbers))}, but the bundle was built "
+            f"with apache-tvm-ffi {built_with.ffi_version}. Install apache-tvm-ffi=={built_with.ffi_version}."
+        )

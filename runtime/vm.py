@@ -3,6 +3,7 @@
 The structures below are those of tvm/ffi/c_api.h and dlpack.h (apache-tvm-ffi 0.1). Arguments are bound once: a call
 costs one ctypes call with a ready argument array. Inputs and outputs are never copied.
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -41,10 +42,18 @@ class _ErrorCell(ctypes.Structure):  # TVMFFIErrorCell, its first fields
 
 
 class _Tensor(ctypes.Structure):  # DLTensor
-    _fields_ = (("data", ctypes.c_void_p), ("device_type", ctypes.c_int32), ("device_id", ctypes.c_int32),
-                ("ndim", ctypes.c_int32), ("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16),
-                ("shape", ctypes.POINTER(ctypes.c_int64)), ("strides", ctypes.POINTER(ctypes.c_int64)),
-                ("byte_offset", ctypes.c_uint64))
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    )
 
 
 class _ManagedTensor(ctypes.Structure):  # DLManagedTensor
@@ -57,7 +66,7 @@ def aligned_zeros(shape: Sequence[int], dtype: Any) -> Array:
     size = kind.itemsize * int(np.prod(shape, dtype=np.int64))
     raw = np.zeros(size + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
-    return raw[start:start + size].view(kind).reshape(shape)
+    return raw[start : start + size].view(kind).reshape(shape)
 
 
 class Tensor:
@@ -70,7 +79,9 @@ class Tensor:
         self.array = array
         shape = (ctypes.c_int64 * array.ndim)(*array.shape)
         strides = (ctypes.c_int64 * array.ndim)(*(s // array.itemsize for s in array.strides))
-        described = _Tensor(address, _CPU, 0, array.ndim, _KINDS[array.dtype.kind], 8 * array.itemsize, 1, shape, strides, 0)
+        described = _Tensor(
+            address, _CPU, 0, array.ndim, _KINDS[array.dtype.kind], 8 * array.itemsize, 1, shape, strides, 0
+        )
         # No deleter: TVM only borrows. The structures must outlive the handle, so both live in this object.
         self._managed = _ManagedTensor(described, None, None)
         self._keep = shape, strides
@@ -117,9 +128,8 @@ class Function:
         return self._vm.view(result.value)
 
 
-
 class Vm:
-    """A Relax virtual machine over one shared library. Use it from the thread that made it: TVM's pool is per thread."""
+    """A Relax virtual machine over one shared library. Use it in the thread that made it: TVM's pool is per thread."""
 
     def __init__(self, path: Path, built_with: TvmVersions, threads: Optional[int] = None) -> None:
         self.path = path
@@ -131,7 +141,9 @@ class Vm:
         prototype = ctypes.CFUNCTYPE
         self.call_raw = prototype(integer, pointer, pointer, ctypes.c_int32, pointer)(("TVMFFIFunctionCall", ffi))
         self.release = prototype(integer, pointer)(("TVMFFIObjectDecRef", ffi))
-        self._from_dlpack = prototype(integer, pointer, ctypes.c_int32, ctypes.c_int32, pointer)(("TVMFFITensorFromDLPack", ffi))
+        self._from_dlpack = prototype(integer, pointer, ctypes.c_int32, ctypes.c_int32, pointer)(
+            ("TVMFFITensorFromDLPack", ffi)
+        )
         self._get_global = prototype(integer, pointer, pointer)(("TVMFFIFunctionGetGlobal", ffi))
         self._move_error = prototype(None, pointer)(("TVMFFIErrorMoveFromRaised", ffi))
         self._owned: list[int] = []  # handles given back with this object
@@ -163,8 +175,8 @@ class Vm:
     def _start_pool(self) -> None:
         """Start TVM's threads now, then bind ourselves to the one CPU that TVM left free for us.
 
-        TVM binds its workers to a CPU each but lets the caller wander, so the caller may land on a worker's CPU and both
-        run at half speed for a tenth of a second or more.
+        TVM binds its workers to a CPU each but lets the caller wander, so the caller may land on a worker's CPU and
+        both run at half speed for a tenth of a second or more.
         """
         if self.threads == 1:
             return
@@ -175,7 +187,9 @@ class Vm:
 
     def _method(self, module: _Any, name: str) -> int:
         text = ctypes.create_string_buffer(name.encode())
-        found = self._call(self._get_function, name, module, _Any(_RAW_STR, 0, ctypes.addressof(text)), _Any(_BOOL, 0, 1))
+        found = self._call(
+            self._get_function, name, module, _Any(_RAW_STR, 0, ctypes.addressof(text)), _Any(_BOOL, 0, 1)
+        )
         if self._own(found).type_index != _FUNCTION:
             raise VmError(f"{self.path}: has no function {name!r}. Rebuild the bundle.")
         return int(found.value)
@@ -194,7 +208,9 @@ class Vm:
         found, buffer = ctypes.c_void_p(), ctypes.create_string_buffer(text)
         key = _Bytes(ctypes.addressof(buffer), len(text))
         if self._get_global(ctypes.byref(key), ctypes.byref(found)) or not found.value:
-            raise VmError(f"{self._libraries.found.runtime}: has no {name}. Install the wheels that the bundle was built with.")
+            raise VmError(
+                f"{self._libraries.found.runtime}: has no {name}. Install the wheels that the bundle was built with."
+            )
         self._owned.append(found.value)
         return found.value
 
@@ -216,8 +232,12 @@ class Vm:
         """A returned tensor as a read-only array that owns the handle."""
         tensor = _Tensor.from_address(handle + _OBJECT_BYTES)
         kind = f"<{_KIND_LETTERS[tensor.code]}{tensor.bits // 8}"
-        interface = {"data": (tensor.data + tensor.byte_offset, True), "shape": tuple(tensor.shape[:tensor.ndim]),
-                     "typestr": kind, "version": 3}
+        interface = {
+            "data": (tensor.data + tensor.byte_offset, True),
+            "shape": tuple(tensor.shape[: tensor.ndim]),
+            "typestr": kind,
+            "version": 3,
+        }
         return np.asarray(_Output(self, handle, interface))
 
     def release_any(self, value: _Any) -> None:
@@ -232,7 +252,9 @@ class Vm:
         if not handle.value:
             return VmError(f"{self.path}: {what} failed and TVM gave no reason. Rebuild the bundle.")
         cell = _ErrorCell.from_address(handle.value + _OBJECT_BYTES)
-        kind, message = (ctypes.string_at(part.data, part.size).decode(errors="replace").strip()
-                         for part in (cell.kind, cell.message))
+        kind, message = (
+            ctypes.string_at(part.data, part.size).decode(errors="replace").strip()
+            for part in (cell.kind, cell.message)
+        )
         self.release(handle)
         return VmError(f"{self.path}: {what} failed: {kind}: {message}. Rebuild the bundle with this release of quern.")

@@ -3,6 +3,7 @@
 The toy: x_t = embedding[id_t]; the cache row of position p becomes x_p; hidden_t = sum of cache rows 0..p(t);
 logits = hidden @ head^T. Each position depends on all before it, so a wrong span, cache or chunk shows in the logits.
 """
+
 from __future__ import annotations
 
 import json
@@ -22,7 +23,7 @@ ALPHABET = ["<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", "Ġ", ".", "!", "?"]
 
 
 def weights() -> dict[str, np.ndarray]:
-    """embedding f16[VOCAB, HIDDEN], head f32[VOCAB, HIDDEN]: multiples of 1/8, so that every sum is exact in float32."""
+    """embedding f16[VOCAB, HIDDEN], head f32[VOCAB, HIDDEN]: multiples of 1/8, so that sums are exact in float32."""
     rng = np.random.default_rng(7)
     return {
         "embedding": (rng.integers(-8, 9, (VOCAB, HIDDEN)) / 8).astype("float16"),
@@ -101,8 +102,13 @@ def add_functions(builder: Any, m: int) -> dict[str, mf.Function]:
     kernels = add_kernels(builder, m)
     name = "decode" if m == 1 else f"prefill_{m}"
     cache_type = relax.TensorType((CONTEXT, HIDDEN), "float32")
-    step = [var("ids", (m,), "int32"), var("span", (2,), "int32"), var("cache", (CONTEXT, HIDDEN), "float32"),
-            var("embedding", (VOCAB, HIDDEN), "float16"), var("head", (VOCAB, HIDDEN), "float32")]
+    step = [
+        var("ids", (m,), "int32"),
+        var("span", (2,), "int32"),
+        var("cache", (CONTEXT, HIDDEN), "float32"),
+        var("embedding", (VOCAB, HIDDEN), "float16"),
+        var("head", (VOCAB, HIDDEN), "float32"),
+    ]
     ids, span, cache, table, weight = step
     step = step if m == 1 else step[:-1]
     with builder.function(name, step):
