@@ -1,0 +1,1 @@
+"""The network as a Relax module of named operators: no target, no layout, no schedule."""

@@ -1,0 +1,119 @@
+"""The operators a graph is made of. `SIGNATURES` is the whole vocabulary; schedules/ says what each computes.
+
+In Relax an operator is a call of the external function "quern.NAME": tensor arguments first, then its attributes as
+prim values, in the order of its signature. Operators that write their arguments use `call_inplace_packed`.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import tvm
+from tvm import relax
+
+PREFIX = "quern."
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Names of the tensor arguments, names of the attributes, and which tensor arguments are updated in place."""
+
+    args: tuple[str, ...]
+    attrs: tuple[str, ...] = ()
+    inplace: tuple[str, ...] = ()
+
+
+_QUANTISED = ("q", "ascale", "asum")
+_CODES = ("codes", "scale", "zero")
+SIGNATURES: dict[str, Signature] = {
+    "embedding": Signature(("ids", "table")),
+    "rms_norm": Signature(("x", "weight"), ("eps",)),
+    "rms_norm_quantize": Signature(("x", "weight"), ("eps", "group")),
+    "quantize": Signature(("x",), ("group",)),
+    "swiglu": Signature(("gate_up",)),
+    "swiglu_quantize": Signature(("gate_up",), ("group",)),
+    "rope_append": Signature(
+        ("qkv", "rope", "span", "k_cache", "v_cache"), ("heads", "kv_heads", "head_dim"), ("k_cache", "v_cache")
+    ),
+    "attention": Signature(("q", "k_cache", "v_cache", "span"), ("heads", "kv_heads", "head_dim")),
+    "add": Signature(("residual", "x")),
+    "linear_exact": Signature(("x", *_CODES), ("bits", "group")),
+    "linear_exact_residual": Signature(("x", *_CODES, "residual"), ("bits", "group")),
+    "linear_int8": Signature((*_QUANTISED, *_CODES), ("bits", "group")),
+    "linear_int8_residual": Signature((*_QUANTISED, *_CODES, "residual"), ("bits", "group")),
+    "linear_dense": Signature(("x", "weight")),
+    "linear_dense_residual": Signature(("x", "weight", "residual")),
+}
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operator call, taken apart: `name` without prefix, tensor arguments, attributes, and types of its results.
+
+    Results of an operator that writes its arguments: the fresh ones, then the updated ones in signature order.
+    """
+
+    name: str
+    args: tuple[relax.Expr, ...]
+    attrs: Mapping[str, int | float]
+    results: tuple[relax.TensorType, ...]
+
+    @property
+    def signature(self) -> Signature:
+        """What the vocabulary says of it."""
+        return SIGNATURES[self.name]
+
+
+def tensor(shape: Sequence[int], dtype: str) -> relax.TensorType:
+    """Type of an array of static shape."""
+    return relax.TensorType(tuple(shape), dtype)
+
+
+def make(name: str, args: Sequence[relax.Expr], attrs: Mapping[str, int | float], outs: Sequence[relax.Type]) -> relax.Call:
+    """The call. `outs` are its fresh results; tensors updated in place follow them in the result tuple."""
+    signature = SIGNATURES[name]
+    assert len(args) == len(signature.args), f"{name} takes {signature.args}"
+    assert tuple(attrs) == signature.attrs, f"{name} has attributes {signature.attrs}, got {tuple(attrs)}"
+    values = [relax.prim_value(tvm.tirx.const(v, "int64" if isinstance(v, int) else "float64")) for v in attrs.values()]
+    written = [signature.args.index(arg) for arg in signature.inplace]
+    types = [*outs, *(args[i].ty for i in written)]
+    if written:
+        indices = [-1] * len(outs) + written
+        return relax.op.call_inplace_packed(PREFIX + name, *args, *values, inplace_indices=indices, ty_args=types)
+    result = types[0] if len(types) == 1 else relax.TupleType(types)
+    return relax.call_pure_packed(PREFIX + name, *args, *values, ty_args=result)
+
+
+def match(expr: object) -> Op | None:
+    """The operator call that `expr` is, or None."""
+    if not isinstance(expr, relax.Call) or not isinstance(expr.op, tvm.ir.Op):
+        return None
+    if expr.op.name not in ("relax.call_pure_packed", "relax.call_inplace_packed"):
+        return None
+    function = expr.args[0]
+    if not isinstance(function, relax.ExternFunc) or not str(function.global_symbol).startswith(PREFIX):
+        return None
+    name = str(function.global_symbol)[len(PREFIX) :]
+    signature = SIGNATURES.get(name)
+    if signature is None:
+        return None
+    tensors, values = expr.args[1 : 1 + len(signature.args)], expr.args[1 + len(signature.args) :]
+    attrs = {key: _number(value) for key, value in zip(signature.attrs, values, strict=True)}
+    types = expr.ty_args if len(expr.ty_args) > 1 else _fields(expr.ty_args[0])
+    return Op(name, tuple(tensors), attrs, tuple(types))
+
+
+def _number(value: object) -> int | float:
+    number = value.value if hasattr(value, "value") else value
+    while not isinstance(number, int | float):
+        number = number.value
+    return number
+
+
+def _fields(result: relax.Type) -> list[relax.TensorType]:
+    return list(result.fields) if isinstance(result, relax.TupleType) else [result]
+
+
+def shape_of(value: relax.Type) -> tuple[int, ...]:
+    """Static shape of a tensor type."""
+    return tuple(int(extent) for extent in value.shape)

@@ -1,0 +1,73 @@
+"""Architectures: one file each, named as config.json's `model_type` names it.
+
+A file has `build(config, source, options) -> Model`: it reads the configuration, checks every tensor's shape from headers
+alone, and writes the graph. It knows checkpoint module names; it knows no quantisation format and no target.
+"""
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from compiler.checkpoint.config import Config
+from compiler.errors import ConfigError, UnsupportedError
+from compiler.graph.build import Graph
+from compiler.graph.kv_cache import KvCache
+from compiler.graph.weights import Weight
+from compiler.quant.ir import WeightType
+
+Describe = Callable[[str], WeightType]  # checkpoint module -> shape and kind; raises UserError when there is none
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a build decides about a model: positions to keep, prompt chunk sizes, and the cache's element type."""
+
+    context: int | None
+    chunks: tuple[int, ...]
+    cache_dtype: str
+
+
+@dataclass(frozen=True)
+class Model:
+    """A finished graph and everything it needs. `caches` holds one geometry a layer."""
+
+    type: str
+    graph: Graph
+    weights: tuple[Weight, ...]
+    caches: tuple[KvCache, ...]
+    context: int
+    vocab_size: int
+    bos: int | None
+    eos: tuple[int, ...]
+    parameters: int
+
+
+def known() -> list[str]:
+    """Every model_type that has a file here."""
+    return sorted(info.name for info in pkgutil.iter_modules(__path__))
+
+
+def build(config: Config, describe: Describe, options: Options) -> Model:
+    """The graph of the model that config.json describes. Raises UserError."""
+    model_type = config.string("model_type")
+    if model_type not in known():
+        raise UnsupportedError(
+            f"{config.where('model_type')} is {model_type!r}, but quern knows {', '.join(known())}. "
+            f"docs/adding.md shows how to add an architecture: it is one file."
+        )
+    model: Model = importlib.import_module(f"compiler.models.{model_type}").build(config, describe, options)
+    config.refuse_unhandled()
+    return model
+
+
+def expect(describe: Describe, module: str, n: int, k: int, config: Config, keys: str) -> WeightType:
+    """The type of `module`, which must be [n, k] if config.json tells the truth. Raises ConfigError."""
+    got = describe(module)
+    if (got.n, got.k) != (n, k):
+        raise ConfigError(
+            f"{config.where(keys.split(',')[0])}: with {keys} as config.json states them, {module} must be [{n}, {k}], "
+            f"but the checkpoint's is [{got.n}, {got.k}]. The configuration belongs to another checkpoint, or was edited."
+        )
+    return got

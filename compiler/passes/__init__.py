@@ -1,0 +1,1 @@
+"""Rewrites of the graph, one file each, called in the order that compiler/pipeline.py shows."""
