@@ -1,0 +1,89 @@
+"""What the kernel's text files say about a machine."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from runtime import device
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_x86_features_are_those_of_every_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "arch", lambda: "x86_64")
+    text = "processor\t: 0\nflags\t\t: fpu avx2 avx512_vnni\n\nprocessor\t: 1\nflags\t\t: fpu avx2\nvmx flags\t: x\n"
+    assert device.cpu_features(text) == {"fpu", "avx2"}
+    assert device.cpu_features("nothing") == frozenset()
+
+
+def test_arm_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "arch", lambda: "aarch64")
+    text = "processor\t: 0\nFeatures\t: fp asimd crc32 asimddp\nflags\t: avx2\n"
+    assert device.cpu_features(text) == {"fp", "asimd", "crc32", "asimddp"}
+    monkeypatch.setattr(device, "_arm64_capabilities", lambda: frozenset({"asimd"}))
+    assert device.cpu_features("flags\t: the host's, under an emulator\n") == {"asimd"}
+
+
+def test_capability_names_sit_at_the_kernel_bits() -> None:  # Linux v6.1 arch/arm64/include/uapi/asm/hwcap.h
+    assert [device._HWCAP.index(n) for n in ("asimd", "crc32", "asimdhp", "asimddp", "sve")] == [1, 7, 10, 20, 22]
+    assert [device._HWCAP2.index(n) for n in ("sve2", "i8mm", "bf16")] == [1, 13, 14]
+    assert len(device._HWCAP) == 32
+
+
+@pytest.mark.parametrize(("files", "quota"), [
+    ({"cpu.max": "max 100000"}, None),
+    ({"cpu.max": "150000 100000"}, 1.5),
+    ({"box/cpu.max": "max 100000", "cpu.max": "300000 100000"}, 3.0),
+    ({"box/cpu.max": "200000 100000", "cpu.max": "300000 100000"}, 2.0),
+    ({"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "100000"}, 0.5),
+    ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+    ({}, None),
+])  # fmt: skip
+def test_cpu_quota(
+    files: dict[str, str], quota: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in files.items():
+        write(tmp_path / name, text)
+    real = device._read
+    monkeypatch.setattr(device, "CGROUP", tmp_path)
+    monkeypatch.setattr(device, "_read", lambda p: "0::/box" if p == Path("/proc/self/cgroup") else real(p))
+    assert device.cpu_quota() == quota
+
+
+def test_hyper_threads_count_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "CPU_FOLDER", tmp_path)
+    for cpu, siblings in enumerate(("0,2", "1,3", "0,2", "1,3")):
+        write(tmp_path / f"cpu{cpu}/topology/thread_siblings_list", siblings)
+    assert device.physical_cores([0, 1, 2, 3]) == 2
+    assert device.physical_cores([0, 2]) == 1
+    assert device.physical_cores([7, 8]) == 2  # nothing known: each counts
+
+
+def test_default_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "physical_cores", lambda cpus: 8)
+    for quota, threads in ((None, 8), (2.0, 2), (1.4, 1), (0.2, 1), (100.0, 8)):
+        monkeypatch.setattr(device, "cpu_quota", lambda q=quota: q)
+        assert device.default_threads() == threads
+
+
+def test_the_fastest_cpu_is_the_one_that_tvm_leaves_to_its_caller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "CPU_FOLDER", tmp_path)
+    assert device.fastest([1, 0]) == 0
+    for cpu, khz in enumerate((1400000, 1400000, 1800000, 1800000)):
+        write(tmp_path / f"cpu{cpu}/cpufreq/cpuinfo_max_freq", str(khz))
+    assert device.fastest(range(4)) == 2
+
+
+def test_this_machine() -> None:
+    assert device.arch() in ("x86_64", "aarch64")
+    assert device.cpu_features()
+    assert device.glibc()
+    assert (device.memory_bytes() or 0) > 1 << 27
+    assert device.peak_rss_mib() > 5
+    assert device.default_threads() >= 1
