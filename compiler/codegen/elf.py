@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MACHINES = {62: "x86_64", 183: "aarch64"}  # e_machine
-SHT_DYNAMIC, SHT_DYNSYM, SHT_GNU_VERNEED, SHT_GNU_VERSYM = 6, 11, 0x6FFFFFFE, 0x6FFFFFFF
+SHT_DYNAMIC, SHT_NOBITS, SHT_DYNSYM, SHT_GNU_VERNEED, SHT_GNU_VERSYM = 6, 8, 11, 0x6FFFFFFE, 0x6FFFFFFF
 DT_NEEDED = 1
 VERSYM_MASK = 0x7FFF  # bit 15 marks a hidden version; 0 local, 1 global without a version
 
@@ -58,8 +58,13 @@ def read(path: Path) -> SharedLibrary:
 
 def _sections(data: bytes) -> list[_Section]:
     table, entry_bytes, count = struct.unpack_from("<Q10xHH", data, 40)
-    rows = (struct.unpack_from("<II16xQQI", data, table + i * entry_bytes) for i in range(count))
-    return [_Section(kind, link, data[start : start + size]) for _, kind, start, size, link in rows]
+    sections = []
+    for i in range(count):
+        _, kind, start, size, link = struct.unpack_from("<II16xQQI20x", data, table + i * entry_bytes)
+        if kind != SHT_NOBITS and start + size > len(data):
+            raise ValueError(f"section {i} ends at byte {start + size} of {len(data)}")
+        sections.append(_Section(kind, link, data[start : start + size]))
+    return sections
 
 
 def _only(sections: list[_Section], kind: int) -> _Section:

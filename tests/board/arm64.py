@@ -32,6 +32,7 @@ WHEELS = {
     "numpy": ("numpy/", "numpy.libs/"),
     "tokenizers": ("tokenizers/",),
     "apache-tvm-ffi": ("tvm_ffi/",),
+    "typing-extensions": ("typing_extensions.py",),  # tvm_ffi's own need
     "apache-tvm": ("tvm/lib/libtvm_runtime.so",),
 }
 GLIBC_MINORS = range(28, 16, -1)  # manylinux tags up to the floor of the aarch64 targets, glibc 2.28
