@@ -26,7 +26,8 @@ def outcome(folder: Path, ci: str, tests: str = TESTS) -> tuple[int, str]:
     """Exit status and last line of pytest on these tests, under our conftest.py."""
     (folder / "test_it.py").write_text(tests)
     (folder / "conftest.py").write_text("from tests.conftest import *\n")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-rs", "-c", os.devnull, "--rootdir=.", "."]
+    options = ["-p", "no:cacheprovider", "-q", "-rs", "-c", os.devnull, "--rootdir=."]
+    command = [sys.executable, "-m", "pytest", *options, "."]
     environment = os.environ | {"CI": ci, "PYTHONPATH": str(REPO)}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     return done.returncode, done.stdout
