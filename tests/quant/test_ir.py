@@ -1,0 +1,69 @@
+"""The canonical form checks itself, and joins only what can be joined."""
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from compiler.errors import UnsupportedError
+from compiler.quant.ir import DenseWeight, QuantWeight, WeightType, join
+
+
+def weight(n: int = 2, k: int = 5, group_size: int = 2, fill: int = 0, **changed: Any) -> QuantWeight:
+    groups = -(-k // group_size)
+    parts: dict[str, Any] = {
+        "codes": np.full((n, k), fill, np.uint8), "scale": np.ones((n, groups), np.float16),
+        "zero": np.full((n, groups), 8, np.int16), "grid": "int4", "group_size": group_size, "permutation": None}
+    return QuantWeight(**{**parts, **changed})
+
+
+def test_type() -> None:
+    assert weight().type == WeightType(2, 5, "int4", 2)
+    assert (weight().type.groups, weight().type.bits, weight().type.dense) == (3, 4, False)
+    dense = DenseWeight(np.zeros((3, 4), np.uint16), "bfloat16").type
+    assert dense == WeightType(3, 4, "bfloat16", 0)
+    assert (dense.groups, dense.bits, dense.dense) == (0, 16, True)
+
+
+@pytest.mark.parametrize("changed", [
+    {"codes": np.full((2, 5), 16, np.uint8)}, {"codes": np.zeros((2, 5), np.int8)},
+    {"codes": np.zeros((2, 7), np.uint8)}, {"zero": np.full((2, 3), 16, np.int16)},
+    {"zero": np.full((2, 3), -1, np.int16)}, {"zero": np.zeros((2, 3), np.uint8)},
+    {"scale": np.full((2, 3), np.nan, np.float16)}, {"scale": np.ones((2, 2), np.float16)},
+    {"scale": np.ones((2, 3), np.float64)}, {"grid": "nf4"}, {"group_size": 6},
+    {"permutation": np.array([0, 1, 2, 3, 3], np.int32)}, {"permutation": np.arange(5)},
+])
+def test_a_weight_that_breaks_the_contract_is_our_bug(changed: dict[str, Any]) -> None:
+    weight()
+    with pytest.raises(AssertionError):
+        weight(**changed)
+
+
+def test_join_stacks_rows() -> None:
+    order = np.array([4, 3, 2, 1, 0], np.int32)
+    joined = join([weight(2, fill=1, permutation=order), weight(3, fill=2, permutation=order.copy())])
+    assert joined.type == WeightType(5, 5, "int4", 2)
+    assert joined.codes[:, 0].tolist() == [1, 1, 2, 2, 2]
+    assert joined.permutation is not None
+    dense = join([DenseWeight(np.full((1, 2), i, np.float16), "float16") for i in range(2)])
+    assert dense.values.tolist() == [[0, 0], [1, 1]]
+
+
+def test_join_of_float16_and_float32_scales_is_exact() -> None:
+    joined = join([weight(1), weight(1, scale=np.full((1, 3), 1 / 3, np.float32))])
+    assert joined.scale.dtype == np.float32
+    assert joined.scale[:, 0].tolist() == [1.0, float(np.float32(1 / 3))]
+
+
+def test_join_refuses_what_differs() -> None:
+    with pytest.raises(UnsupportedError) as error:
+        join([weight(), weight(3, group_size=5)])
+    assert str(error.value) == (
+        "Weights that share an input must be joined, but these differ in kind: [2, 5] int4 with group size 2, [3, 5] "
+        "int4 with group size 5. Quantise them alike.")
+    with pytest.raises(UnsupportedError) as error:
+        join([weight(), weight(permutation=np.arange(5, dtype=np.int32))])
+    assert str(error.value) == (
+        "Weights that share an input must be joined, but the act-orders of these differ. Quantise them with one order, "
+        "or with desc_act = false.")
