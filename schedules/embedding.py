@@ -18,22 +18,21 @@ def lower(request: Request) -> Kernel:
     ids, table = request.args
     (m,), (vocab, d) = ids.shape, table.shape
     name = f"embedding_{table.dtype}_m{m}_v{vocab}_d{d}"
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_attr({"tirx.noalias": True, "global_symbol": name})
-            id_of = T.arg("ids", T.buffer((m,), "int32", layout=None))
-            rows = T.arg("table", T.buffer((vocab, d), table.dtype, layout=None))
-            out = T.arg("out", T.buffer((m, d), "float32", layout=None))
-            with T.sblock("embedding"):
-                T.reads(id_of[0:m], rows[0:vocab, 0:d])
-                T.writes(out[0:m, 0:d])
-                with vector.tokens(m) as t:
-                    row = T.bind(id_of[t])
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_attr({"tirx.noalias": True, "global_symbol": name})
+        id_of = T.arg("ids", T.buffer((m,), "int32", layout=None))
+        rows = T.arg("table", T.buffer((vocab, d), table.dtype, layout=None))
+        out = T.arg("out", T.buffer((m, d), "float32", layout=None))
+        with T.sblock("embedding"):
+            T.reads(id_of[0:m], rows[0:vocab, 0:d])
+            T.writes(out[0:m, 0:d])
+            with vector.tokens(m) as t:
+                row = T.bind(id_of[t])
 
-                    def copy(offset: Expr, lanes: int) -> None:
-                        vector.store(out, vector.load(rows, row, offset, lanes=lanes), t, offset, lanes=lanes)
+                def copy(offset: Expr, lanes: int) -> None:
+                    vector.store(out, vector.load(rows, row, offset, lanes=lanes), t, offset, lanes=lanes)
 
-                    vector.sweep(d, copy)
+                vector.sweep(d, copy)
     return Kernel(name, builder.get())
 
 

@@ -15,7 +15,7 @@ LANES = 16
 Expr = Any  # tvm has no types for mypy
 
 # 2^f = 1 + f * p(f) on [-0.5, 0.5]. p: Lawson's reweighted least squares in float64 (4001 Chebyshev nodes, relative
-# error), constant term held at 1 so that 2^0 is exact. Max relative error 9.2e-8 before and 1.7e-7 after rounding to fp32.
+# error), constant term held at 1 so that 2^0 is exact. Max relative error 9.2e-8, and 1.7e-7 once rounded to fp32.
 EXP2 = (0.001326472731307149, 0.009671512991189957, 0.05550733581185341, 0.24022242426872253, 0.6931470036506653)
 EXP2_ERROR = 1.7e-7
 LOG2_E = 1.4426950408889634
@@ -38,7 +38,7 @@ def splat(value: Expr, lanes: int) -> Expr:
 
 
 def load(buffer: Any, *index: Expr, lanes: int) -> Expr:
-    """fp32 vector of `lanes` neighbours in the last dimension. uint16 holds the bits of bfloat16: they are fp32's high half."""
+    """fp32 vector of `lanes` neighbours in the last dimension. uint16 holds bfloat16: the high half of an fp32."""
     raw = buffer[(*index[:-1], at(index[-1], lanes))]
     if buffer.ty.dtype == "float32":
         return raw
@@ -56,8 +56,23 @@ def store(buffer: Any, value: Expr, *index: Expr, lanes: int) -> None:
 
 
 def registers(count: int, lanes: int = LANES, dtype: str = "float32") -> Any:
-    """`count` vectors that LLVM keeps in registers, as long as every index is a constant (at most 1 KiB: else the heap)."""
-    return T.alloc_buffer((count, lanes), dtype, scope="local", layout=None)
+    """`count` vectors that LLVM keeps in registers, as long as every index is a constant and they take less than 1 KiB.
+
+    Not scope "local": TVM puts only small buffers of scope "global" on the stack, all others cost a call of the
+    workspace allocator.
+    """
+    return T.alloc_buffer((count, lanes), dtype, layout=None)
+
+
+def hold(value: Expr, lanes: int, dtype: str = "float32") -> Expr:
+    """A value computed here, once, and usable any number of times.
+
+    Not `T.bind`: TVM's simplifier puts a bound expression back into each of its uses, so chains of them grow without
+    bound (2 KB of TIR became 600 KB). A one-vector buffer stops that; LLVM turns it into a register.
+    """
+    place = registers(1, lanes, dtype)
+    T.buffer_store(place, value, [0, at(0, lanes)])
+    return place[0, at(0, lanes)]
 
 
 def intrinsic(name: str, *args: Expr, dtype: str = "float32", lanes: int) -> Expr:
@@ -77,12 +92,12 @@ def to_int32(x: Expr, lanes: int) -> Expr:
 
 def fold(x: Expr, lanes: int, combine: Callable[[Expr, Expr], Expr], dtype: str = "float32") -> Expr:
     """All lanes of x combined as a tree, halves first: the same order, thus the same bits, on every ISA."""
-    x = T.bind(x)
+    x = hold(x, lanes, dtype)
     while lanes > 2:
         lanes //= 2
         half = kind(dtype, lanes)
-        x = T.bind(combine(T.vectorlow(half, x), T.vectorhigh(half, x)))
-    return x if lanes == 1 else T.bind(combine(tirx.Shuffle([x], [0]), tirx.Shuffle([x], [1])))
+        x = hold(combine(T.vectorlow(half, x), T.vectorhigh(half, x)), lanes, dtype)
+    return x if lanes == 1 else hold(combine(tirx.Shuffle([x], [0]), tirx.Shuffle([x], [1])), 1, dtype)
 
 
 def total(x: Expr, lanes: int, dtype: str = "float32") -> Expr:
@@ -100,14 +115,14 @@ def exp2(x: Expr, lanes: int) -> Expr:
 
     x = n + f with n the nearest integer: 2^f from the polynomial, n added to its exponent bits.
     """
-    x = T.bind(T.max(x, splat(-127.0, lanes)))
-    whole = T.bind(intrinsic("llvm.roundeven", x, lanes=lanes))
-    f = T.bind(x - whole)
+    x = hold(T.max(x, splat(-127.0, lanes)), lanes)
+    whole = hold(intrinsic("llvm.roundeven", x, lanes=lanes), lanes)
+    f = hold(x - whole, lanes)
     power = splat(EXP2[0], lanes)
     for coefficient in (*EXP2[1:], 1.0):
         power = power * f + splat(coefficient, lanes)
     exponent = T.shift_left(T.Cast(kind("int32", lanes), whole), splat(T.int32(23), lanes))
-    return T.bind(T.reinterpret(kind("float32", lanes), T.reinterpret(kind("int32", lanes), power) + exponent))
+    return T.reinterpret(kind("float32", lanes), T.reinterpret(kind("int32", lanes), power) + exponent)
 
 
 def pieces(n: int, widest: int = LANES) -> Iterator[tuple[int, int]]:

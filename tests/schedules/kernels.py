@@ -77,6 +77,11 @@ def build(lower: Lower, call: Request, inplace: tuple[int, ...] = ()) -> Built:
     return Built(kernel, executable, inplace)
 
 
-def loops(assembly: str) -> list[str]:
-    """Innermost loops: instructions between a label and a backward jump to it with no other label between."""
-    return re.findall(r"^(\.LBB\d+_\d+):\n((?:(?!\.LBB).*\n)*?\s+j?b?[a-z.]*\s+\1$)", assembly, re.MULTILINE)  # type: ignore[return-value]
+def widest_register(assembly: str) -> str:
+    """The widest kind of vector register that the kernel names: zmm, ymm, or v0 for NEON."""
+    return next(name for name in ("zmm", "ymm", "v0") if re.search(rf"\b{name}", assembly))
+
+
+def assert_no_heap(assembly: str) -> None:
+    """TVM turns a local buffer into a call of its workspace allocator unless it is small and of scope global."""
+    assert "AllocWorkspace" not in assembly
