@@ -201,8 +201,8 @@ class Session:
         return InputError(f"token id {token} is outside the vocabulary 0..{self.manifest.model.vocab_size - 1}.")
 
     def _full(self, wanted: int) -> ContextFullError:
+        what = "1 token does" if wanted == 1 else f"{wanted} tokens do"
         return ContextFullError(
-            f"{wanted} token{'s' if wanted > 1 else ''} after {self.position} do not fit into the context of "
-            f"{self.context}. "
+            f"{what} not fit into the context of {self.context}, which holds {self.position} already. "
             "Use a shorter prompt, or rebuild the bundle with a longer context (quern build --context)."
         )
