@@ -1,4 +1,4 @@
-"""Formats are found by their files; exactly one has to claim a checkpoint. Dense weights, and what is no dense weight."""
+"""Formats are found by their files; exactly one claims a checkpoint. Dense weights, and what is no dense weight."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -32,12 +32,13 @@ def test_no_format_claims_it(tmp_path: Path) -> None:
         with pytest.raises(FormatError) as error:
             source(tmp_path, {"quantization_config": {"quant_method": method}}, a__weight=np.ones((1, 1), np.float32))
         assert str(error.value) == (
-            f"{tmp_path}: no format claims this checkpoint ({said}). quern knows: {known}. Take the model in one of these "
-            f"forms, or as plain float16 to be quantised here.")
+            f"{tmp_path}: no format claims this checkpoint ({said}). quern knows: {known}. Take the model in one of "
+            f"these forms, or as plain float16 to be quantised here.")
 
 
 def test_two_formats_claim_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    twins = [Format(name, lambda _config: True, lambda _checkpoint: pytest.fail("opened")) for name in ("left", "right")]
+    twins = [Format(name, lambda _config: True, lambda _checkpoint: pytest.fail("opened"))
+             for name in ("left", "right")]
     monkeypatch.setattr(formats, "formats", lambda: twins)
     with pytest.raises(FormatError) as error:
         source(tmp_path, a__weight=np.ones((1, 1), np.float32))
@@ -64,21 +65,22 @@ def test_dense_refusals(tmp_path: Path) -> None:
                    b__weight=np.ones((2, 2), np.float16), b__bias=np.ones(2, np.float16),
                    nan__weight=np.array([np.nan], np.float32))
     file = tmp_path / "model.safetensors"
-    need = ("but a dense weight needs two dimensions and one of float16, bfloat16, float32. If it is quantised, config.json "
-            "must say how.")
+    need = ("but a dense weight needs two dimensions and one of float16, bfloat16, float32. If it is quantised, "
+            "config.json must say how.")
     for module, kind, message in (
         ("i", FormatError, f"{file}: i.weight is int8[2, 2], {need}"),
         ("e", FormatError, f"{file}: e.weight is float32[0, 2], {need}"),
         ("nan", FormatError, f"{file}: nan.weight is float32[1], {need}"),
-        ("b", UnsupportedError, f"{file}: b.bias is not zero, but quern has no biases in linear layers yet. Use a model "
-                                f"without them."),
+        ("b", UnsupportedError, f"{file}: b.bias is not zero, but quern has no biases in linear layers yet. Use a "
+                                f"model without them."),
         ("x", CheckpointError, f"{tmp_path} has no tensor 'x.weight'. Is this the model that config.json describes?"),
     ):
         with pytest.raises(kind) as error:
             dense.load(module)
         assert str(error.value) == message
     for name, kind, message in (
-        ("nan", FormatError, f"{file}: nan.weight has values that are not finite. The file is damaged: fetch it again."),
+        ("nan", FormatError,
+         f"{file}: nan.weight has values that are not finite. The file is damaged: fetch it again."),
         ("b", FormatError, f"{file}: b.weight is float16[2, 2], but a vector needs one dimension and one of float16, "
                            f"bfloat16, float32. Quantised norms are not a thing quern knows."),
         ("x", CheckpointError, f"{tmp_path} has no tensor 'x.weight'. Is this the model that config.json describes?"),

@@ -66,7 +66,9 @@ def test_agrees_with_the_definition(bits: int, group_size: int, act_order: bool,
     codes = rng.integers(0, 1 << bits, (k, n), dtype=np.uint8)
     zeros = rng.integers(0, 1 << bits, (groups, n), dtype=np.uint8)  # 0 included: it wraps to all ones in v1
     scales = rng.standard_normal((groups, n)).astype(np.float16)
-    g_idx = rng.permutation(np.arange(k) // size).astype(np.int32) if act_order else (np.arange(k) // size).astype(np.int32)
+    g_idx = (np.arange(k) // size).astype(np.int32)
+    if act_order:
+        g_idx = rng.permutation(g_idx)
     qweight = pack(codes, bits, 0)
     stored = zeros if version == 2 else (zeros - 1) & np.uint8((1 << bits) - 1)
     config = GptqConfig(bits, group_size, False, version)
@@ -109,8 +111,8 @@ def decode_error(data: Raw, config: GptqConfig) -> str:
 def test_refuses_values_that_cannot_be() -> None:
     w = [[0] * 8]
     assert decode_error(raw(w, [[0]], [[np.nan, np.inf, *[1] * 6]]), CFG) == (
-        "FILE: m.scales: 2 of 8 are NaN or infinite. The file is damaged or the quantisation failed: fetch it again, or "
-        "quantise again.")
+        "FILE: m.scales: 2 of 8 are NaN or infinite. The file is damaged or the quantisation failed: fetch it again, "
+        "or quantise again.")
     assert decode_error(raw(w, [[0x88888888]], [[1] * 8]), GptqConfig(4, -1, True)) == (
         "FILE: m.qzeros: a zero is 9, but sym = true needs 8 everywhere. If sym is right, checkpoint_format is wrong: "
         "'gptq' stores zero - 1, 'gptq_v2' stores zero.")
@@ -175,15 +177,15 @@ def test_gptq_v2_is_never_read_as_v1(tmp_path: Path) -> None:
     assert w.zero.tolist() == [[8, 8]] * 16
     message = refusal(tmp_path, settings(checkpoint_format="gptq_v2", format="gptq"), FormatError)
     place = f"{tmp_path / 'config.json'}: quantization_config"
-    assert message == (f"{place}.checkpoint_format and {place}.format differ: one says gptq, the other gptq_v2. Set both to "
-                       f"the form that the file has.")
+    assert message == (f"{place}.checkpoint_format and {place}.format differ: one says gptq, the other gptq_v2. Set "
+                       f"both to the form that the file has.")
 
 
 def test_all_zero_biases_of_auto_gptq_are_no_biases(tmp_path: Path) -> None:
     assert checkpoint(tmp_path, settings(), m__bias=np.zeros(16, np.float32)).load("m").type.n == 16
     message = refusal(tmp_path, settings(), UnsupportedError, m__bias=np.full(16, 0.5, np.float16))
-    assert message == (f"{tmp_path / 'model.safetensors'}: m.bias is not zero, but quern has no biases in linear layers "
-                       f"yet. Use a model without them.")
+    assert message == (f"{tmp_path / 'model.safetensors'}: m.bias is not zero, but quern has no biases in linear "
+                       f"layers yet. Use a model without them.")
 
 
 def test_one_module_set_apart_by_gptqmodel(tmp_path: Path) -> None:
@@ -233,8 +235,8 @@ def test_refuses_shapes_that_lie(tmp_path: Path, case: str) -> None:
 
 def test_refuses_a_wrong_group_size(tmp_path: Path) -> None:
     assert refusal(tmp_path, settings(group_size=16), FormatError) == (
-        f"{tmp_path / 'model.safetensors'}: m.scales is float16[2, 16], but GPTQ with 4 bits and group_size 16 needs 16- or "
-        f"32-bit floats [4, 16]. {OTHER}")
+        f"{tmp_path / 'model.safetensors'}: m.scales is float16[2, 16], but GPTQ with 4 bits and group_size 16 needs "
+        f"16- or 32-bit floats [4, 16]. {OTHER}")
 
 
 def test_refuses_missing_and_double_tensors(tmp_path: Path) -> None:
@@ -249,22 +251,23 @@ CONFIGS: dict[str, tuple[dict[str, Any], type[UserError], str]] = {
     "bits": ({"bits": 5}, UnsupportedError,
              "bits is 5, but quern decodes GPTQ with 2, 3, 4, 8 bits. Take the model with one of these."),
     "no bits": ({"bits": None}, ConfigError, "bits is null, but it must be an integer from 1 to 32."),
-    "group_size": ({"group_size": 0}, FormatError, "group_size is 0, but it must be -1 (one group a row) or at least 1."),
+    "group_size": ({"group_size": 0}, FormatError,
+                   "group_size is 0, but it must be -1 (one group a row) or at least 1."),
     "layout": ({"checkpoint_format": "marlin"}, ConfigError,
                "checkpoint_format is 'marlin', but it must be one of 'gptq', 'gptq_v2'."),
     "marlin": ({"is_marlin_format": True}, UnsupportedError,
-               "is_marlin_format is true: weights repacked for the Marlin kernel are not supported. Take the checkpoint in "
-               "plain GPTQ form."),
+               "is_marlin_format is true: weights repacked for the Marlin kernel are not supported. Take the "
+               "checkpoint in plain GPTQ form."),
     "pack_dtype": ({"pack_dtype": "int16"}, ConfigError, "pack_dtype is 'int16', but it must be one of 'int32'."),
     "unknown": ({"rotation": "hadamard"}, ConfigError,
-                "rotation is 'hadamard': quern does not know this key and will not guess what it changes. If it changes "
-                "nothing in the computation, remove it; otherwise the model is not supported."),
+                "rotation is 'hadamard': quern does not know this key and will not guess what it changes. If it "
+                "changes nothing in the computation, remove it; otherwise the model is not supported."),
     "pattern": ({"dynamic": {r"+:.*\.down_proj": {"bits": 8}}}, UnsupportedError,
-                r"dynamic.+:.*\.down_proj is a pattern, but quern reads only plain module names there. Quantise all modules "
-                "alike, or name each one."),
+                r"dynamic.+:.*\.down_proj is a pattern, but quern reads only plain module names there. Quantise all "
+                "modules alike, or name each one."),
     "unknown in dynamic": ({"dynamic": {"m": {"bits": 4, "adapter": {"rank": 8}}}}, ConfigError,
-                           """dynamic.m.adapter is {"rank": 8}: quern does not know this key and will not guess what it """
-                           "changes. If it changes nothing in the computation, remove it; otherwise the model is not "
+                           """dynamic.m.adapter is {"rank": 8}: quern does not know this key and will not guess what """
+                           "it changes. If it changes nothing in the computation, remove it; otherwise the model is not "
                            "supported."),
 }
 

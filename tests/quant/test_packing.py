@@ -56,5 +56,5 @@ def test_blocks_join(bits: int) -> None:  # more codes than one block, and a las
 
 
 def test_refuses_codes_that_do_not_fill_words() -> None:
-    with pytest.raises(ValueError, match="^7 codes of 4 bits do not fill whole 32-bit words$"):
+    with pytest.raises(ValueError, match=r"^7 codes of 4 bits do not fill whole 32-bit words$"):
         pack(np.zeros((2, 7), np.uint8), 4, 1)

@@ -19,8 +19,8 @@ from tests.quant import samples
 torch = pytest.importorskip("torch")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
-# float32 forwards of the same weights differ by summation order only: 7e-6 seen, logits are below 3 in size, their sums
-# have 768 terms, and 768 * 2**-24 * 3 = 1.4e-4. One wrong code in one weight moves a logit by more than this.
+# float32 forwards of the same weights differ by the order of summation only: at most 7e-6 seen, on logits up to 5.5 whose
+# unit in the last place is 4.8e-7. A single code off by one moved a logit by 0.0047 to 0.025 in twelve trials.
 LOGITS_TOLERANCE = 5e-5
 GPTQ = [  # folder, whether act-order gives a permutation somewhere
     ("auto-gptq-gptq-4bit-sym-g128", False),
@@ -113,6 +113,6 @@ def test_awq_fed_as_gptq_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(FormatError) as error:
         open_folder(tmp_path).load("model.layers.0.self_attn.q_proj")
     assert str(error.value) == (
-        f"{tmp_path / 'model.safetensors'}: model.layers.0.self_attn.q_proj.qweight is int32[256, 32], but GPTQ with 4 bits "
-        f"and group_size 128 needs int32[256, 256] for k = 2048 and n = 256. These are the shapes of AWQ: if AutoAWQ packed "
-        f"it, config.json must say quant_method = 'awq'.")
+        f"{tmp_path / 'model.safetensors'}: model.layers.0.self_attn.q_proj.qweight is int32[256, 32], but GPTQ with 4 "
+        f"bits and group_size 128 needs int32[256, 256] for k = 2048 and n = 256. These are the shapes of AWQ: if "
+        f"AutoAWQ packed it, config.json must say quant_method = 'awq'.")

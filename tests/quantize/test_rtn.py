@@ -22,13 +22,13 @@ def dense(values: object) -> DenseWeight:
     return DenseWeight(np.array(values, np.float32), "float32")
 
 
-def test_symmetric_by_hand() -> None:  # the value of largest size is -4: scale -4 / -8 = 0.5, and all values are on the grid
+def test_symmetric_by_hand() -> None:  # the value of largest size is -4: scale -4 / -8 = 0.5, all are on the grid
     w = quantize(dense([[-4, 3.5, 0, 0.5]]), 4, 4)
     assert (w.scale.tolist(), w.zero.tolist(), w.codes.tolist()) == ([[0.5]], [[8]], [[0, 15, 8, 9]])
     assert quantize(dense([[4, -3.5, 0, -0.5]]), 4, 4).scale.tolist() == [[-0.5]]  # the longer side decides the sign
 
 
-def test_eight_bits_by_hand() -> None:  # scale 127 / 127; -127.4 would need code 0.6, which rounds to 1, the lowest
+def test_eight_bits_by_hand() -> None:  # scale 127 / 127; 0.6 rounds to 1 above the zero
     w = quantize(dense([[127, -127, 0, 0.6]]), 8, 4)
     assert (w.scale.tolist(), w.zero.tolist(), w.codes.tolist()) == ([[1]], [[128]], [[255, 1, 128, 129]])
 
@@ -48,8 +48,8 @@ def test_default_group_size() -> None:
     assert [default_group_size(k) for k in (4096, 192, 96, 172, 50)] == [128, 64, 32, 32, 32]
 
 
-@given(bits=st.sampled_from([4, 8]), symmetric=st.booleans(), k=st.integers(1, 70), group_size=st.sampled_from([1, 7, 32, 64]),
-       seed=st.integers(0, 999), magnitude=st.integers(-20, 15))
+@given(bits=st.sampled_from([4, 8]), symmetric=st.booleans(), k=st.integers(1, 70),
+       group_size=st.sampled_from([1, 7, 32, 64]), seed=st.integers(0, 999), magnitude=st.integers(-20, 15))
 def test_no_weight_is_further_off_than_the_plain_scale_allows(
         bits: int, symmetric: bool, k: int, group_size: int, seed: int, magnitude: int) -> None:
     x = (np.random.default_rng(seed).standard_normal((3, k)) * 2.0**magnitude).astype(np.float32)
@@ -60,7 +60,7 @@ def test_no_weight_is_further_off_than_the_plain_scale_allows(
     group = np.arange(k) // w.group_size
     peak = np.stack([np.abs(x[:, group == g]).max(axis=1) for g in range(w.type.groups)], axis=1)[:, group]
     # Each group's squared error is at most what the first scale gives: one step a weight, where a step is at most
-    # 2 * peak / 15 (4 bits, asymmetric) or peak / 8 or peak / 127, plus the float16 rounding of the step, times 8 codes.
+    # 2 * peak / 15 (4 bits, asymmetric) or peak / 8 or peak / 127, plus the float16 rounding of the step, for 8 codes.
     step = peak * {4: 2 / 15, 8: 2 / 255}[bits] * (1 + 8 * 2**-11) + 16 * float(F16_TINY) * 2**bits
     assert (np.abs(dequantize(w) - x) <= step * np.sqrt(w.group_size)).all()
 
@@ -81,8 +81,8 @@ def test_zeros_and_the_ends_of_float16() -> None:
     assert np.abs(dequantize(tiny) - [[-1e-8, 5e-8, 0, 0]]).max() <= float(F16_TINY) / 2
     with pytest.raises(FormatError) as error:
         quantize(dense([[1e6, 0]]), 4, 2, where="m")
-    assert str(error.value) == ("m has values up to 1e+06, too large for float16 scales. Weights of a working model are far "
-                                "smaller: fetch the checkpoint again.")
+    assert str(error.value) == ("m has values up to 1e+06, too large for float16 scales. Weights of a working model "
+                                "are far smaller: fetch the checkpoint again.")
 
 
 def test_refusals() -> None:
@@ -99,7 +99,8 @@ def test_a_source_that_quantises(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     shapes = {"model.embed_tokens": (8, 40), "model.layers.0.mlp.up_proj": (6, 40), "lm_head": (8, 40)}
     tensors = {f"{name}.weight": rng.standard_normal(shape).astype(np.float16) for name, shape in shapes.items()}
-    inner = open_source(open_checkpoint(write_checkpoint(tmp_path, {}, {**tensors, "n.weight": np.ones(4, np.float16)})))
+    tensors["n.weight"] = np.ones(4, np.float16)
+    inner = open_source(open_checkpoint(write_checkpoint(tmp_path, {}, tensors)))
     source = RtnSource(inner)
     assert source.modules() == inner.modules()
     assert [source.describe(name) for name in shapes] == [
