@@ -1,6 +1,6 @@
 """fp32 activations to int8, one scale a span of at most 128 inputs (schedules.geometry).
 
-  quern.quantize  x f32[m, k]; group -> q i8[m, spans, width], scale f32[m, spans], sum i32[m, spans]
+  quern.quantize  x f32[m, k]; group -> q i8[m, spans, 2, width / 2], scale f32[m, spans], sum i32[m, spans]
 
     amax = max |x| over the span;  scale = amax / 127;  q = round_half_even(x * (127 / amax));  sum = sum of q
 All in fp32 with one rounding an operation, so the result equals numpy's float32 bit for bit on every ISA. |q| <= 127
@@ -74,13 +74,15 @@ class QuantizedRows:
     def __init__(self, m: int, geometry: Geometry):
         self.geometry = geometry
         spans, width = geometry.spans, geometry.width
-        self.q = T.arg("q", T.buffer((m, spans, width), "int8", layout=None))
+        self.halves = T.arg("q", T.buffer((m, spans, 2, width // 2), "int8", layout=None))
         self.scale = T.arg("scale", T.buffer((m, spans), "float32", layout=None))
         self.sum = T.arg("sum", T.buffer((m, spans), "int32", layout=None))
-        self.regions = [self.q[0:m, 0:spans, 0:width], self.scale[0:m, 0:spans], self.sum[0:m, 0:spans]]
+        self.regions = [self.halves[0:m, 0:spans, 0:2, 0 : width // 2], self.scale[0:m, 0:spans], self.sum[0:m, 0:spans]]
 
     def emit(self, t: Expr, value: Value) -> None:
         """Quantise row t; each value is asked for once."""
+        shape = (self.halves.shape[0], self.geometry.spans, self.geometry.width)
+        self.q = T.decl_buffer(shape, "int8", data=self.halves.data, layout=None)
         for run in runs(self.geometry):
             with T.serial(run.spans) as i:
                 start = run.start + i * run.stride
