@@ -24,7 +24,8 @@ def read_ids(path: Path) -> Array:
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}.") from None
     except (ValueError, EOFError, OverflowError, MemoryError) as error:
-        raise InputError(f"{path}: is no .npy file that can be read: {error}.") from None
+        reason = str(error).rstrip(".")
+        raise InputError(f"{path}: is no .npy file that can be read: {reason}.") from None
     if ids is None:
         raise InputError(f"{path}: is no .npy file. Save the ids with numpy.save.")
     if ids.ndim != 1 or ids.dtype.kind not in "iu" or not 1 <= ids.size <= MAX_IDS:

@@ -11,6 +11,12 @@ from runtime.session import Session
 from tests.runtime import tiny
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With more, the runtime would pin the test process to a CPU."""
+    monkeypatch.setenv("TVM_NUM_THREADS", "1")
+
+
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sound bundle. Do not change it: `bundle` is a copy."""

@@ -14,7 +14,6 @@ from tests.runtime.tiny import signed
 
 HEX = "0" * 64
 CHUNKS = ["1" * 64, "2" * 64]
-REBUILD = " Rebuild the bundle with this release of quern."
 
 
 def example() -> dict[str, Any]:
@@ -28,7 +27,8 @@ def example() -> dict[str, Any]:
         "tvm": {"version": "0.27.0.post1", "ffi_version": "0.1.14.post1"},
         "library": "model.so",
         "functions": {
-            "decode": {"tokens": 1, "inputs": ["ids", "span", "k", "table"], "output": {"dtype": "float32", "shape": [1, 8]}},
+            "decode": {"tokens": 1, "inputs": ["ids", "span", "k", "table"],
+                       "output": {"dtype": "float32", "shape": [1, 8]}},
             "prefill_4": {"tokens": 4, "inputs": ["ids", "span", "k", "table"],
                           "output": {"dtype": "float32", "shape": [4, 2]}},
             "head_1": {"tokens": 1, "inputs": ["hidden", "norm"], "output": {"dtype": "float32", "shape": [1, 8]}},
@@ -42,7 +42,8 @@ def example() -> dict[str, Any]:
         "chat": {"format": "turns", "system": ["a", "b"], "user": ["c", "d"], "assistant": ["e", "f"], "start": "g",
                  "generation_prompt": "e"},
         "files": {"model.so": {"bytes": 5, "sha256": HEX},
-                  "weights.bin": {"bytes": 72, "sha256": mf.digest_of_chunks(CHUNKS), "chunk_bytes": 64, "chunks": CHUNKS}},
+                  "weights.bin": {"bytes": 72, "sha256": mf.digest_of_chunks(CHUNKS), "chunk_bytes": 64,
+                                  "chunks": CHUNKS}},
     }  # fmt: skip
 
 
@@ -92,62 +93,64 @@ def test_null_chat_and_no_prefill_are_fine() -> None:
                    "or use the runtime of the release that built it."),
     ("abi", True, "abi is True, but this runtime reads abi 1. Rebuild the bundle with this release of quern, "
                   "or use the runtime of the release that built it."),
-    ("extra", 1, "top level: unknown key 'extra'." + REBUILD),
-    ("model/context", ..., "model: key 'context' is missing." + REBUILD),
-    ("model/layers", True, "model.layers is true, but an integer is needed." + REBUILD),
-    ("model/context", 16.0, "model.context is 16.0, but an integer is needed." + REBUILD),
-    ("model/name", None, "model.name is null, but a string is needed." + REBUILD),
-    ("model/vocab_size", 0, "model.vocab_size is 0, but must lie in 1..67108864." + REBUILD),
-    ("quantization/bits", [4], "quantization.bits is [4], but a string, number, true, false or null is needed." + REBUILD),
-    ("target/arch", "riscv64", "target.arch is 'riscv64', but must be one of x86_64, aarch64." + REBUILD),
-    ("target/glibc", "new", "target.glibc is 'new', but must begin like 2.28." + REBUILD),
-    ("target/features", ["a b"], "target.features has 'a b', which /proc/cpuinfo cannot contain." + REBUILD),
+])  # fmt: skip
+def test_refuses_what_another_release_wrote(path: str, value: Any, message: str) -> None:
+    assert refusal(changed(path, value)) == message
+
+
+@pytest.mark.parametrize(("path", "value", "message"), [
+    ("extra", 1, "top level: unknown key 'extra'"),
+    ("model/context", ..., "model: key 'context' is missing"),
+    ("model/layers", True, "model.layers is true, but an integer is needed"),
+    ("model/context", 16.0, "model.context is 16.0, but an integer is needed"),
+    ("model/name", None, "model.name is null, but a string is needed"),
+    ("model/vocab_size", 0, "model.vocab_size is 0, but must lie in 1..67108864"),
+    ("quantization/bits", [4], "quantization.bits is [4], but a string, number, true, false or null is needed"),
+    ("target/arch", "riscv64", "target.arch is 'riscv64', but must be one of x86_64, aarch64"),
+    ("target/glibc", "new", "target.glibc is 'new', but must begin like 2.28"),
+    ("target/features", ["a b"], "target.features has 'a b', which /proc/cpuinfo cannot contain"),
     ("library", "../model.so", "library has '../model.so', but a file name must be letters, digits and ._+- "
-                               "without a leading dot." + REBUILD),
-    ("library", "other.so", "library is 'other.so', which has no entry under files." + REBUILD),
+                               "without a leading dot"),
+    ("library", "other.so", "library is 'other.so', which has no entry under files"),
     ("files/a\\b", {"bytes": 1, "sha256": HEX}, "files has 'a\\\\b', but a file name must be letters, digits and ._+- "
-                                                "without a leading dot." + REBUILD),
-    ("files/manifest.json", {"bytes": 1, "sha256": HEX}, "files lists manifest.json, which cannot hold its own digest."
-                                                         + REBUILD),
-    ("files/model.so/sha256", "AB", "files.model.so has the digest 'AB', but SHA-256 is 64 lower-case hex digits." + REBUILD),
-    ("files/weights.bin/chunks", ..., "files.weights.bin has only one of chunks and chunk_bytes." + REBUILD),
-    ("files/weights.bin/chunk_bytes", 72, "files.weights.bin has 2 chunks, but 72 bytes in chunks of 72 make 1." + REBUILD),
-    ("files/weights.bin/sha256", HEX, "files.weights.bin.sha256 is not the digest of its chunk digests." + REBUILD),
-    ("weights/alignment", 32, "weights.alignment is 32, but must lie in 64..4096." + REBUILD),
-    ("weights/alignment", 96, "weights.alignment is 96, but must be a power of two." + REBUILD),
+                                                "without a leading dot"),
+    ("files/manifest.json", {"bytes": 1, "sha256": HEX}, "files lists manifest.json, which cannot hold its own digest"),
+    ("files/model.so/sha256", "AB", "files.model.so has the digest 'AB', but SHA-256 is 64 lower-case hex digits"),
+    ("files/weights.bin/chunks", ..., "files.weights.bin has only one of chunks and chunk_bytes"),
+    ("files/weights.bin/chunk_bytes", 72, "files.weights.bin has 2 chunks, but 72 bytes in chunks of 72 make 1"),
+    ("files/weights.bin/sha256", HEX, "files.weights.bin.sha256 is not the digest of its chunk digests"),
+    ("weights/alignment", 32, "weights.alignment is 32, but must lie in 64..4096"),
+    ("weights/alignment", 96, "weights.alignment is 96, but must be a power of two"),
     ("weights/tensors/0/dtype", "float64", "weight 'table' has dtype 'float64', but must be one of float32, float16, "
-                                           "bfloat16, int8, uint8, int16, int32." + REBUILD),
-    ("weights/tensors/0/shape", [8, -2], "weight 'table' has shape [8, -2], but 1 to 8 positive dimensions are needed."
-                                         + REBUILD),
-    ("weights/tensors/0/nbytes", 33, "weight 'table' has nbytes 33, but bfloat16[8, 2] takes 32." + REBUILD),
-    ("weights/tensors/1/offset", 8, "weight 'norm' has offset 8, which is no multiple of the alignment 64." + REBUILD),
-    ("weights/tensors/1/offset", -64, "weight 'norm' has offset -64, which is no multiple of the alignment 64." + REBUILD),
-    ("weights/tensors/1/offset", 128, "weight 'norm' ends at byte 136, but weights.bin has only 72." + REBUILD),
-    ("weights/tensors/1/offset", 0, "weight 'norm' begins at byte 0, inside weight 'table', which ends at 32." + REBUILD),
-    ("weights/tensors/1/name", "table", "array 'table' appears twice." + REBUILD),
-    ("weights/tensors/1/name", "span", "array 'span' appears twice." + REBUILD),
-    ("caches/0/shape", [1 << 40, 1 << 40], "cache 'k' takes 2417851639229258349412352 bytes, more than 70368744177664."
-                                           + REBUILD),
-    ("memory/cache_bytes", 63, "memory.cache_bytes is 63, but the caches take 64." + REBUILD),
-    ("memory/weights_bytes", 71, "memory.weights_bytes is 71, but weights.bin has 72." + REBUILD),
-    ("functions/decode", ..., "functions has no 'decode'." + REBUILD),
-    ("functions/head_1", ..., "functions has prefill but no 'head_1'." + REBUILD),
-    ("functions/prefill_4", ..., "functions has a head but no prefill." + REBUILD),
-    ("functions/prefill_4/tokens", 5, "functions.prefill_4.tokens is 5, but must lie in 4..4." + REBUILD),
+                                           "bfloat16, int8, uint8, int16, int32"),
+    ("weights/tensors/0/shape", [8, -2], "weight 'table' has shape [8, -2], but 1 to 8 positive dimensions are needed"),
+    ("weights/tensors/0/nbytes", 33, "weight 'table' has nbytes 33, but bfloat16[8, 2] takes 32"),
+    ("weights/tensors/1/offset", 8, "weight 'norm' has offset 8, which is no multiple of the alignment 64"),
+    ("weights/tensors/1/offset", -64, "weight 'norm' has offset -64, which is no multiple of the alignment 64"),
+    ("weights/tensors/1/offset", 128, "weight 'norm' ends at byte 136, but weights.bin has only 72"),
+    ("weights/tensors/1/offset", 0, "weight 'norm' begins at byte 0, inside weight 'table', which ends at 32"),
+    ("weights/tensors/1/name", "table", "array 'table' appears twice"),
+    ("weights/tensors/1/name", "span", "array 'span' appears twice"),
+    ("caches/0/shape", [1 << 40, 1 << 40], "cache 'k' takes 2417851639229258349412352 bytes, more than 70368744177664"),
+    ("memory/cache_bytes", 63, "memory.cache_bytes is 63, but the caches take 64"),
+    ("memory/weights_bytes", 71, "memory.weights_bytes is 71, but weights.bin has 72"),
+    ("functions/decode", ..., "functions has no 'decode'"),
+    ("functions/head_1", ..., "functions has prefill but no 'head_1'"),
+    ("functions/prefill_4", ..., "functions has a head but no prefill"),
+    ("functions/prefill_4/tokens", 5, "functions.prefill_4.tokens is 5, but must lie in 4..4"),
     ("functions/main", {"tokens": 1, "inputs": [], "output": {"dtype": "float32", "shape": [1, 8]}},
-     "functions has 'main', but only decode, prefill_M and head_M are known." + REBUILD),
-    ("functions/decode/inputs/3", "tabel", "functions.decode has the input 'tabel', which is neither a weight nor a cache."
-                                           + REBUILD),
-    ("functions/decode/inputs/0", "k", "functions.decode: input 'k' appears twice." + REBUILD),
-    ("functions/head_1/inputs/0", "table", "functions.head_1 has no input 'hidden'." + REBUILD),
-    ("functions/decode/output/shape", [1, 9], "functions.decode.output is float32[1, 9], but float32[1, 8] is needed."
-                                              + REBUILD),
-    ("tokens/eos", [8], "tokens.eos is 8, but must lie in 0..7." + REBUILD),
-    ("chat/format", "jinja", "chat.format is 'jinja', but only 'turns' is known." + REBUILD),
-    ("chat/user", ["x"], 'chat.user is ["x"], but a list of 2 is needed.' + REBUILD),
+     "functions has 'main', but only decode, prefill_M and head_M are known"),
+    ("functions/decode/inputs/3", "tabel",
+     "functions.decode has the input 'tabel', which is neither a weight nor a cache"),
+    ("functions/decode/inputs/0", "k", "functions.decode: input 'k' appears twice"),
+    ("functions/head_1/inputs/0", "table", "functions.head_1 has no input 'hidden'"),
+    ("functions/decode/output/shape", [1, 9], "functions.decode.output is float32[1, 9], but float32[1, 8] is needed"),
+    ("tokens/eos", [8], "tokens.eos is 8, but must lie in 0..7"),
+    ("chat/format", "jinja", "chat.format is 'jinja', but only 'turns' is known"),
+    ("chat/user", ["x"], 'chat.user is ["x"], but a list of 2 is needed'),
 ])  # fmt: skip
 def test_refuses(path: str, value: Any, message: str) -> None:
-    assert refusal(changed(path, value)) == message
+    assert refusal(changed(path, value)) == f"{message}. Rebuild the bundle with this release of quern."
 
 
 def test_refuses_what_is_no_object() -> None:

@@ -2,8 +2,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import weakref
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +40,7 @@ def test_plans_by_hand() -> None:  # cost of a call: its rows + 4
 
 @given(st.sets(st.integers(2, 20), max_size=3), st.integers(0, 9), st.integers(1, 60))
 def test_plans_are_whole_and_cheapest(sizes: set[int], call_cost: int, tokens: int) -> None:
-    @lru_cache(maxsize=None)
+    @cache
     def cheapest(left: int) -> int:
         return min(s + call_cost + cheapest(left - s) for s in {1, *sizes}) if left > 0 else 0
 
@@ -93,6 +96,34 @@ def test_views_stay_valid_while_they_are_held(session: Session) -> None:
     assert np.array_equal(np.stack(views), tiny.reference(IDS))
     assert not views[0].flags.writeable
     assert not views[0].flags.owndata
+
+
+PINNING = """
+import os, sys
+from pathlib import Path
+from runtime.bundle import open_bundle
+from runtime.session import Session
+if sys.argv[2] == "confined":
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+session = Session(open_bundle(Path(sys.argv[1])), threads=int(sys.argv[3]))
+session.prefill([3] * 20)
+workers = [os.sched_getaffinity(int(t)) for t in os.listdir("/proc/self/task") if int(t) != os.getpid()]
+print(sorted(os.sched_getaffinity(0)), sorted(map(sorted, workers)))
+"""
+
+
+@pytest.mark.skipif(device.affinity() != {0, 1}, reason="needs the CPUs 0 and 1 and no others")
+@pytest.mark.parametrize(("how", "threads", "expected"), [
+    ("free", 1, "[0, 1] []\n"),  # nothing to pin
+    ("free", 2, "[0] [[1]]\n"),  # the caller gets the CPU that TVM's worker does not have
+    ("confined", 2, "[1] [[1]]\n"),  # TVM would have put the worker on the CPU that we were not given
+])  # fmt: skip
+def test_pinning(toy: Path, how: str, threads: int, expected: str) -> None:
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", PINNING, str(toy), how, str(threads)], cwd=root, env=environment,
+                          capture_output=True, text=True, timeout=60, check=False)  # fmt: skip
+    assert (done.stdout, done.stderr) == (expected, "")
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from runtime.errors import BundleError, InputError
 from runtime.tokenizer import StopStrings, TextStream
@@ -75,7 +75,7 @@ def test_bytes_that_never_become_text_do_not_block() -> None:
 
 def test_a_leading_space_belongs_to_the_first_token_only_without_a_prompt() -> None:
     tokenizer = sentencepiece()
-    ids = [tokenizer.token_to_id(t) for t in ("▁Hello", ",", "▁world")]
+    ids = [tokenizer.get_vocab()[t] for t in ("▁Hello", ",", "▁world")]
     assert stream_all(tokenizer, ids) == ["Hello", ",", " world", ""]
     assert stream_all(tokenizer, ids, prompt=ids) == [" Hello", ",", " world", ""]
 
@@ -171,7 +171,7 @@ def test_special_tokens(toy: Path) -> None:
 def test_refuses_what_is_no_tokenizer(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text("{}")
-    with pytest.raises(BundleError, match=r"tokenizer\.json: is no tokenizer that this version of the tokenizers package"):
+    with pytest.raises(BundleError, match=r"tokenizer\.json: is no tokenizer that this version of "):
         OurTokenizer(path)
 
 

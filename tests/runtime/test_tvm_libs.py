@@ -73,8 +73,8 @@ def test_nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tvm_libs, "__file__", str(tmp_path / "tvm_libs.py"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert refusal() == (
-        f"libtvm_ffi.so and libtvm_runtime.so were not found: QUERN_TVM_LIBS is not set, {tmp_path / 'lib'} does not have "
-        "them, and the wheels apache-tvm-ffi and apache-tvm are not installed. Put both files in that folder, or "
+        f"libtvm_ffi.so and libtvm_runtime.so were not found: QUERN_TVM_LIBS is not set, {tmp_path / 'lib'} does not "
+        "have them, and the wheels apache-tvm-ffi and apache-tvm are not installed. Put both files in that folder, or "
         "install the wheels."
     )
 
@@ -101,13 +101,16 @@ def test_another_ffi_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_versions_of_the_wrong_kind(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = folder_with(tmp_path / "libs", text)
     monkeypatch.setenv("QUERN_TVM_LIBS", str(folder))
-    assert refusal() == f"{folder / 'versions.json'}: must be an object of wheel name to version. Copy the runtime again."
+    assert refusal() == (
+        f"{folder / 'versions.json'}: must be an object of wheel name to version. Copy the runtime again."
+    )
 
 
 def test_libraries_that_do_not_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = folder_with(tmp_path / "libs", empty=True)
     monkeypatch.setenv("QUERN_TVM_LIBS", str(folder))
-    assert refusal().startswith(f"{folder}: the TVM libraries do not load: {folder / 'libtvm_ffi.so'}: file too short. ")
+    reason = f"{folder / 'libtvm_ffi.so'}: file too short"
+    assert refusal().startswith(f"{folder}: the TVM libraries do not load: {reason}. Install the wheels for ")
 
 
 def test_a_library_that_is_not_tvm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +123,8 @@ def test_a_library_that_is_not_tvm(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("QUERN_TVM_LIBS", str(folder))
     # dlopen gives no symbol of its own: what other libraries of this process offer is not looked at
     assert refusal() == (
-        f"{folder / 'libtvm_ffi.so'}: is no TVM FFI library (no TVMFFIGetVersion). Install apache-tvm-ffi==0.1.14.post1."
+        f"{folder / 'libtvm_ffi.so'}: is no TVM FFI library (no TVMFFIGetVersion). "
+        "Install apache-tvm-ffi==0.1.14.post1."
     )
 
 

@@ -1,0 +1,270 @@
+"""The command line: what it prints, how it fails, and that it runs alone."""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime.__main__ import main
+from tests.runtime import tiny
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments: object, cwd: Path = ROOT, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    """The runtime in a process of its own."""
+    command = [sys.executable, "-m", "runtime", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, input=stdin, capture_output=True, text=True, timeout=60, check=False)
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The message of a run that must fail with exit code 2 and print nothing else."""
+    assert main([str(a) for a in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return err[len("error: ") : -1]
+
+
+def greedy(prompt: list[int], count: int) -> list[int]:
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(int(tiny.reference(ids)[-1].argmax()))
+    return ids[len(prompt) :]
+
+
+PROMPT, PROMPT_IDS = "bcd", [3, 4, 5]
+
+
+def test_generate_json_is_greedy_and_exact(toy: Path) -> None:
+    done = run("generate", toy, "--prompt", PROMPT, "--max-new-tokens", 12, "--json", "--ignore-eos", "--threads", 2)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    result = json.loads(done.stdout)
+    assert sorted(result) == ["decode_s", "first_token_s", "load_s", "peak_rss_mib", "prefill_s", "prompt_tokens",
+                              "stop_reason", "text", "threads", "tokens"]  # fmt: skip
+    assert result["tokens"] == greedy(PROMPT_IDS, 12)
+    assert result["text"] == "".join(tiny.ALPHABET[t] for t in result["tokens"] if t > 1).replace("Ġ", " ")
+    assert (result["prompt_tokens"], result["stop_reason"], result["threads"]) == (3, "length", 2)
+    assert 0 < result["load_s"] < result["first_token_s"] < 60
+    assert 10 < result["peak_rss_mib"] < 400
+
+
+def test_generate_streams_text_and_reports_on_stderr(toy: Path) -> None:
+    as_json = json.loads(run("generate", toy, "--prompt", PROMPT, "--json").stdout)
+    done = run("generate", toy, "--prompt", PROMPT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == as_json["text"] + "\n"
+    assert done.stderr.startswith(f"{len(as_json['tokens'])} tokens ({as_json['stop_reason']}), decode ")
+
+
+def test_a_seed_repeats(toy: Path) -> None:
+    options = ("generate", toy, "--prompt", PROMPT, "--json", "--temperature", 1.5, "--top-k", 9, "--seed", 4)
+    first, second = (json.loads(run(*options).stdout)["tokens"] for _ in range(2))
+    assert first == second
+
+
+def test_runs_alone_when_copied_out(toy: Path, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "runtime", tmp_path / "runtime", ignore=shutil.ignore_patterns("__pycache__"))
+    code = (
+        "import sys, runtime.__main__ as m; code = m.main(sys.argv[1:]); "
+        "print(sorted(n for n in ('tvm', 'tvm_ffi', 'compiler', 'torch') if n in sys.modules), file=sys.stderr); "
+        "sys.exit(code)"
+    )
+    command = [sys.executable, "-c", code, "generate", str(toy), "--prompt", PROMPT, "--max-new-tokens", "3", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "[]\n")
+
+
+def test_chat_over_a_pipe(toy: Path) -> None:
+    done = run("chat", toy, "--max-new-tokens", 2, stdin="ab\n/reset\nab\n")
+    assert (done.returncode, done.stderr) == (0, "")
+    first, note, second = done.stdout.splitlines()
+    assert note == "(new conversation)"
+    assert first == second
+
+
+def test_info(toy: Path, bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(toy), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["refusals"] == []
+    assert data["model"]["context"] == tiny.CONTEXT
+    target = {**data["target"], "features": ["made_up"]}
+    tiny.edit_manifest(bundle, target=target)
+    (bundle / "model.so").unlink()  # info looks at the manifest only
+    assert main(["info", str(bundle)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "runs here:    no: it is built for native (generic), but this CPU lacks made_up"
+    )
+
+
+# --- logits ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["int64", "uint16"])
+def test_logits(toy: Path, tmp_path: Path, dtype: str) -> None:
+    ids = np.arange(2, 29, dtype=dtype)
+    np.save(tmp_path / "ids.npy", ids)
+    assert main(["logits", str(toy), "--ids", str(tmp_path / "ids.npy"), "--out", str(tmp_path / "out.npy")]) == 0
+    logits = np.load(tmp_path / "out.npy", allow_pickle=False)
+    assert logits.dtype == np.float32
+    assert np.array_equal(logits, tiny.reference(ids.tolist()))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ids.npy", "out.npy"]
+
+
+@pytest.mark.parametrize(("ids", "message"), [
+    (np.zeros(49, int), "49 tokens do not fit into the context of 48, which holds 0 already. Use a shorter prompt, or "
+                        "rebuild the bundle with a longer context (quern build --context)."),
+    (np.array([3, 32]), "token id 32 is outside the vocabulary 0..31."),
+    (np.array([3, -1]), "token id -1 is outside the vocabulary 0..31."),
+    (np.zeros((2, 2), int), "{ids}: is int64[2, 2], but a list of at least one integer is needed."),
+    (np.zeros(3, np.float32), "{ids}: is float32[3], but a list of at least one integer is needed."),
+    (np.zeros(0, int), "{ids}: is int64[0], but a list of at least one integer is needed."),
+    (np.array([{}], object), "{ids}: is no .npy file that can be read: Array can't be memory-mapped: "
+                             "Python objects in dtype."),
+    (b"PK\x03\x04", "{ids}: is no .npy file. Save the ids with numpy.save."),
+    (b"", "{ids}: is no .npy file. Save the ids with numpy.save."),
+    (None, "{ids}: cannot be read: No such file or directory."),
+])  # fmt: skip
+def test_logits_refuses(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], ids: Any, message: str
+) -> None:
+    path = tmp_path / "ids.npy"
+    if isinstance(ids, bytes):
+        path.write_bytes(ids)
+    elif ids is not None:
+        np.save(path, ids)
+    before = sorted(tmp_path.iterdir())
+    assert fails(capsys, "logits", toy, "--ids", path, "--out", tmp_path / "out.npy") == message.format(ids=path)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_header_that_promises_too_much(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "ids.npy"
+    header = b"{'descr': '<i8', 'fortran_order': False, 'shape': (1099511627776,), }"
+    path.write_bytes(b"\x93NUMPY\x01\x00" + (len(header) + 1).to_bytes(2, "little") + header + b"\n" + b"12345678")
+    assert fails(capsys, "logits", toy, "--ids", path, "--out", tmp_path / "o.npy").startswith(
+        f"{path}: is no .npy file that can be read: "
+    )
+
+
+def test_logits_to_an_impossible_place(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "ids.npy", np.array([2]))
+    for out in (tmp_path, tmp_path / "no" / "out.npy"):
+        assert fails(capsys, "logits", toy, "--ids", tmp_path / "ids.npy", "--out", out) == (
+            f"{out}: cannot be written: it is a directory, or is in a directory that does not exist."
+        )
+    assert [p.name for p in tmp_path.iterdir()] == ["ids.npy"]
+
+
+def test_a_full_disk_leaves_nothing_behind(toy: Path, tmp_path: Path) -> None:
+    import resource
+
+    np.save(tmp_path / "ids.npy", np.arange(2, 29))
+    (tmp_path / "out.npy").write_text("before")
+    command = [sys.executable, "-m", "runtime", "logits", toy, "--ids", "ids.npy", "--out", "out.npy"]
+    done = subprocess.run(
+        [str(c) for c in command], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
+        text=True, timeout=60, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (2, "error: out.npy: cannot be written: File too large.\n")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ids.npy", "out.npy"]
+    assert (tmp_path / "out.npy").read_text() == "before"
+
+
+# --- failing well ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--prompt", "a", "--max-new-tokens", "0"], "max-new-tokens is 0, but must be at least 1."),
+    (["--prompt", "a", "--temperature", "-1"], "temperature is -1.0, but must be 0 (greedy) or more."),
+    (["--prompt", "a", "--stop", ""], "a stop string is empty, but it must have at least one character."),
+    (["--prompt", "a", "--threads", "0"], "threads is 0, but must lie in 1..1024."),
+    (["--prompt", "a" * 49], "49 tokens do not fit into the context of 48, which holds 0 already. Use a shorter "
+                             "prompt, or rebuild the bundle with a longer context (quern build --context)."),
+    (["--prompt", "a\udcff"], "the prompt is not valid UTF-8. Check the encoding of the terminal or file."),
+])  # fmt: skip
+def test_generate_refuses(toy: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
+    assert fails(capsys, "generate", toy, *options) == message
+
+
+def test_an_empty_prompt_begins_with_the_start_token(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", str(bundle), "--prompt", "", "--max-new-tokens", "1"]
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["prompt_tokens"] == 1
+    tiny.edit_manifest(bundle, tokens={"bos": None, "eos": []})
+    assert fails(capsys, *command) == (
+        "the prompt is empty and the model has no start token. Give some text with --prompt."
+    )
+
+
+def test_damage_is_reported_by_every_command(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "ids.npy", np.array([2]))
+    data = bytearray((bundle / "weights.bin").read_bytes())
+    data[0] ^= 1
+    (bundle / "weights.bin").write_bytes(data)
+    logits = ("logits", bundle, "--ids", tmp_path / "ids.npy", "--out", tmp_path / "out.npy")
+    for command in (("generate", bundle, "--prompt", "a"), ("chat", bundle), logits):
+        assert fails(capsys, *command) == (
+            f"{bundle / 'weights.bin'}: is damaged: the SHA-256 of bytes 0 to 511 is not the manifest's. "
+            "Copy the bundle again or rebuild it."
+        )
+    assert main([str(a) for a in (*logits, "--no-verify-weights")]) == 0
+
+
+def test_a_wrong_library(toy: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "runtime", "generate", str(toy), "--prompt", "a"], cwd=ROOT, capture_output=True,
+        text=True, timeout=60, check=False, env={**os.environ, "QUERN_TVM_LIBS": str(tmp_path)},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"error: QUERN_TVM_LIBS is {tmp_path}, but there is no libtvm_ffi.so in it. "
+        "Point it at a folder with libtvm_ffi.so and libtvm_runtime.so, or unset it.\n"
+    )
+
+
+def test_usage_errors_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["fly"], ["generate"], ["generate", "b", "--prompt", "a", "--threads", "x"]):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 2
+    capsys.readouterr()
+
+
+def test_interrupt(toy: Path) -> None:
+    """Ctrl-C while it waits for a line."""
+    command = [sys.executable, "-m", "runtime", "chat", str(toy)]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdin.write("/reset\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "(new conversation)\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+        assert process.stderr.read() == "\n"
+
+
+def test_a_closed_pipe(toy: Path) -> None:
+    """As in `... | head`: the reader leaves after the first character."""
+    command = [sys.executable, "-m", "runtime", "generate", str(toy), "--prompt", PROMPT]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.wait(30) == 141
+        assert process.stderr.read() == ""
