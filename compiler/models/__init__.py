@@ -22,11 +22,17 @@ Describe = Callable[[str], WeightType]  # checkpoint module -> shape and kind; r
 
 @dataclass(frozen=True)
 class Options:
-    """What a build decides about a model: positions to keep, prompt chunk sizes, and the cache's element type."""
+    """What a build decides about a model: positions to keep, prompt chunk sizes, the cache's element type.
+
+    linear and head: from a weight's kind in the checkpoint to its kind in the bundle (dense weights may be quantised on
+    the way in; quantised ones stay as they are).
+    """
 
     context: int | None
     chunks: tuple[int, ...]
     cache_dtype: str
+    linear: Callable[[WeightType], WeightType]
+    head: Callable[[WeightType], WeightType]
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def _rope_theta(config: Config) -> float:
     return values.number("rope_theta", 1.0, 1e12, default=theta)
 
 
-def weights(config: Config, shape: Shape, describe: Describe) -> tuple[Table, list[Layer], Vector, Linear]:
+def weights(config: Config, shape: Shape, describe: Describe, options: Options) -> tuple[Table, list[Layer], Vector, Linear]:
     """Every weight with its checkpoint modules, each shape checked against config.json."""
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     heads = "num_attention_heads,num_key_value_heads,head_dim,hidden_size"
@@ -116,7 +116,8 @@ def weights(config: Config, shape: Shape, describe: Describe) -> tuple[Table, li
         if any((t.grid, t.group_size) != (first.grid, first.group_size) for t in types):
             kinds = ", ".join(f"{m} {t.grid} g{t.group_size}" for m, t in zip(parts, types, strict=True))
             raise UnsupportedError(f"{kinds}: layers that read the same input must be quantised alike.")
-        return Linear(name, tuple(parts), WeightType(sum(t.n for t in types), k, first.grid, first.group_size))
+        joined = WeightType(sum(t.n for t in types), k, first.grid, first.group_size)
+        return Linear(name, tuple(parts), (options.head if name == "head" else options.linear)(joined))
 
     def layer(i: int) -> Layer:
         name, module = f"layers.{i}", f"model.layers.{i}"
@@ -155,7 +156,7 @@ def build(config: Config, describe: Describe, options: Options) -> Model:
                           f"is {shape.positions}. Ask for at most that.")
     else:
         context = options.context
-    table, layers, norm, head = weights(config, shape, describe)
+    table, layers, norm, head = weights(config, shape, describe, options)
     cache = KvCache.for_context(shape.kv_heads, shape.head_dim, context, options.cache_dtype)
     rotation = Constant("rope", rope.table(cache.capacity, rope.inverse_frequencies(shape.head_dim, shape.theta)))
 
@@ -182,7 +183,8 @@ def build(config: Config, describe: Describe, options: Options) -> Model:
         top = Function(graph, f"head_{m}", m)
         top.finish(logits(top, top.argument("hidden", (m, shape.hidden), "float32")))
     used = [table, *(w for layer in layers for w in layer.all), norm, head, rotation]
-    return Model("llama", graph, tuple(used), (cache,) * shape.layers, context, shape.vocab, bos, eos, _parameters(used, shape.tied))
+    count = _parameters(used, shape.tied)
+    return Model("llama", graph, tuple(used), (cache,) * shape.layers, context, shape.vocab, bos, eos, count)
 
 
 def _parameters(used: list[Weight], tied: bool) -> int:

@@ -49,15 +49,15 @@ def lower_to_schedules(mod: tvm.IRModule, target: Target) -> Lowered:
         kernel = kernel_for(op)
         chosen[context.original] = kernel
         for index, packing in kernel.packings.items():
-            name = op.args[index].name_hint
+            name = op.args[index].name
             known = packings.setdefault(name, packing)
             assert known.name == packing.name and known.spec == packing.spec, f"{name}: {known.name} and {packing.name}"
 
     rewrite(mod, choose)
 
     def retype(param: relax.Var) -> relax.Var:
-        packing = packings.get(param.name_hint)
-        return param if packing is None else relax.Var(param.name_hint, ops.tensor(packing.spec.shape, packing.spec.dtype))
+        packing = packings.get(param.name)
+        return param if packing is None else relax.Var(param.name, ops.tensor(packing.spec.shape, packing.spec.dtype))
 
     def call(op: Op, context: Context) -> relax.Expr:
         kernel = chosen[context.original]

@@ -1,0 +1,62 @@
+"""python -m compiler VERB: a verb is a file in compiler/cli/, imported only when it is asked for."""
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import os
+import pkgutil
+import sys
+from pathlib import Path
+
+CLI = Path(__file__).parent / "cli"
+INTERRUPTED = 130
+
+
+def verbs() -> dict[str, str]:
+    """Every verb with the first line of its file's docstring, read without importing it."""
+    found = {}
+    for info in pkgutil.iter_modules([str(CLI)]):
+        text = ast.get_docstring(ast.parse((CLI / f"{info.name}.py").read_text(encoding="utf-8"))) or ""
+        found[info.name] = text.partition("\n")[0]
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb. 0 = done, 2 = the user's mistake, 130 = interrupted."""
+    arguments = sys.argv[1:] if argv is None else argv
+    table = verbs()
+    parser = argparse.ArgumentParser(prog="python -m compiler", description="quern: quantised checkpoints to device bundles.")
+    commands = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    asked = next((a for a in arguments if not a.startswith("-")), None)
+    for name, summary in table.items():
+        sub = commands.add_parser(name, help=summary, description=summary)
+        if name == asked:
+            module = importlib.import_module(f"compiler.cli.{name}")
+            module.arguments(sub)
+            sub.set_defaults(run=module.run)
+    options = parser.parse_args(arguments)
+    from compiler.errors import UserError
+    from runtime.errors import UserError as RuntimeUserError
+    from targets import TargetError
+
+    try:
+        return int(options.run(options))
+    except (UserError, RuntimeUserError, TargetError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return UserError.exit_code
+    except OSError as error:
+        if error.filename is None and not isinstance(error, BrokenPipeError):
+            raise
+        if not isinstance(error, BrokenPipeError):
+            print(f"error: {error.filename}: {error.strerror}.", file=sys.stderr)
+            return UserError.exit_code
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""Compile a checkpoint into a bundle for a target."""
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+DEFAULT_MODEL = Path(__file__).parents[2] / "tests" / "models" / "storyteller-5m-gptq-4bit-g128"
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the verb."""
+    parser.add_argument("--model", type=Path, default=DEFAULT_MODEL, metavar="DIR", help="checkpoint folder (default: the demo model)")
+    parser.add_argument("--target", default="native", metavar="NAME", help="device to build for (default: this machine); see `targets`")
+    parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="bundle folder to write; an older bundle is replaced")
+    parser.add_argument("--activations", choices=("int8", "exact"), default="int8", help="int8: fast; exact: fp32 activations (default: int8)")
+    parser.add_argument("--bits", type=int, choices=(4, 8), help="quantise dense linear layers to this, round to nearest")
+    parser.add_argument("--group-size", type=_positive, metavar="G", help="inputs that share a scale with --bits (default: 128, 64 or 32)")
+    parser.add_argument("--head-bits", type=int, choices=(4, 8, 16), help="a dense output head: 16 keeps it (default: 8, exact: 16)")
+    parser.add_argument("--context", type=_positive, metavar="N", help="positions to keep (default: the model's, at most 4096)")
+    parser.add_argument("--dump-ir", type=Path, metavar="DIR", help="write every stage of the compile into DIR")
+    parser.add_argument("--json", action="store_true", help="print one JSON object about the build to stdout")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Build; the bundle is there, whole, when this returns 0."""
+    import targets
+    from compiler.progress import Reporter
+
+    target = targets.load(options.target)
+    report = Reporter(quiet=options.quiet or options.json)
+    report.line(f"Building {options.out} for {target.name}")
+    from compiler import pipeline
+
+    request = pipeline.Request(
+        out=options.out,
+        target=target,
+        activations=options.activations,
+        bits=options.bits,
+        group_size=options.group_size,
+        head_bits=options.head_bits,
+        context=options.context,
+        dump_ir=options.dump_ir,
+    )
+    signal.signal(signal.SIGTERM, _terminate)  # so that `kill` cleans up as Ctrl-C does
+    made = pipeline.build(options.model, request, report)
+    if options.json:
+        stages = [{"stage": s.title, "seconds": round(s.seconds, 3), "bytes": s.bytes} for s in report.stages]
+        summary = {
+            "bundle": str(options.out),
+            "target": target.name,
+            "model": made.model.name,
+            "parameters": made.model.parameters,
+            "quantization": made.quantization,
+            "weights_bytes": made.memory.weights_bytes,
+            "planned_peak_bytes": made.memory.planned_peak_bytes,
+            "stages": stages,
+        }
+        print(json.dumps(summary))
+    return 0
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)

@@ -1,0 +1,59 @@
+"""The bundle folder: complete or absent. Files go to a hidden neighbour, the manifest last, then one rename."""
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from compiler.errors import UserError
+from runtime import manifest
+from runtime.manifest import CHUNK_BYTES, FileDigest
+
+PARTIAL = ".partial-"
+
+
+class BundleError(UserError):
+    """The place for a bundle cannot be used."""
+
+
+def check_place(out: Path) -> None:
+    """Refuse early what `staged` would refuse after the work: a file, or a folder that is no bundle."""
+    if out.is_dir() and (any(out.iterdir()) and not (out / manifest.FILE_NAME).is_file()):
+        raise BundleError(f"{out}: is a folder with other things in it, not a bundle. Give --out a new name.")
+    if out.exists() and not out.is_dir():
+        raise BundleError(f"{out}: is a file; a bundle is a folder. Give --out another name.")
+    if not out.parent.is_dir():
+        raise BundleError(f"{out}: there is no folder {out.parent}. Create it first.")
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A fresh folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not.
+
+    An older bundle at `out` is replaced. What a killed build left behind carries PARTIAL in its hidden name and no
+    manifest; the next build to the same place removes it.
+    """
+    check_place(out)
+    for stale in out.parent.glob(f".{out.name}{PARTIAL}*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}{PARTIAL}", dir=out.parent))
+    try:
+        scratch.chmod(0o755)
+        yield scratch
+        if out.exists():
+            old = scratch.with_name(f"{scratch.name}-old")
+            out.rename(old)
+            scratch.rename(out)
+            shutil.rmtree(old)
+        else:
+            scratch.rename(out)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def digests(folder: Path, chunked: str) -> dict[str, FileDigest]:
+    """Digest of every file in `folder`; the one named `chunked` piece by piece, so that it can be checked in parallel."""
+    files = sorted(path for path in folder.iterdir() if path.name != manifest.FILE_NAME)
+    return {path.name: manifest.digest_file(path, CHUNK_BYTES if path.name == chunked else None) for path in files}

@@ -1,0 +1,251 @@
+"""The whole compile, top to bottom: checkpoint folder in, bundle folder out. A newcomer starts here."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tvm
+from numpy.typing import NDArray
+
+from compiler import models
+from compiler.checkpoint import open_checkpoint
+from compiler.codegen import bundle, chat_format, link, tokenizer_files, weights_file
+from compiler.codegen.build import Compiled, compile_module
+from compiler.errors import UnsupportedError
+from compiler.graph.weights import Constant, Linear, Table, Vector, Weight
+from compiler.models import Model
+from compiler.passes.fuse_quantize import FuseQuantize
+from compiler.passes.fuse_residual import FuseResidual
+from compiler.passes.lower_to_schedules import Lowered, lower_to_schedules
+from compiler.passes.quantize_activations import QuantizeActivations
+from compiler.passes.verify import verify
+from compiler.progress import Reporter
+from compiler.quant.formats import open_source
+from compiler.quant.grids import integer_grid
+from compiler.quant.ir import DenseWeight, QuantWeight, WeightType, join
+from compiler.quant.source import Source
+from compiler.quantize import rtn
+from runtime import manifest
+from targets import Target
+
+LIBRARY, WEIGHTS = "model.so", "weights.bin"
+CHUNKS = (16, 128)  # prompt tokens a call; the runtime cuts a prompt into these
+ACTIVATIONS = ("int8", "exact")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `build` was asked for. bits: quantise dense linears to this; head_bits: the output head, None = the default."""
+
+    out: Path
+    target: Target
+    activations: str = "int8"
+    bits: int | None = None
+    group_size: int | None = None
+    head_bits: int | None = None
+    context: int | None = None
+    dump_ir: Path | None = None
+    chunks: tuple[int, ...] = CHUNKS
+
+    @property
+    def head(self) -> int:
+        """Bits of a head that the checkpoint left dense: 8 with int8 activations, untouched on the exact path."""
+        return self.head_bits or (8 if self.activations == "int8" else 16)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Where a model comes from: a graph, its weights by checkpoint module, and tokenizer files if there are any."""
+
+    name: str
+    format: str
+    model: Model
+    source: Source
+    tokenizer: Path | None
+
+
+def build(model_dir: Path, request: Request, report: Reporter) -> manifest.Manifest:
+    """Compile the checkpoint in `model_dir`. Raises UserError; then nothing is left at or beside `request.out`."""
+    bundle.check_place(request.out)
+    with report.stage("import") as stage:
+        inputs = import_checkpoint(model_dir, request)
+        stage.note = f"{inputs.name}: {inputs.format}, {inputs.model.type}, {inputs.model.parameters / 1e6:.1f} M parameters"
+    return compile_inputs(inputs, request, report)
+
+
+def import_checkpoint(model_dir: Path, request: Request) -> Inputs:
+    """Headers, configuration and graph; weights are read later, one at a time."""
+    checkpoint = open_checkpoint(model_dir)
+    source = open_source(checkpoint)
+    model = models.build(checkpoint.config, source.describe, model_options(request))
+    tokenizer_files.check(checkpoint.path, model.vocab_size)
+    quantization = checkpoint.config.data.get("quantization_config") or {}
+    kind = str(quantization.get("quant_method", "dense"))
+    return Inputs(checkpoint.path.resolve().name, kind, model, source, checkpoint.path)
+
+
+def model_options(request: Request) -> models.Options:
+    """What the request means for the graph."""
+
+    def quantised(bits: int | None, group_size: int | None, weight: WeightType) -> WeightType:
+        if not weight.dense or bits not in rtn.BITS:
+            return weight
+        size = min(group_size or rtn.default_group_size(weight.k), weight.k)
+        return replace(weight, grid=integer_grid(bits).name, group_size=size)
+
+    return models.Options(
+        context=request.context,
+        chunks=request.chunks,
+        cache_dtype="float16" if request.activations == "int8" else "float32",
+        linear=lambda weight: quantised(request.bits, request.group_size, weight),
+        head=lambda weight: quantised(request.head, None, weight),
+    )
+
+
+def compile_inputs(inputs: Inputs, request: Request, report: Reporter) -> manifest.Manifest:
+    """Graph to bundle: fuse, schedule, generate code, link, pack weights, seal."""
+    model, target = inputs.model, request.target
+    with report.stage("fuse"):
+        mod = fuse(model.graph.module(), request)
+    with report.stage("schedule") as stage:
+        lowered = lower_to_schedules(mod, target)
+        _checked(lowered.mod, "scheduled", request)
+        kernels = sum(isinstance(f, tvm.tirx.PrimFunc) for _, f in lowered.mod.functions_items())
+        stage.note = f"{kernels} kernels for {target.name} ({target.mcpu})"
+    with report.stage("codegen"):
+        compiled = compile_module(lowered.mod, target)
+        _dump(request.dump_ir, "4_code.s", lambda: compiled.executable.mod.imports[0].inspect_source("asm"))
+    with bundle.staged(request.out) as folder:
+        with report.stage("link") as stage:
+            link.export(compiled.executable, folder / LIBRARY, target)
+            stage.bytes = (folder / LIBRARY).stat().st_size
+            stage.note = f"{target.zig_triple}"
+        with report.stage("pack") as stage:
+            stage.total(len(model.weights))
+            weights = weights_file.write(folder / WEIGHTS, _packed(inputs, lowered, stage.advance))
+            stage.bytes = (folder / WEIGHTS).stat().st_size
+        with report.stage("seal") as stage:
+            chat, note = None, ""
+            if inputs.tokenizer is not None:
+                tokenizer_files.copy(inputs.tokenizer, folder)
+                chat, note = chat_format.derive(inputs.tokenizer)
+            made = _manifest(inputs, request, compiled, weights, chat, bundle.digests(folder, WEIGHTS))
+            manifest.dump(made, folder / manifest.FILE_NAME)
+            stage.note = note
+    report.line(f"{request.out}: needs {made.memory.planned_peak_bytes / (1 << 20):.1f} MiB to run")
+    return made
+
+
+def fuse(mod: tvm.IRModule, request: Request) -> tvm.IRModule:
+    """@graph to @fused: activation quantisation as asked for, then every fusion."""
+    _checked(mod, "graph", request)
+    passes: list[Any] = [QuantizeActivations(), FuseQuantize()] if request.activations == "int8" else []
+    for rewrite in [*passes, FuseResidual()]:
+        mod = rewrite(mod)
+        verify(mod, "fused")
+    _checked(mod, "fused", request)
+    return mod
+
+
+def _checked(mod: tvm.IRModule, stage: str, request: Request) -> None:
+    verify(mod, stage)
+    number = {"graph": 1, "fused": 2, "scheduled": 3}[stage]
+    _dump(request.dump_ir, f"{number}_{stage}.py", mod.script)
+
+
+def _dump(folder: Path | None, name: str, text: Any) -> None:
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text(), encoding="utf-8")
+
+
+def _packed(inputs: Inputs, lowered: Lowered, advance: Any) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Every graph parameter in its kernel's layout."""
+    for weight in inputs.model.weights:
+        for name, array in load_weight(weight, inputs.source):
+            packing = lowered.packings.get(name)
+            yield name, array if packing is None else packing.pack(array)
+        advance(1)
+
+
+def load_weight(weight: Weight, source: Source) -> Iterator[tuple[str, NDArray[Any]]]:
+    """The graph parameters of one weight in canonical form, quantised here when the graph wants a dense one in integers."""
+    if isinstance(weight, Constant):
+        yield weight.name, weight.values
+    elif isinstance(weight, Vector):
+        yield weight.name, source.vector(weight.source)
+    elif isinstance(weight, Table):
+        yield weight.name, _dense(source.load(weight.source)).values
+    else:
+        loaded = _as_asked(join([source.load(module) for module in weight.sources]), weight)
+        if isinstance(loaded, DenseWeight):
+            yield f"{weight.name}.weight", loaded.values
+        else:
+            yield f"{weight.name}.codes", loaded.codes
+            yield f"{weight.name}.scale", loaded.scale
+            yield f"{weight.name}.zero", loaded.zero
+
+
+def _as_asked(loaded: QuantWeight | DenseWeight, weight: Linear) -> QuantWeight | DenseWeight:
+    if isinstance(loaded, QuantWeight) and loaded.permutation is not None:
+        raise UnsupportedError(f"{weight.sources[0]}: was quantised in act-order (desc_act), which kernels do not permute yet.")
+    if isinstance(loaded, DenseWeight) and not weight.type.dense:
+        bits = 8 if weight.type.bits == 8 else 4
+        return rtn.quantize(loaded, bits, weight.type.group_size, where=weight.sources[0])
+    assert loaded.type == weight.type, (loaded.type, weight.type)
+    return loaded
+
+
+def _dense(loaded: QuantWeight | DenseWeight) -> DenseWeight:
+    if isinstance(loaded, QuantWeight):
+        raise UnsupportedError("Quantised embeddings are not supported yet: take a checkpoint with dense ones.")
+    return loaded
+
+
+def _manifest(
+    inputs: Inputs,
+    request: Request,
+    compiled: Compiled,
+    weights: manifest.Weights,
+    chat: manifest.ChatFormat | None,
+    files: dict[str, manifest.FileDigest],
+) -> manifest.Manifest:
+    model, target = inputs.model, request.target
+    caches = []
+    for i, cache in enumerate(model.caches):
+        caches.append(manifest.Cache(f"layers.{i}.k", cache.dtype, cache.key_shape))
+        caches.append(manifest.Cache(f"layers.{i}.v", cache.dtype, cache.value_shape))
+    cache_bytes = sum(int(np.prod(c.shape)) * np.dtype(c.dtype).itemsize for c in caches)
+    weight_bytes = files[WEIGHTS].bytes
+    linears = [w.type for w in model.weights if isinstance(w, Linear)]
+    return manifest.Manifest(
+        model=manifest.Model(
+            model.type, inputs.name, model.vocab_size, model.context, len(model.caches), model.parameters
+        ),
+        quantization={
+            "format": inputs.format,
+            "bits": linears[0].bits,
+            "group_size": linears[0].group_size,
+            "activations": request.activations,
+            "head_bits": linears[-1].bits,
+        },
+        target=manifest.Target(target.name, target.arch, target.triple, target.mcpu, target.cpuinfo, target.glibc),
+        tvm=manifest.TvmVersions(version("apache-tvm"), version("apache-tvm-ffi")),
+        library=LIBRARY,
+        functions={
+            f.name: manifest.Function(f.tokens, f.inputs, manifest.TensorType("float32", f.shape))
+            for f in model.graph.functions
+        },
+        caches=tuple(caches),
+        weights=weights,
+        memory=manifest.Memory(
+            weight_bytes, cache_bytes, compiled.activation_bytes, weight_bytes + cache_bytes + compiled.activation_bytes
+        ),
+        tokens=manifest.Tokens(model.bos, model.eos),
+        chat=chat,
+        files=files,
+    )
