@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from schedules import attention
+from schedules.kernel import TensorSpec
+from schedules.vector import EXP2_ERROR
+from tests.schedules.kernels import ARM, AVX2, EPS32, NATIVE, RUNNABLE, build, request, widest_register
+from tests.schedules.test_rope import block_keys
+
+
+def tolerance(q: np.ndarray, keys: np.ndarray, values: np.ndarray, d: int, length: int) -> float:
+    """Absolute. A score errs by (d + 4) roundings of |q|.|k| / sqrt(d); a weight by that, in absolute terms, plus 2^x's.
+
+    The error of a weight counts twice (numerator, sum); the sums over `length` weights of one sign round `length` times.
+    """
+    largest = np.abs(q).max() * np.abs(keys.astype(np.float64)).max() * np.sqrt(d)
+    weight = (d + 4) * EPS32 * largest + EXP2_ERROR
+    return 2 * (weight + (length + 4) * EPS32) * np.abs(values.astype(np.float64)).max()
+
+
+def oracle(q: np.ndarray, keys: np.ndarray, values: np.ndarray, start: int) -> np.ndarray:
+    """q [m, heads, d], caches [kv_heads, capacity, d], in float64."""
+    m, heads, d = q.shape
+    repeat = heads // keys.shape[0]
+    keys, values = (np.repeat(x.astype(np.float64), repeat, 0) for x in (keys, values))
+    out = np.empty((m, heads, d))
+    for t in range(m):
+        seen = start + t + 1
+        score = np.einsum("hd,hpd->hp", q[t].astype(np.float64), keys[:, :seen]) / np.sqrt(d)
+        weight = np.exp(score - score.max(-1, keepdims=True))
+        out[t] = np.einsum("hp,hpd->hd", weight / weight.sum(-1, keepdims=True), values[:, :seen])
+    return out
+
+
+def compiled(m: int, heads: int, kv_heads: int, d: int, dtype: str, target, capacity: int = 304, **knobs: int):
+    args = [
+        np.zeros((m, heads * d), np.float32),
+        np.zeros((kv_heads, capacity // 16, d, 16), dtype),
+        np.zeros((kv_heads, capacity, d), dtype),
+        np.zeros(2, np.int32),
+    ]
+    outs = [TensorSpec((m, heads * d), "float32")]
+    call = request("quern.attention", args, outs, target, knobs, heads=heads, kv_heads=kv_heads, head_dim=d)
+    return build(attention.lower, call)
+
+
+def check(kernel, q, keys, values, start: int, valid: int) -> None:
+    """Positions that nobody may see hold NaN in v and huge keys, so that a leak shows."""
+    m, heads, d = q.shape
+    end = start + valid
+    keys, values = keys.copy(), values.copy()
+    want = oracle(q[:valid], keys, values, start)
+    limit = tolerance(q, keys[:, :end], values[:, :end], d, end)
+    keys[:, end:], values[:, end:] = 6e4, np.nan
+    (got,) = kernel(q.reshape(m, heads * d), block_keys(keys), values, np.array([start, valid], np.int32))
+    np.testing.assert_allclose(got.reshape(m, heads, d)[:valid], want, rtol=0, atol=limit)
+
+
+def test_two_positions_by_hand():  # scores 0 and ln 3 * sqrt(1) / 1: weights 1/4 and 3/4
+    keys, values = np.zeros((1, 16, 1), np.float32), np.zeros((1, 16, 1), np.float32)
+    keys[0, 1], values[0, :2, 0] = np.log(3), [4, 8]
+    args = np.ones((1, 1), np.float32), block_keys(keys), values, np.array([1, 1], np.int32)
+    assert compiled(1, 1, 1, 1, "float32", NATIVE, capacity=16)(*args)[0].tolist() == [[pytest.approx(7, abs=1e-6)]]
+
+
+@pytest.mark.parametrize("target", RUNNABLE, ids=lambda t: t.name)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize(
+    ("m", "heads", "kv_heads", "d"),
+    [
+        (1, 8, 1, 64), (1, 14, 2, 64), (1, 3, 3, 128), (1, 6, 2, 80), (1, 5, 1, 8), (1, 4, 2, 256), (1, 2, 1, 96),
+        (16, 2, 2, 32), (5, 6, 2, 16), (6, 4, 2, 64), (3, 7, 1, 12),
+    ],
+)  # fmt: skip
+def test_against_float64(m, heads, kv_heads, d, dtype, target):
+    rng, kernel = np.random.default_rng(d), compiled(m, heads, kv_heads, d, dtype, target)
+    q = rng.standard_normal((m, heads, d)).astype(np.float32)
+    keys, values = (rng.standard_normal((kv_heads, 304, d)).astype(dtype) for _ in range(2))
+    spans = [(0, 1), (0, m), (15, m), (16, max(1, m - 2)), (127, m), (150, 1), (304 - m, m)]
+    for start, valid in spans:
+        check(kernel, q, keys, values, start, valid)
+
+
+@pytest.mark.parametrize("target", RUNNABLE, ids=lambda t: t.name)
+def test_extreme_scores(target):
+    rng, kernel = np.random.default_rng(0), compiled(1, 2, 1, 64, "float16", target)
+    q, keys, values = (rng.standard_normal(s).astype(np.float32) for s in ((1, 2, 64), (1, 304, 64), (1, 304, 64)))
+    keys, values = keys.astype(np.float16), values.astype(np.float16)
+    rising = keys.copy()
+    rising[0, :, 0] = np.arange(304) / 8  # each block's maximum replaces the last one
+    for scale in (0, 1e-40, 1, 30):
+        check(kernel, (q * np.float32(scale)), keys, values, 303, 1)
+        check(kernel, (q * np.float32(scale)), rising, values, 303, 1)
+    check(kernel, q, np.zeros_like(keys), values * np.float16(1e4), 200, 1)
+    one_hot = keys.copy()
+    one_hot[0, 77] = np.sign(q[0, 0]) * np.float16(6e4)  # one position takes all weight: 2^0 is exactly 1, the rest 0
+    (got,) = kernel(np.repeat(q[:, :1] * np.float32(1e4), 2, 1).reshape(1, 128), block_keys(one_hot), values,
+                    np.array([303, 1], np.int32))  # fmt: skip
+    assert np.array_equal(got[0, :64], values[0, 77].astype(np.float32))
+
+
+@pytest.mark.parametrize(("target", "register"), [(NATIVE, None), (AVX2, "ymm"), (ARM, "v0")], ids=lambda x: str(x)[:20])
+def test_vector_code(target, register):
+    assembly = compiled(1, 32, 4, 64, "float16", target, capacity=2048).assembly
+    assert widest_register(assembly) == (register or {512: "zmm", 256: "ymm", 128: "v0"}[target.vector_bits])
+    assert assembly.count("AllocWorkspace") <= 2  # the scores of a block, once a task
