@@ -111,7 +111,7 @@ def add_functions(builder: Any, m: int) -> dict[str, mf.Function]:
     ]
     ids, span, cache, table, weight = step
     step = step if m == 1 else step[:-1]
-    with builder.function(name, step):
+    with builder.function(name, step, attrs={"num_input": 2}):  # the VM checks ids and span, kernels check the rest
         args = relax.Tuple([ids, span, table, cache])
         cache = builder.emit(relax.call_tir_inplace(kernels["append"], args, [3], cache_type))
         hidden = emit("mix", [cache, span], HIDDEN)
