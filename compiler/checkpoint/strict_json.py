@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from compiler.errors import CheckpointError, UserError
 
 MAX_DEPTH = 32
+MAX_DIGITS = 20  # 2**64 has as many; arithmetic on longer ones could itself be made slow
 MAX_FILE_BYTES = 32 << 20
 SHOWN_CHARACTERS = 120
 
@@ -63,17 +64,20 @@ def loads(data: bytes, where: str, error: type[UserError]) -> dict[str, Any]:
             refuse(f"the key {shown(_first_repeated(pairs))} stands twice")
         return found
 
+    def integer(text: str) -> int:
+        if len(text.lstrip("-")) > MAX_DIGITS:
+            refuse(f"an integer has more than {MAX_DIGITS} digits")
+        return int(text)
+
     def constant(name: str) -> NoReturn:
         refuse(f"{name} is not a JSON number")
 
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_int=integer, parse_constant=constant)
     except UnicodeDecodeError:
         refuse("not UTF-8 text")
     except json.JSONDecodeError as problem:
         refuse(f"not JSON ({problem.msg} at character {problem.pos})")
-    except ValueError:
-        refuse("a number has too many digits")
     except RecursionError:
         refuse(f"nested deeper than {MAX_DEPTH} levels")
     if not isinstance(value, dict):

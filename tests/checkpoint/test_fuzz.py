@@ -31,7 +31,7 @@ CONFIG: dict[str, Any] = {
 }
 SETTINGS = settings(max_examples=150, deadline=2000, derandomize=True, database=None,
                     suppress_health_check=[HealthCheck.function_scoped_fixture])
-SCALARS = (st.none() | st.booleans() | st.integers() | st.sampled_from([-1, 0, 1, 2**31, 2**63, 2**64, 10**30])
+SCALARS = (st.none() | st.booleans() | st.integers() | st.sampled_from([-1, 0, 1, 2**31, 2**63, 2**64, 10**19, 10**30])
            | st.floats() | st.text(max_size=8) | st.sampled_from(["F16", "I32", "BF16", "F8_E4M3", "gptq", "gptq_v2"]))
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=4)
                       | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=8)

@@ -99,7 +99,8 @@ DAMAGED_HEADERS = {
     "not text": (b"\xff\xfe", "not UTF-8 text"),
     "twice": (b'{"t":1,"t":2}', "the key 't' stands twice"),
     "NaN": (b'{"t":NaN}', "NaN is not a JSON number"),
-    "digits": (b'{"t":' + b"9" * 5000 + b"}", "a number has too many digits"),
+    "digits": (b'{"t":-' + b"9" * 21 + b"}", "an integer has more than 20 digits"),
+    "many digits": (b'{"t":' + b"9" * 5000 + b"}", "an integer has more than 20 digits"),
     "deep": (b'{"t":' + b"[" * 40 + b"]" * 40 + b"}", "nested deeper than 32 levels"),
     "very deep": (b'{"t":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested deeper than 32 levels"),
 }
