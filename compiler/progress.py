@@ -49,7 +49,7 @@ class Reporter:
         """Time what happens inside; the line is printed when it ends without an error."""
         stage = Stage(title)
         started = time.perf_counter()
-        if self.quiet:
+        if self.quiet or not self.console.is_terminal:
             yield stage
         else:
             columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())

@@ -1,0 +1,78 @@
+"""Models that exist as numbers only: published shapes with random weights, for timing without a checkpoint."""
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import numpy as np
+
+from compiler.checkpoint.config import Config
+from compiler.errors import UserError
+from compiler.quant.grids import integer_grid
+from compiler.quant.ir import DenseWeight, QuantWeight, WeightType
+from compiler.quant.reference import F32
+
+LLAMA = {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False}
+SHAPES: dict[str, dict[str, Any]] = {
+    "tinyllama-1.1b": {
+        **LLAMA, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "vocab_size": 32000, "max_position_embeddings": 2048,
+    },
+    "a72-count": {
+        **LLAMA, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 16,
+        "num_key_value_heads": 4, "vocab_size": 32000, "max_position_embeddings": 2048,
+    },
+}  # fmt: skip
+
+
+def config(shape: str) -> Config:
+    """config.json of a published shape."""
+    return Config.of(SHAPES[shape], shape)
+
+
+class RandomSource:
+    """Weights of a shape: integer codes for linear layers and head, fp16 embeddings. The same name gives the same numbers."""
+
+    def __init__(self, shape: str, bits: int, group_size: int, head_bits: int) -> None:
+        if shape not in SHAPES:
+            raise UserError(f"There is no shape {shape!r}. Known shapes: {', '.join(SHAPES)}.")
+        self._config, self._bits, self._group, self._head_bits = SHAPES[shape], bits, group_size, head_bits
+
+    def modules(self) -> list[str]:
+        """Every weight matrix."""
+        layers = range(self._config["num_hidden_layers"])
+        parts = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
+        parts += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+        return ["model.embed_tokens", *(f"model.layers.{i}.{part}" for i in layers for part in parts), "lm_head"]
+
+    def has(self, module: str) -> bool:
+        """Whether there is such a weight matrix."""
+        return module in self.modules()
+
+    def describe(self, module: str) -> WeightType:
+        """Shape and kind."""
+        c = self._config
+        hidden, ffn, vocab = c["hidden_size"], c["intermediate_size"], c["vocab_size"]
+        kv = hidden // c["num_attention_heads"] * c["num_key_value_heads"]
+        if module == "model.embed_tokens":
+            return WeightType(vocab, hidden, "float16", 0)
+        sizes = {"q_proj": (hidden, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, hidden),
+                 "gate_proj": (ffn, hidden), "up_proj": (ffn, hidden), "down_proj": (hidden, ffn), "lm_head": (vocab, hidden)}  # fmt: skip
+        n, k = sizes[module.rpartition(".")[2]]
+        bits = self._head_bits if module == "lm_head" else self._bits
+        return WeightType(n, k, integer_grid(bits).name, min(self._group, k))
+
+    def load(self, module: str) -> QuantWeight | DenseWeight:
+        """Random codes; scales so small that activations stay near one."""
+        kind, random = self.describe(module), np.random.default_rng(zlib.crc32(module.encode()))
+        if kind.dense:
+            return DenseWeight(random.standard_normal((kind.n, kind.k), np.float32).astype(np.float16), "float16")
+        middle = 1 << (kind.bits - 1)
+        codes = random.integers(0, 2 * middle, (kind.n, kind.k), np.uint8)
+        spread = 2 * middle / 12**0.5 * kind.k**0.5  # standard deviation of codes . x for x of size one
+        scale = (random.uniform(0.5, 1.5, (kind.n, kind.groups)) / spread).astype(np.float16)
+        return QuantWeight(codes, scale, np.full(scale.shape, middle, np.int16), kind.grid, kind.group_size)
+
+    def vector(self, name: str) -> F32:
+        """Norm weights of one."""
+        return np.ones(self._config["hidden_size"], np.float32)
