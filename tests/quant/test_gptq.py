@@ -266,8 +266,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], type[UserError], str]] = {
                 r"dynamic.+:.*\.down_proj is a pattern, but quern reads only plain module names there. Quantise all "
                 "modules alike, or name each one."),
     "unknown in dynamic": ({"dynamic": {"m": {"bits": 4, "adapter": {"rank": 8}}}}, ConfigError,
-                           """dynamic.m.adapter is {"rank": 8}: quern does not know this key and will not guess """
-                           "what it changes. If it changes nothing in the computation, remove it; otherwise the model is not "
+                           'dynamic.m.adapter is {"rank": 8}: quern does not know this key and will not guess what it '
+                           "changes. If it changes nothing in the computation, remove it; otherwise the model is not "
                            "supported."),
 }
 

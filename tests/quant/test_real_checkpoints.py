@@ -19,8 +19,8 @@ from tests.quant import samples
 torch = pytest.importorskip("torch")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
-# float32 forwards of the same weights differ by the order of summation only: at most 7e-6 seen, on logits up to 5.5, whose
-# last place is worth 4.8e-7. A single code off by one moved a logit by 0.0047 to 0.025 in twelve trials.
+# float32 forwards of the same weights differ by the order of summation only: at most 7e-6 seen, on logits up to 5.5,
+# whose last place is worth 4.8e-7. A single code off by one moved a logit by 0.0047 to 0.025 in twelve trials.
 LOGITS_TOLERANCE = 5e-5
 GPTQ = [  # folder, whether act-order gives a permutation somewhere
     ("auto-gptq-gptq-4bit-sym-g128", False),
