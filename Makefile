@@ -1,11 +1,13 @@
 # quern: everything one does daily. Needs Linux with Python 3.10 or later; `make demo` is the place to start.
 PYTHON ?= python3
 VENV ?= .venv
-MODEL ?= tests/models/storyteller-5m-gptq-4bit-g128
+# MODEL is a checkpoint folder; empty: the small model that comes with quern
+MODEL ?=
 TARGET ?= native
 BUNDLE ?= build/demo-$(TARGET)
 PROMPT ?= Once upon a time
 
+MODEL_ARG = $(if $(MODEL),--model $(MODEL))
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
 
@@ -38,7 +40,8 @@ $(VENV)/.everything: $(VENV)/.product
 venv: $(VENV)/.everything
 
 demo: $(VENV)/.product
-	$(PY) -m compiler build $(MODEL) --target $(TARGET) --output $(BUNDLE)
+	@mkdir -p $(dir $(BUNDLE))
+	$(PY) -m compiler build $(MODEL_ARG) --target $(TARGET) --out $(BUNDLE)
 	$(PY) -m runtime generate $(BUNDLE) --prompt "$(PROMPT)"
 
 test: $(VENV)/.everything
@@ -52,7 +55,7 @@ lint: $(VENV)/.everything
 	$(PY) -m mypy
 
 bench: $(VENV)/.everything
-	$(PY) -m compiler bench $(MODEL) --target $(TARGET)
+	$(PY) -m compiler bench $(MODEL_ARG) --target $(TARGET)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis quern.egg-info

@@ -45,7 +45,7 @@ def link(objects: list[Path], out: Path, target: Target) -> None:
             f"{out}: cannot link, because the Python package 'ziglang' is not installed. "
             f"It is one of quern's dependencies: run 'make venv', or '{sys.executable} -m pip install ziglang'."
         )
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+    with tempfile.TemporaryDirectory(dir=out.parent.resolve(), prefix=f".{out.name}.") as scratch:
         made = Path(scratch) / out.name
         command = [sys.executable, "-m", "ziglang", "cc", "-target", target.zig_triple, *FLAGS, "-o", str(made)]
         command += [str(path.resolve()) for path in objects]

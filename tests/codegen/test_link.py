@@ -62,6 +62,13 @@ def test_the_native_library_runs(tmp_path: Path) -> None:
     np.testing.assert_allclose(got, np.exp(x @ w), rtol=EXP_MATMUL_RTOL)
 
 
+def test_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path)
+    link.export(compiled(RPI4), Path("below/model.so"), RPI4)
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")] == ["below/model.so"]
+
+
 def test_an_older_library_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "model.so").write_text("old")
     link.export(compiled(RPI4), tmp_path / "model.so", RPI4)
