@@ -22,7 +22,7 @@ LAW: dict[str, set[str]] = {
     "targets.files": {"targets", "tomli"},  # tomllib of Python 3.11, for 3.10
     "schedules": {"numpy", "targets", "tvm"},
     "compiler": set(),
-    "compiler.__main__": {"compiler.cli"},
+    "compiler.__main__": {"compiler.cli", "runtime.errors", "targets"},
     "compiler.cli": ANYTHING,
     "compiler.pipeline": ANYTHING,
     "compiler.errors": set(),
@@ -31,10 +31,15 @@ LAW: dict[str, set[str]] = {
     "compiler.quant": {"numpy"},
     "compiler.quantize": {"compiler.checkpoint", "compiler.models", "compiler.quant", "numpy", "scipy", "torch"},
     "compiler.graph": {"compiler.quant.ir", "numpy", "tvm"},
-    "compiler.models": {"compiler.checkpoint.config", "compiler.graph"},
-    "compiler.passes": {"compiler.graph", "compiler.quant", "schedules", "tvm"},
+    "compiler.models": {"compiler.checkpoint.config", "compiler.graph", "compiler.quant.ir", "tvm"},
+    "compiler.passes": {"compiler.graph", "compiler.quant", "schedules", "targets", "tvm"},
     "compiler.tune": {"compiler.passes", "schedules", "targets", "tvm"},
     "compiler.codegen": {"numpy", "runtime.manifest", "targets", "tvm"},
+    "compiler.codegen.chat_format": {"jinja2", "runtime.manifest"},
+    "compiler.codegen.tokenizer_files": {"tokenizers"},
+    "compiler.measure": {
+        "compiler.checkpoint.config", "compiler.codegen", "compiler.graph", "compiler.quant", "numpy", "runtime", "targets", "tvm",
+    },
     "compiler.report": {"jinja2"},
 }
 

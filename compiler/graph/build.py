@@ -9,7 +9,6 @@ from tvm import relax
 from compiler.graph import ops
 from compiler.graph.kv_cache import KvCache
 from compiler.graph.weights import STORAGE, Linear, Table, Vector
-from compiler.quant.grids import GRIDS
 
 
 @dataclass(frozen=True)
@@ -35,10 +34,13 @@ class Graph:
 
 
 class Function:
-    """One function of a graph, `tokens` rows a call. Use as a context manager and end with `finish`.
+    """One function of a graph, `tokens` rows a call; ends with `finish`.
 
-    Arguments come into being when first named and stand in that order, so a function takes only what it uses.
+    Arguments come into being when first named, so a function takes only what it uses. What changes from call to call
+    (INPUTS) stands first and is counted in the attribute `num_input`: the VM then checks no weight again on every call.
     """
+
+    INPUTS = ("ids", "hidden", "span")
 
     def __init__(self, graph: Graph, name: str, tokens: int) -> None:
         self.tokens = tokens
@@ -67,9 +69,12 @@ class Function:
         """Return `result` and close the function."""
         output = self._bb.emit_output(result)
         self._scopes.pop().__exit__(None, None, None)
-        self._bb.emit_func_output(output, params=list(self._args.values()))
+        names = sorted(self._args, key=lambda name: name not in self.INPUTS)  # stable: the rest keeps its order
+        made = self._bb.emit_func_output(output, params=[self._args[name] for name in names])
         self._scopes.pop().__exit__(None, None, None)
-        info = FunctionInfo(self._name, self.tokens, tuple(self._args), ops.shape_of(result.ty))
+        inputs = sum(name in self.INPUTS for name in names)
+        self._bb.update_func(made, self._bb.get()[made].with_attr("num_input", inputs))
+        info = FunctionInfo(self._name, self.tokens, tuple(names), ops.shape_of(result.ty))
         self._graph.functions.append(info)
 
     def embedding(self, table: Table) -> relax.Var:
@@ -89,10 +94,9 @@ class Function:
             return self._emit("linear_dense", [x, self.argument(f"{name}.weight", (n, k), STORAGE[weight.type.grid])], out)
         groups = weight.type.groups
         codes = self.argument(f"{name}.codes", (n, k), "uint8")
-        scale = self.argument(f"{name}.scale", (n, groups), "float16")
+        scale = self.argument(f"{name}.scale", (n, groups), weight.type.scale)
         zero = self.argument(f"{name}.zero", (n, groups), "int16")
-        bits = GRIDS[weight.type.grid].bits
-        return self._emit("linear_exact", [x, codes, scale, zero], out, bits=bits, group=weight.type.group_size)
+        return self._emit("linear_exact", [x, codes, scale, zero], out, bits=weight.type.bits, group=weight.type.group_size)
 
     def attention(self, qkv: relax.Var, rope: relax.Var, cache: KvCache, layer: int, heads: int) -> relax.Var:
         """Rotate q and k, append k and v to the layer's cache, attend to everything up to each token."""

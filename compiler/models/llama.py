@@ -113,10 +113,11 @@ def weights(config: Config, shape: Shape, describe: Describe, options: Options) 
     def linear(name: str, keys: str, k: int, parts: dict[str, int]) -> Linear:
         types = [expect(describe, module, n, k, config, keys) for module, n in parts.items()]
         first = types[0]
-        if any((t.grid, t.group_size) != (first.grid, first.group_size) for t in types):
+        if len({(t.grid, t.group_size) for t in types}) > 1:
             kinds = ", ".join(f"{m} {t.grid} g{t.group_size}" for m, t in zip(parts, types, strict=True))
             raise UnsupportedError(f"{kinds}: layers that read the same input must be quantised alike.")
-        joined = WeightType(sum(t.n for t in types), k, first.grid, first.group_size)
+        scale = "float32" if any(t.scale == "float32" for t in types) else "float16"
+        joined = WeightType(sum(t.n for t in types), k, first.grid, first.group_size, scale)
         return Linear(name, tuple(parts), (options.head if name == "head" else options.linear)(joined))
 
     def layer(i: int) -> Layer:

@@ -80,7 +80,8 @@ def _rewrite_function(
                 context.remember(result, binding.var)
                 new[binding.var] = result
             output = builder.emit_output(new[function.body.body])
-        builder.emit_func_output(output)
+        made = builder.emit_func_output(output)
+    builder.update_func(made, builder.get()[made].with_attrs(dict(function.attrs or {})))
 
 
 def _substitute(value: relax.Expr, new: Mapping[relax.Var, relax.Expr]) -> relax.Expr:

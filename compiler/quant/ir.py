@@ -22,18 +22,23 @@ DENSE_STORAGE: dict[str, np.dtype[Any]] = {
 
 @dataclass(frozen=True)
 class WeightType:
-    """Shape and kind of a weight [n, k]. grid is "int4", "int8"... or a dense dtype name, which has group_size 0."""
+    """Shape and kind of a weight [n, k]. grid is "int4", "int8"... or a dense dtype name, which has group_size 0.
+
+    scale is the element type of the scales, float16 or float32; it says nothing of a dense weight.
+    """
 
     n: int
     k: int
     grid: str
     group_size: int
+    scale: str = "float16"
 
     def __post_init__(self) -> None:
         assert min(self.n, self.k) > 0, self
         assert self.grid in GRIDS or self.grid in DENSE_STORAGE, f"unknown grid {self.grid!r}"
         assert (self.group_size == 0) == self.dense, self
         assert self.group_size <= self.k, self
+        assert self.scale in ("float16", "float32"), self
 
     @property
     def dense(self) -> bool:
@@ -87,7 +92,7 @@ class QuantWeight:
     def type(self) -> WeightType:
         """Shape and kind."""
         n, k = self.codes.shape
-        return WeightType(n, k, self.grid, self.group_size)
+        return WeightType(n, k, self.grid, self.group_size, str(self.scale.dtype))
 
 
 @dataclass(frozen=True, eq=False)

@@ -98,7 +98,9 @@ class GptqSource:
             return self._dense.describe(module)
         config = self._config_of(module)
         k, n, group_size = _check_shapes(self._checkpoint, module, config)
-        return WeightType(n, k, integer_grid(config.bits).name, group_size)
+        stored = self._checkpoint.tensors[f"{module}.scales"].dtype
+        scale = "float16" if stored == "float16" else "float32"  # bfloat16 widens
+        return WeightType(n, k, integer_grid(config.bits).name, group_size, scale)
 
     def load(self, module: str) -> QuantWeight | DenseWeight:
         """Decode one module."""
