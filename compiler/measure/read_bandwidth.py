@@ -32,12 +32,12 @@ def usable(nbytes: int) -> int:
 
 
 def build(nbytes: int, target: Target, out: Path) -> list[str]:
-    """Write a library whose functions read_STREAMS(data u8[nbytes]) -> i32[64, 16] read every byte once. Gives their names."""
+    """Write a library whose functions read_STREAMS(data i32[nbytes / 4]) -> i32[64, 16] read every byte once. Gives their names."""
     assert nbytes == usable(nbytes), nbytes
     builder = relax.BlockBuilder()
     names = []
     for streams in STREAMS:
-        data = relax.Var("data", ops.tensor((nbytes,), "uint8"))
+        data = relax.Var("data", ops.tensor((nbytes // 4,), "int32"))
         names.append(f"read_{streams}")
         with builder.function(names[-1]):
             kernel = builder.add_func(_kernel(nbytes, streams).without_attr("global_symbol"), f"reader_{streams}")

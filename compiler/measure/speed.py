@@ -102,7 +102,7 @@ def _reader(bundle: Bundle, target: Target, threads: int) -> Callable[[], float]
         library = Path(folder) / "read.so"
         names = read_bandwidth.build(nbytes, target, library)
         vm = Vm(library, bundle.manifest.tvm, threads)
-    tensor = vm.tensor(data[:nbytes])
+    tensor = vm.tensor(data[:nbytes].view(np.int32))
     functions = [vm.function(name, [tensor]) for name in names]
 
     def gb_s(function: Callable[[], object]) -> float:
