@@ -1,4 +1,5 @@
 """python -m compiler VERB: a verb is a file in compiler/cli/, imported only when it is asked for."""
+
 from __future__ import annotations
 
 import argparse
@@ -26,7 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run one verb. 0 = done, 2 = the user's mistake, 130 = interrupted."""
     arguments = sys.argv[1:] if argv is None else argv
     table = verbs()
-    parser = argparse.ArgumentParser(prog="python -m compiler", description="quern: quantised checkpoints to device bundles.")
+    parser = argparse.ArgumentParser(
+        prog="python -m compiler", description="quern: quantised checkpoints to device bundles."
+    )
     commands = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     asked = next((a for a in arguments if not a.startswith("-")), None)
     for name, summary in table.items():

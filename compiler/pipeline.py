@@ -1,4 +1,5 @@
 """The whole compile, top to bottom: checkpoint folder in, bundle folder out. A newcomer starts here."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -39,7 +40,7 @@ ACTIVATIONS = ("int8", "exact")
 
 @dataclass(frozen=True)
 class Request:
-    """What `build` was asked for. bits: quantise dense linears to this; head_bits: the output head, None = the default."""
+    """What `build` was asked for. bits: for dense linear layers; head_bits: for a dense output head, None = default."""
 
     out: Path
     target: Target
@@ -73,7 +74,9 @@ def build(model_dir: Path, request: Request, report: Reporter) -> manifest.Manif
     bundle.check_place(request.out)
     with report.stage("import") as stage:
         inputs = import_checkpoint(model_dir, request)
-        stage.note = f"{inputs.name}: {inputs.format}, {inputs.model.type}, {inputs.model.parameters / 1e6:.1f} M parameters"
+        stage.note = (
+            f"{inputs.name}: {inputs.format}, {inputs.model.type}, {inputs.model.parameters / 1e6:.1f} M parameters"
+        )
     return compile_inputs(inputs, request, report)
 
 
@@ -173,7 +176,7 @@ def _packed(inputs: Inputs, lowered: Lowered, advance: Any) -> Iterator[tuple[st
 
 
 def load_weight(weight: Weight, source: Source) -> Iterator[tuple[str, NDArray[Any]]]:
-    """The graph parameters of one weight in canonical form, quantised here when the graph wants a dense one in integers."""
+    """The graph parameters of one weight in canonical form; a dense one is quantised here if the graph wants that."""
     if isinstance(weight, Constant):
         yield weight.name, weight.values
     elif isinstance(weight, Vector):
@@ -192,7 +195,9 @@ def load_weight(weight: Weight, source: Source) -> Iterator[tuple[str, NDArray[A
 
 def _as_asked(loaded: QuantWeight | DenseWeight, weight: Linear) -> QuantWeight | DenseWeight:
     if isinstance(loaded, QuantWeight) and loaded.permutation is not None:
-        raise UnsupportedError(f"{weight.sources[0]}: was quantised in act-order (desc_act), which kernels do not permute yet.")
+        raise UnsupportedError(
+            f"{weight.sources[0]}: was quantised in act-order (desc_act), which kernels do not permute yet."
+        )
     if isinstance(loaded, DenseWeight) and not weight.type.dense:
         bits = 8 if weight.type.bits == 8 else 4
         return rtn.quantize(loaded, bits, weight.type.group_size, where=weight.sources[0])

@@ -1,4 +1,5 @@
-"""What a build tells while it runs: stages with elapsed time and sizes, a bar for long ones; or nothing; or JSON at the end."""
+"""What a build tells while it runs: stages with elapsed time and sizes, or nothing, or JSON at the end."""
+
 from __future__ import annotations
 
 import sys

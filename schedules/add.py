@@ -1,7 +1,8 @@
 """The residual sum on its own, where no linear layer could take it in.
 
-  quern.add  residual f32[m, d], x f32[m, d] -> f32[m, d]
+quern.add  residual f32[m, d], x f32[m, d] -> f32[m, d]
 """
+
 from __future__ import annotations
 
 from tvm.script.ir_builder import IRBuilder

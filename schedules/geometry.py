@@ -4,6 +4,7 @@ Weights have one scale per (row, group of g inputs). Integer kernels want equal,
 of 8, so a weight group longer than MAX_SPAN is cut into equal parts that share its scale, each part is padded with zero
 activations to a multiple of 8, and a short last group is padded the same way. Padding costs bytes, never exactness.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -1,8 +1,9 @@
-"""What a schedule file offers: operator name -> scheduled kernel. No tables elsewhere; files are found by walking the folder.
+"""What a schedule file offers: operator name -> scheduled kernel. Files are found by walking the folder.
 
 Every schedule file has `LOWERS: dict[str, Lower]`. A `Lower` gets a `Request` and gives a `Kernel`, or raises
 `Unsupported` with the reason. Letters: n = output features, k = input features, m = tokens in the call.
 """
+
 from __future__ import annotations
 
 import importlib
@@ -48,7 +49,7 @@ class Request:
 class Packing:
     """How one weight argument lies in memory for this kernel, and how to bring the canonical array there.
 
-    `pack(array of canonical shape) -> C-contiguous array of spec.shape and spec.dtype`. Equal `name`s mean equal layouts.
+    `pack(array of canonical shape) -> C-contiguous array of spec.shape and spec.dtype`. Equal names: equal layouts.
     """
 
     name: str

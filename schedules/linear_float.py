@@ -2,13 +2,15 @@
 
     out[m, n] = (residual[m, n] +) sum_k w[n, k] * x[m, k]
 
-Weights become fp32 as they are read. Integer codes: w = scale * (code - zero); the difference is exact, a span is summed
-first and scaled once. Dense weights: float16, or bfloat16 bits in uint16, or float32.
+Weights become fp32 as they are read. Integer codes: w = scale * (code - zero); the difference is exact, a span is
+summed first and scaled once. Dense weights: float16, or bfloat16 bits in uint16, or float32.
 Operators (arguments in order; *_residual has residual f32[m, n] last):
-  quern.linear_exact   x f32[m, k], codes u8[n, k], scale f16|f32[n, groups], zero i16[n, groups]; bits, group -> f32[m, n]
+  quern.linear_exact   x f32[m, k], codes u8[n, k], scale f16|f32[n, groups], zero i16[n, groups]; bits, group
+                       -> f32[m, n]
   quern.linear_dense   x f32[m, k], weight f16|u16|f32[n, k] -> f32[m, n]
 Layout: schedules.packed for codes; dense weights lie as [blocks, k, 16 rows].
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -34,7 +36,7 @@ def _tokens_at_once(m: int) -> int:
 
 
 def _rows_in_parallel(m: int, n: int, accumulate: Accumulate, base: Any, out: Any) -> None:
-    """Every row block on its own; inside it token blocks, each with fp32 accumulators [tokens, 16] that end in `out`."""
+    """Every row block on its own; in it token blocks, each with fp32 accumulators [tokens, 16] that end in `out`."""
     nb, tokens = blocks(n), _tokens_at_once(m)
     with T.parallel(0, nb) as row_block:
         with T.serial(0, m // tokens) as token_block:
@@ -94,7 +96,9 @@ def _exact(m: int, n: int, geometry: Geometry, bits: int, scale_dtype: str, resi
                         T.buffer_store(part, T.broadcast(T.float32(0), LANES), [t, lanes])
                     centre = T.bind(T.Cast(f"int32x{LANES}", zero[vb, s, lanes]))
                     with T.serial(0, steps) as j:
-                        words = T.bind(T.reinterpret(f"uint32x{LANES}", codes.vload([vb, s, j, 0, 0], f"uint8x{LANES * QUAD}")))
+                        words = T.bind(
+                            T.reinterpret(f"uint32x{LANES}", codes.vload([vb, s, j, 0, 0], f"uint8x{LANES * QUAD}"))
+                        )
                         for h in range(count):
                             for b in range(QUAD):
                                 shift = T.broadcast(T.uint32(8 * b + bits * h), LANES)

@@ -10,6 +10,7 @@ Operators (arguments in order):
                               codes u8[n, k], scale f16|f32[n, groups], zero i16[n, groups]; bits, group -> f32[m, n]
   quern.linear_int8_residual  the same, then residual f32[m, n]
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -30,7 +31,7 @@ CODES, SCALE, ZERO = 3, 4, 5  # argument positions of the weight
 
 
 def workload(m: int, n: int, geometry: Geometry, bits: int, scale_dtype: str, residual: bool) -> Any:
-    """The layer in plain TIR: blocks `dot` (int32 per span), `scale` (fp32 over spans), `store` (residual, row padding)."""
+    """The layer in plain TIR: blocks `dot` (int32 per span), `scale` (fp32 over spans), `store` (residual, padding)."""
     nb, spans, width, count = blocks(n), geometry.spans, geometry.width, fields(bits)
     steps, half = width // (QUAD * count), width // 2
     quads = half // QUAD

@@ -6,6 +6,7 @@ S f16|f32[blocks, spans, 16]                    scale of the row in that span (r
 Z u8[blocks, spans, 16] (bits <= 4), i16 (8)    zero point; a GPTQ v1 zero may be 2**bits, which 8 bits cannot hold at 8
 Spans and their padding: schedules.geometry. Rows are padded to a multiple of ROW_PAD with scale 0.
 """
+
 from __future__ import annotations
 
 from functools import partial

@@ -77,7 +77,8 @@ class QuantizedRows:
         self.halves = T.arg("q", T.buffer((m, spans, 2, width // 2), "int8", layout=None))
         self.scale = T.arg("scale", T.buffer((m, spans), "float32", layout=None))
         self.sum = T.arg("sum", T.buffer((m, spans), "int32", layout=None))
-        self.regions = [self.halves[0:m, 0:spans, 0:2, 0 : width // 2], self.scale[0:m, 0:spans], self.sum[0:m, 0:spans]]
+        halves = self.halves[0:m, 0:spans, 0:2, 0 : width // 2]
+        self.regions = [halves, self.scale[0:m, 0:spans], self.sum[0:m, 0:spans]]
 
     def emit(self, t: Expr, value: Value) -> None:
         """Quantise row t; each value is asked for once."""

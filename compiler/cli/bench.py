@@ -1,4 +1,5 @@
 """Measure prefill and decode speed of a bundle, or of a published shape, beside this machine's read bandwidth."""
+
 from __future__ import annotations
 
 import argparse
@@ -17,16 +18,38 @@ if TYPE_CHECKING:
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
     parser.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="bundle folder to measure")
-    parser.add_argument("--shape", metavar="NAME", help="measure a published shape with random weights instead, e.g. tinyllama-1.1b")
-    parser.add_argument("--bits", type=int, choices=(4, 8), default=4, help="with --shape: bits of the linear layers (default: 4)")
-    parser.add_argument("--group-size", type=int, default=128, metavar="G", help="with --shape: inputs that share a scale (default: 128)")
-    parser.add_argument("--head-bits", type=int, choices=(4, 8), help="with --shape: bits of the output head (default: as --bits)")
-    parser.add_argument("--target", default="native", metavar="NAME", help="with --shape: build for this target (default: native)")
+    parser.add_argument(
+        "--shape", metavar="NAME", help="measure a published shape with random weights instead, e.g. tinyllama-1.1b"
+    )
+    parser.add_argument(
+        "--bits", type=int, choices=(4, 8), default=4, help="with --shape: bits of the linear layers (default: 4)"
+    )
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        default=128,
+        metavar="G",
+        help="with --shape: inputs that share a scale (default: 128)",
+    )
+    parser.add_argument(
+        "--head-bits", type=int, choices=(4, 8), help="with --shape: bits of the output head (default: as --bits)"
+    )
+    parser.add_argument(
+        "--target", default="native", metavar="NAME", help="with --shape: build for this target (default: native)"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="threads (default: what the runtime would take)")
-    parser.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="tokens of a prefill (default: 512)")
-    parser.add_argument("--decode-tokens", type=int, default=16, metavar="N", help="tokens decoded a round (default: 16)")
-    parser.add_argument("--context", type=int, default=128, metavar="N", help="tokens before the decoded ones (default: 128)")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds of prefill, decode and reading (default: 5)")
+    parser.add_argument(
+        "--prompt-tokens", type=int, default=512, metavar="N", help="tokens of a prefill (default: 512)"
+    )
+    parser.add_argument(
+        "--decode-tokens", type=int, default=16, metavar="N", help="tokens decoded a round (default: 16)"
+    )
+    parser.add_argument(
+        "--context", type=int, default=128, metavar="N", help="tokens before the decoded ones (default: 128)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, metavar="N", help="rounds of prefill, decode and reading (default: 5)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object to stdout")
 
 
@@ -93,10 +116,18 @@ def _print(options: argparse.Namespace, speed: Speed, prompt: int, context: int)
     from rich.table import Table
 
     table = Table("", "median", "min", "max", box=None, pad_edge=False)
-    labels = (f"prefill, {prompt} tokens (tokens/s)", f"decode after {context} (tokens/s)", "read ceiling (GB/s)", "decode / ceiling")
+    labels = (
+        f"prefill, {prompt} tokens (tokens/s)",
+        f"decode after {context} (tokens/s)",
+        "read ceiling (GB/s)",
+        "decode / ceiling",
+    )
     for label, name in zip(labels, spreads, strict=True):
         values: Spread = getattr(speed, name)
-        table.add_row(label, *(f"{value:.3g}" if value < 1 else f"{value:.1f}" for value in (values.median, values.min, values.max)))
+        table.add_row(
+            label,
+            *(f"{value:.3g}" if value < 1 else f"{value:.1f}" for value in (values.median, values.min, values.max)),
+        )
     console = Console(highlight=False)
     console.print(table)
     console.print(f"{speed.weight_bytes_per_token / 1e6:.1f} MB of weights a token, {speed.threads} threads")

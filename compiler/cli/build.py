@@ -1,4 +1,5 @@
 """Compile a checkpoint into a bundle for a target."""
+
 from __future__ import annotations
 
 import argparse
@@ -20,14 +21,36 @@ def _positive(text: str) -> int:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
-    parser.add_argument("--model", type=Path, default=DEFAULT_MODEL, metavar="DIR", help="checkpoint folder (default: the demo model)")
-    parser.add_argument("--target", default="native", metavar="NAME", help="device to build for (default: this machine); see `targets`")
-    parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="bundle folder to write; an older bundle is replaced")
-    parser.add_argument("--activations", choices=("int8", "exact"), default="int8", help="int8: fast; exact: fp32 activations (default: int8)")
-    parser.add_argument("--bits", type=int, choices=(4, 8), help="quantise dense linear layers to this, round to nearest")
-    parser.add_argument("--group-size", type=_positive, metavar="G", help="inputs that share a scale with --bits (default: 128, 64 or 32)")
-    parser.add_argument("--head-bits", type=int, choices=(4, 8, 16), help="a dense output head: 16 keeps it (default: 8, exact: 16)")
-    parser.add_argument("--context", type=_positive, metavar="N", help="positions to keep (default: the model's, at most 4096)")
+    parser.add_argument(
+        "--model", type=Path, default=DEFAULT_MODEL, metavar="DIR", help="checkpoint folder (default: the demo model)"
+    )
+    parser.add_argument(
+        "--target", default="native", metavar="NAME", help="device to build for (default: this machine); see `targets`"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="BUNDLE", help="bundle folder to write; an older bundle is replaced"
+    )
+    parser.add_argument(
+        "--activations",
+        choices=("int8", "exact"),
+        default="int8",
+        help="int8: fast; exact: fp32 activations (default: int8)",
+    )
+    parser.add_argument(
+        "--bits", type=int, choices=(4, 8), help="quantise dense linear layers to this, round to nearest"
+    )
+    parser.add_argument(
+        "--group-size",
+        type=_positive,
+        metavar="G",
+        help="inputs that share a scale with --bits (default: 128, 64 or 32)",
+    )
+    parser.add_argument(
+        "--head-bits", type=int, choices=(4, 8, 16), help="a dense output head: 16 keeps it (default: 8, exact: 16)"
+    )
+    parser.add_argument(
+        "--context", type=_positive, metavar="N", help="positions to keep (default: the model's, at most 4096)"
+    )
     parser.add_argument("--dump-ir", type=Path, metavar="DIR", help="write every stage of the compile into DIR")
     parser.add_argument("--json", action="store_true", help="print one JSON object about the build to stdout")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")

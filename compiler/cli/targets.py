@@ -1,4 +1,5 @@
 """List the devices that `build --target` knows."""
+
 from __future__ import annotations
 
 import argparse

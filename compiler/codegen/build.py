@@ -1,4 +1,5 @@
 """Scheduled Relax module to a VM executable, and the memory that its static plan needs."""
+
 from __future__ import annotations
 
 from collections import Counter
@@ -15,7 +16,7 @@ PAGE_BYTES = 4096  # TVM's pooled allocator hands out whole pages
 
 @dataclass(frozen=True)
 class Compiled:
-    """A finished executable; `activation_bytes` bounds what its functions allocate at run time, whatever their order."""
+    """A finished executable; `activation_bytes` bounds what its functions allocate, whatever their order."""
 
     executable: Any
     activation_bytes: int
@@ -60,7 +61,10 @@ def _storages(function: relax.Function) -> Counter[int]:
     sizes: Counter[int] = Counter()
 
     def visit(expr: object) -> None:
-        if isinstance(expr, relax.Call) and getattr(expr.op, "name", "") in ("relax.memory.alloc_storage", "relax.builtin.alloc_tensor"):
+        if isinstance(expr, relax.Call) and getattr(expr.op, "name", "") in (
+            "relax.memory.alloc_storage",
+            "relax.builtin.alloc_tensor",
+        ):
             shape = [int(x) for x in expr.args[0].values]
             item = 1 if expr.op.name == "relax.memory.alloc_storage" else tvm.DataType(str(expr.args[1].value)).itemsize
             total = item

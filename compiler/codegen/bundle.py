@@ -1,4 +1,5 @@
 """The bundle folder: complete or absent. Files go to a hidden neighbour, the manifest last, then one rename."""
+
 from __future__ import annotations
 
 import shutil
@@ -54,6 +55,6 @@ def staged(out: Path) -> Iterator[Path]:
 
 
 def digests(folder: Path, chunked: str) -> dict[str, FileDigest]:
-    """Digest of every file in `folder`; the one named `chunked` piece by piece, so that it can be checked in parallel."""
+    """Digest of every file in `folder`; the one named `chunked` by pieces, so that it can be checked in parallel."""
     files = sorted(path for path in folder.iterdir() if path.name != manifest.FILE_NAME)
     return {path.name: manifest.digest_file(path, CHUNK_BYTES if path.name == chunked else None) for path in files}

@@ -3,6 +3,7 @@
 The checkpoint's Jinja template is run, sandboxed, on conversations of marker texts. If it merely wraps each turn, the
 wrapping is read off; a second, longer conversation must then come out the same, or the template is refused.
 """
+
 from __future__ import annotations
 
 import json
@@ -81,9 +82,11 @@ def _derive(source: str, specials: dict[str, str]) -> ChatFormat:
     return _settle(render, specials, system, marks, (before, between, again, after_user, generation))
 
 
-def _settle(render: Any, specials: dict[str, str], system: bool, marks: dict[str, str], cuts: tuple[str, ...]) -> ChatFormat:
+def _settle(
+    render: Any, specials: dict[str, str], system: bool, marks: dict[str, str], cuts: tuple[str, ...]
+) -> ChatFormat:
     before, between, again, after_user, generation = cuts
-    # `between` = user's end + assistant's start; `again` = assistant's end + user's start. The user's end is what ends the text.
+    # between = user's end + assistant's start, again = assistant's end + user's start; the user's end ends the text.
     if not between.startswith(after_user):
         after_user = ""
     assistant_before = between[len(after_user) :]
@@ -99,7 +102,9 @@ def _settle(render: Any, specials: dict[str, str], system: bool, marks: dict[str
         if not head.startswith(start) or not gap.endswith(user_before):
             raise ValueError("the system turn changes the text around it")
         system_pair = (head[len(start) :], gap[: len(gap) - len(user_before)])
-    made = ChatFormat("turns", system_pair, (user_before, after_user), (assistant_before, assistant_after), start, generation)
+    made = ChatFormat(
+        "turns", system_pair, (user_before, after_user), (assistant_before, assistant_after), start, generation
+    )
     _prove(render, made, system)
     return made
 

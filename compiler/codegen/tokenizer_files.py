@@ -1,4 +1,5 @@
 """The tokenizer of a checkpoint: checked here, copied as it is."""
+
 from __future__ import annotations
 
 import shutil
@@ -22,7 +23,9 @@ def check(folder: Path, vocab_size: int) -> None:
             f"for a sentencepiece tokenizer.model, save the tokenizer once with transformers' save_pretrained."
         )
     if path.stat().st_size > MOST_BYTES:
-        raise CheckpointError(f"{path}: is {path.stat().st_size >> 20} MiB, but a tokenizer has at most {MOST_BYTES >> 20}.")
+        raise CheckpointError(
+            f"{path}: is {path.stat().st_size >> 20} MiB, but a tokenizer has at most {MOST_BYTES >> 20}."
+        )
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception for every kind of damage

@@ -1,4 +1,5 @@
 """weights.bin: every weight in its kernel's layout, aligned, in the graph's order, written one at a time."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -19,7 +20,11 @@ def write(path: Path, arrays: Iterable[tuple[str, NDArray[np.generic]]]) -> Weig
     with path.open("wb") as file:
         for name, array in arrays:
             file.write(b"\0" * (-file.tell() % ALIGNMENT))
-            tensors.append(Weight(name, NAMES.get(str(array.dtype), str(array.dtype)), tuple(array.shape), file.tell(), array.nbytes))
+            tensors.append(
+                Weight(
+                    name, NAMES.get(str(array.dtype), str(array.dtype)), tuple(array.shape), file.tell(), array.nbytes
+                )
+            )
             file.write(np.ascontiguousarray(array).view(np.uint8).reshape(-1).data)
         file.write(b"\0" * (-file.tell() % ALIGNMENT))
     return Weights(path.name, ALIGNMENT, tuple(tensors))

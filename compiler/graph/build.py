@@ -1,4 +1,5 @@
 """Builds one Relax function of a graph, operator by operator, in the words a model file uses."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -84,19 +85,25 @@ class Function:
 
     def rms_norm(self, x: relax.Var, weight: Vector, eps: float) -> relax.Var:
         """x / sqrt(mean(x^2) + eps) * weight."""
-        return self._emit("rms_norm", [x, self.argument(weight.name, (weight.n,), "float32")], ops.shape_of(x.ty), eps=eps)
+        return self._emit(
+            "rms_norm", [x, self.argument(weight.name, (weight.n,), "float32")], ops.shape_of(x.ty), eps=eps
+        )
 
     def linear(self, x: relax.Var, weight: Linear) -> relax.Var:
         """x W^T with exact activations; a pass decides whether they are quantised."""
         n, k, name = weight.type.n, weight.type.k, weight.name
         out = (self.tokens, n)
         if weight.type.dense:
-            return self._emit("linear_dense", [x, self.argument(f"{name}.weight", (n, k), STORAGE[weight.type.grid])], out)
+            return self._emit(
+                "linear_dense", [x, self.argument(f"{name}.weight", (n, k), STORAGE[weight.type.grid])], out
+            )
         groups = weight.type.groups
         codes = self.argument(f"{name}.codes", (n, k), "uint8")
         scale = self.argument(f"{name}.scale", (n, groups), weight.type.scale)
         zero = self.argument(f"{name}.zero", (n, groups), "int16")
-        return self._emit("linear_exact", [x, codes, scale, zero], out, bits=weight.type.bits, group=weight.type.group_size)
+        return self._emit(
+            "linear_exact", [x, codes, scale, zero], out, bits=weight.type.bits, group=weight.type.group_size
+        )
 
     def attention(self, qkv: relax.Var, rope: relax.Var, cache: KvCache, layer: int, heads: int) -> relax.Var:
         """Rotate q and k, append k and v to the layer's cache, attend to everything up to each token."""

@@ -1,4 +1,5 @@
 """Keys and values of all past tokens: static, updated in place, one pair of arrays a layer."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -3,10 +3,12 @@
 In Relax an operator is a call of the external function "quern.NAME": tensor arguments first, then its attributes as
 prim values, in the order of its signature. Operators that write their arguments use `call_inplace_packed`.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import tvm
 from tvm import relax
@@ -69,7 +71,9 @@ def tensor(shape: Sequence[int], dtype: str) -> relax.TensorType:
     return relax.TensorType(tuple(shape), dtype)
 
 
-def make(name: str, args: Sequence[relax.Expr], attrs: Mapping[str, int | float], outs: Sequence[relax.Type]) -> relax.Call:
+def make(
+    name: str, args: Sequence[relax.Expr], attrs: Mapping[str, int | float], outs: Sequence[relax.Type]
+) -> relax.Call:
     """The call. `outs` are its fresh results; tensors updated in place follow them in the result tuple."""
     signature = SIGNATURES[name]
     assert len(args) == len(signature.args), f"{name} takes {signature.args}"
@@ -103,7 +107,7 @@ def match(expr: object) -> Op | None:
     return Op(name, tuple(tensors), attrs, tuple(types))
 
 
-def _number(value: object) -> int | float:
+def _number(value: Any) -> int | float:
     number = value.value if hasattr(value, "value") else value
     while not isinstance(number, int | float):
         number = number.value

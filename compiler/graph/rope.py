@@ -2,6 +2,7 @@
 
 Computed here, in the float32 steps transformers takes, so that the device needs no trigonometry and no scaling rule.
 """
+
 from __future__ import annotations
 
 import numpy as np

@@ -1,4 +1,5 @@
-"""What a model needs from a checkpoint, by the names the graph gives its parameters. No data, only where it comes from."""
+"""What a model needs from a checkpoint, by the names of the graph's parameters: no data, only where it comes from."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -4,6 +4,7 @@ It runs in the same threads, over the same mapped file, as decoding does. Every 
 reads `streams` places of it at once with prefetching, as the decode kernels do; the best of several numbers of streams
 counts, so that the ceiling is not our own reader's weakness.
 """
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -32,7 +33,7 @@ def usable(nbytes: int) -> int:
 
 
 def build(nbytes: int, target: Target, out: Path) -> list[str]:
-    """Write a library whose functions read_STREAMS(data i32[nbytes / 4]) -> i32[64, 16] read every byte once. Gives their names."""
+    """Write a library; give its functions' names: read_STREAMS(data i32[nbytes / 4]) -> i32[64, 16] reads all once."""
     assert nbytes == usable(nbytes), nbytes
     builder = relax.BlockBuilder()
     names = []
@@ -68,7 +69,9 @@ def _kernel(nbytes: int, streams: int) -> Any:
                         for stream in range(streams):
                             at = vs * (streams * part // 4) + stream * (part // 4) + line * LANES
                             ahead = T.address_of(data[T.min(at + PREFETCH_BYTES // 4, nbytes // 4 - 1)])
-                            T.evaluate(T.call_llvm_intrin("", "llvm.prefetch.p0", ahead, T.int32(0), T.int32(3), T.int32(1)))
+                            T.evaluate(
+                                T.call_llvm_intrin("", "llvm.prefetch.p0", ahead, T.int32(0), T.int32(3), T.int32(1))
+                            )
                             value = T.bitwise_xor(acc[stream % 4, lanes], data[T.ramp(at, 1, LANES)])
                             T.buffer_store(acc, value, [stream % 4, lanes])
                     total = acc[0, lanes]

@@ -1,4 +1,5 @@
 """Models that exist as numbers only: published shapes with random weights, for timing without a checkpoint."""
+
 from __future__ import annotations
 
 import zlib
@@ -12,7 +13,13 @@ from compiler.quant.grids import integer_grid
 from compiler.quant.ir import DenseWeight, QuantWeight, WeightType
 from compiler.quant.reference import F32
 
-LLAMA = {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False}
+LLAMA = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
 SHAPES: dict[str, dict[str, Any]] = {
     "tinyllama-1.1b": {
         **LLAMA, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
@@ -31,7 +38,7 @@ def config(shape: str) -> Config:
 
 
 class RandomSource:
-    """Weights of a shape: integer codes for linear layers and head, fp16 embeddings. The same name gives the same numbers."""
+    """Weights of a shape: integer codes for linear layers and head, fp16 embeddings. Equal names give equal numbers."""
 
     def __init__(self, shape: str, bits: int, group_size: int, head_bits: int) -> None:
         if shape not in SHAPES:
@@ -57,7 +64,8 @@ class RandomSource:
         if module == "model.embed_tokens":
             return WeightType(vocab, hidden, "float16", 0)
         sizes = {"q_proj": (hidden, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, hidden),
-                 "gate_proj": (ffn, hidden), "up_proj": (ffn, hidden), "down_proj": (hidden, ffn), "lm_head": (vocab, hidden)}  # fmt: skip
+                 "gate_proj": (ffn, hidden), "up_proj": (ffn, hidden), "down_proj": (hidden, ffn),
+                 "lm_head": (vocab, hidden)}  # fmt: skip
         n, k = sizes[module.rpartition(".")[2]]
         bits = self._head_bits if module == "lm_head" else self._bits
         return WeightType(n, k, integer_grid(bits).name, min(self._group, k))

@@ -1,4 +1,5 @@
 """Prefill and decode speed of a bundle, interleaved with the read ceiling, in the threads and memory of one session."""
+
 from __future__ import annotations
 
 import statistics
@@ -54,7 +55,9 @@ def weight_bytes_per_token(bundle: Bundle) -> int:
     return total
 
 
-def measure(path: Path, target: Target, prompt: int, steps: int, rounds: int, threads: int | None, context: int) -> Speed:
+def measure(
+    path: Path, target: Target, prompt: int, steps: int, rounds: int, threads: int | None, context: int
+) -> Speed:
     """`rounds` times: prefill `prompt` tokens, decode `steps` from position `context` on, read the same bytes.
 
     The ratio is taken round by round, because the bandwidth of a shared machine drifts.

@@ -1,8 +1,9 @@
 """Architectures: one file each, named as config.json's `model_type` names it.
 
-A file has `build(config, source, options) -> Model`: it reads the configuration, checks every tensor's shape from headers
-alone, and writes the graph. It knows checkpoint module names; it knows no quantisation format and no target.
+A file has `build(config, describe, options) -> Model`: it reads the configuration, checks every tensor's shape from
+headers alone, and writes the graph. It knows checkpoint module names; it knows no quantisation format and no target.
 """
+
 from __future__ import annotations
 
 import importlib
@@ -74,6 +75,7 @@ def expect(describe: Describe, module: str, n: int, k: int, config: Config, keys
     if (got.n, got.k) != (n, k):
         raise ConfigError(
             f"{config.where(keys.split(',')[0])}: with {keys} as config.json states them, {module} must be [{n}, {k}], "
-            f"but the checkpoint's is [{got.n}, {got.k}]. The configuration belongs to another checkpoint, or was edited."
+            f"but the checkpoint's is [{got.n}, {got.k}]. "
+            f"The configuration belongs to another checkpoint, or was edited."
         )
     return got

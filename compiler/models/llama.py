@@ -2,6 +2,7 @@
 
 Source of the arithmetic and of the module names: transformers' LlamaForCausalLM.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -63,12 +64,14 @@ def read_shape(config: Config) -> Shape:
     head_dim = config.integer("head_dim", 2, 4096, default=max(hidden // heads, 2))
     if heads % kv_heads:
         raise ConfigError(
-            f"{config.where('num_key_value_heads')} is {kv_heads}, but it must divide num_attention_heads, which is {heads}."
+            f"{config.where('num_key_value_heads')} is {kv_heads}, but it must divide num_attention_heads, {heads}."
         )
     if head_dim % 2:
         raise ConfigError(f"{config.where('head_dim')} is {head_dim}, but rotary embedding needs an even number.")
     if not config.has("head_dim") and hidden % heads:
-        raise ConfigError(f"{config.where('num_attention_heads')} is {heads}, but it must divide hidden_size, {hidden}.")
+        raise ConfigError(
+            f"{config.where('num_attention_heads')} is {heads}, but it must divide hidden_size, {hidden}."
+        )
     config.string("hidden_act", ("silu",), default="silu")
     for bias in ("attention_bias", "mlp_bias"):
         if config.boolean(bias, default=False):
@@ -104,7 +107,9 @@ def _rope_theta(config: Config) -> float:
     return values.number("rope_theta", 1.0, 1e12, default=theta)
 
 
-def weights(config: Config, shape: Shape, describe: Describe, options: Options) -> tuple[Table, list[Layer], Vector, Linear]:
+def weights(
+    config: Config, shape: Shape, describe: Describe, options: Options
+) -> tuple[Table, list[Layer], Vector, Linear]:
     """Every weight with its checkpoint modules, each shape checked against config.json."""
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     heads = "num_attention_heads,num_key_value_heads,head_dim,hidden_size"
@@ -145,7 +150,7 @@ def weights(config: Config, shape: Shape, describe: Describe, options: Options) 
 
 
 def build(config: Config, describe: Describe, options: Options) -> Model:
-    """Functions: decode (1 token to logits), prefill_M (M tokens to hidden states), head_M (hidden states to logits)."""
+    """Functions: decode (1 token to logits), prefill_M (M tokens to hidden states), head_M (those to logits)."""
     shape = read_shape(config)
     bos = config.integer("bos_token_id", 0, shape.vocab - 1, default=-1) if config.has("bos_token_id") else None
     eos = config.integers("eos_token_id", 0, shape.vocab - 1, default=())
@@ -153,8 +158,10 @@ def build(config: Config, describe: Describe, options: Options) -> Model:
     if not options.context:
         context = min(shape.positions, DEFAULT_CONTEXT)
     elif options.context > shape.positions:
-        raise ConfigError(f"--context asks for {options.context} positions, but {config.where('max_position_embeddings')} "
-                          f"is {shape.positions}. Ask for at most that.")
+        raise ConfigError(
+            f"--context asks for {options.context} positions, but {config.where('max_position_embeddings')} "
+            f"is {shape.positions}. Ask for at most that."
+        )
     else:
         context = options.context
     table, layers, norm, head = weights(config, shape, describe, options)

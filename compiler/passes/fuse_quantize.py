@@ -1,4 +1,5 @@
 """Quantisation joins the operator that made its input, so that the fp32 values never go to memory."""
+
 from __future__ import annotations
 
 import tvm

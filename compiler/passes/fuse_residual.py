@@ -1,4 +1,5 @@
 """The residual sum joins the linear layer before it: its store adds instead of a pass over the hidden state."""
+
 from __future__ import annotations
 
 import tvm

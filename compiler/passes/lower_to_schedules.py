@@ -1,4 +1,5 @@
 """Every operator becomes a scheduled kernel of this target; weight parameters take the layout their kernel wants."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -30,7 +31,7 @@ def lower_to_schedules(mod: tvm.IRModule, target: Target) -> Lowered:
     layouts are a bug in schedules/.
     """
     table = lowerings()
-    kernels: dict[Request, Kernel] = {}
+    kernels: dict[tuple[object, ...], Kernel] = {}
     packings: dict[str, Packing] = {}
 
     def kernel_for(op: Op) -> Kernel:

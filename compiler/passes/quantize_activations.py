@@ -1,4 +1,5 @@
 """Integer activations where weights are integers: the decision behind `--activations int8`."""
+
 from __future__ import annotations
 
 import tvm
@@ -11,7 +12,7 @@ from schedules.geometry import Geometry
 
 
 def quantized_types(m: int, k: int, group: int) -> list[relax.TensorType]:
-    """What `quantize` makes: q i8[m, spans, 2, width / 2] (halves of a span apart), scale f32 and sum i32 [m, spans]."""
+    """What `quantize` makes: q i8[m, spans, 2, width / 2] (a span in halves), scale f32 and sum i32 [m, spans]."""
     g = Geometry(k, group)
     return [
         ops.tensor((m, g.spans, 2, g.width // 2), "int8"),

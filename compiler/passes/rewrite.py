@@ -1,8 +1,9 @@
 """Rewriting of operator calls: what every pass over `quern.*` operators shares.
 
-A graph function is one dataflow block of operator calls and tuple reads. `rewrite` walks it once, from the first binding
-to the last, and asks a rule about each call; producers that nobody uses any more disappear.
+A graph function is one dataflow block of operator calls and tuple reads. `rewrite` walks it once, from the first
+binding to the last, and asks a rule about each call; producers that nobody uses any more disappear.
 """
+
 from __future__ import annotations
 
 from collections import Counter

@@ -1,4 +1,5 @@
 """What may exist at each stage, checked between passes. A failure is a bug of quern, so it asserts."""
+
 from __future__ import annotations
 
 import tvm
@@ -10,7 +11,7 @@ STAGES = ("graph", "fused", "scheduled")
 
 
 def verify(mod: tvm.IRModule, stage: str) -> None:
-    """graph, fused: only known operators, tuple reads and one dataflow block; scheduled: only call_tir and tuple reads."""
+    """graph, fused: only known operators and tuple reads; scheduled: only call_tir and tuple reads."""
     assert stage in STAGES, stage
     relax.analysis.well_formed(mod)  # raises
     for var, function in mod.functions_items():

@@ -4,6 +4,7 @@ All files implement the same description (`describe`), so one template serves ev
 `NAME`, `NEEDS` (LLVM feature names), `RANK` (higher wins), `KNOBS` (its measured defaults), `VECTOR` (32-bit lanes of
 one register) and `step`, the few instructions that are really its own.
 """
+
 from __future__ import annotations
 
 import importlib
@@ -36,7 +37,8 @@ class Isa(Protocol):
     VECTOR: int
 
     @staticmethod
-    def step(bits: int, acc: Any, w: Any, a: Sequence[Any]) -> Any: ...
+    def step(bits: int, acc: Any, w: Any, a: Sequence[Any]) -> Any:
+        """The dot product, as said above."""
 
 
 def choose(target: Target) -> Isa:
@@ -65,7 +67,7 @@ def field(w: Any, bits: int, index: int, lanes: int) -> Any:
 
 @cache
 def describe(bits: int) -> Any:
-    """C i32[16] += W u8[16, 4] . A: i8[fields, 4] where field h of a byte (low bits first) meets row h; i8[4] for 8 bits."""
+    """C i32[16] += W u8[16, 4] . A i8[fields, 4]: field h of a byte, low bits first, meets row h (8 bits: A i8[4])."""
     count = fields(bits)
     mask = (1 << bits) - 1
 
@@ -101,7 +103,7 @@ def describe(bits: int) -> Any:
 
 
 def _implement(isa: Isa, bits: int, prefetch_bytes: int) -> Any:
-    """The description in this ISA's instructions; prefetch_bytes > 0 asks for weights that far ahead in their stream."""
+    """The description in this ISA's instructions; prefetch_bytes > 0 asks for weights that far ahead."""
     count = fields(bits)
     vector = isa.VECTOR
     acc_type, w_type = f"int32x{vector}", f"uint8x{QUAD * vector}"

@@ -4,6 +4,7 @@ VPMADDUBSW saturates at 2**15, so it may only meet 4-bit fields: two fields of t
 2 * 2 * 15 * 127 = 7620. An 8-bit code is therefore taken as two 4-bit fields, and the high one is weighed by 16 in
 VPMADDWD: exact for every code and activation.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -2,6 +2,7 @@
 
 Exact: a product is at most 255 * 127, and thousands of them stay far below 2**31.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence

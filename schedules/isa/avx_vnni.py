@@ -1,4 +1,5 @@
 """AVX-VNNI (Alder Lake and later, no AVX-512): the same VPDPBUSD on 256-bit registers."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -1,4 +1,5 @@
 """Any LLVM target: a lane holds four bytes, so a shift, a mask and a 32-bit multiply-add serve every code of a lane."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
