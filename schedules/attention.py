@@ -6,18 +6,20 @@
 Row t sees positions 0..span[0] + t; scores are scaled by 1/sqrt(d). Rows t >= span[1] are padding: what they get is not
 defined. All arithmetic is fp32, the caches are storage only.
 
-One task has one kv head and a tile of tokens; every (token, query head) of it is a row, so a key or value is loaded once
-for all rows. It walks the context in blocks of `block` positions (online softmax, arXiv:2205.14135, in base 2):
+One task has one kv head and a tile of tokens; every (token, query head) of it is a row, so a key or value is loaded
+once for all rows. It walks the context in blocks of `block` positions (online softmax, arXiv:2205.14135, in base 2):
   scores   row x 16 positions: the blocked k cache gives 16 keys' element d as one vector, so no sum crosses lanes
   softmax  new maximum, weights 2^(score - maximum), and the factor 2^(old - new) for what is summed so far
   values   out = out * factor + weights x V, the accumulators `out` itself
 Scores live for one block only, so memory does not grow with the context.
 """
+
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import reduce
+from operator import add
+from typing import Any
 
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
@@ -27,123 +29,147 @@ from schedules.kernel import Kernel, Request
 from schedules.vector import LANES, LOG2_E, Expr
 
 MASKED = -1e30  # below any score of finite fp16 keys; 2^(MASKED - maximum) is exactly 0
-ACCUMULATORS = {512: (8, 16), 256: (5, 4), 128: (5, 4)}  # vector_bits -> vectors of 16 kept by scores, by values
+# Accumulators, in vectors of 16 lanes, by vector_bits. For scores: what fits in registers; what hides the latency of a
+# multiply-add. For values: with up to 3 rows, where reading whole lines of V beats a spill; with more, what fits.
+ACCUMULATORS = {512: (8, 8, 16, 16), 256: (5, 4, 8, 4), 128: (5, 2, 5, 4)}
+CACHE_LINE_BYTES = 64
+BLOCK_BYTES = 16384  # keys of a block: half of a small L1; values take the other half
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Static decisions. Accumulators: key_rows x key_blocks vectors in `scores`, value_rows x value_vectors in `values`."""
+    """Static decisions, each a knob."""
 
-    tile: int
-    block: int
-    key_rows: int
-    key_blocks: int
-    value_rows: int
-    value_vectors: int
+    tile: int  # tokens a task handles together
+    block: int  # positions between two corrections of the maximum, a multiple of 16
+    key_rows: int  # rows whose scores are made together
+    key_chains: int  # accumulators a row, each with every key_chains-th element of d
+    value_rows: int  # rows whose values are summed together
+    value_vectors: int  # vectors of 16 columns of V that go with them
+    prefetch: int  # 1: reading keys asks for this block's values, reading values for the next block's keys
 
     @property
     def name(self) -> str:
         """Part of the kernel's name."""
-        return f"t{self.tile}b{self.block}k{self.key_rows}x{self.key_blocks}v{self.value_rows}x{self.value_vectors}"
+        tiles = f"k{self.key_rows}x{self.key_chains}v{self.value_rows}x{self.value_vectors}"
+        return f"t{self.tile}b{self.block}{tiles}p{self.prefetch}"
 
 
-def plan(request: Request, m: int, group: int) -> Plan:
+def plan(request: Request, m: int, group: int, d: int, item_bytes: int) -> Plan:
     """Default plan for `group` query heads a kv head, with the request's knobs put over it."""
-    scores, values = ACCUMULATORS[request.target.vector_bits]
-    tile = int(request.knobs.get("tile", max(t for t in range(1, m + 1) if m % t == 0 and (t == 1 or t * group <= 8))))
-    rows = tile * group
-    key_rows = len(next(balanced(rows, scores)))
-    value_rows = len(next(balanced(rows, 4)))
+    scores, chains, few, many = ACCUMULATORS[request.target.vector_bits]
+    tile = max(t for t in range(1, m + 1) if m % t == 0 and (t == 1 or t * group <= 8))
+    rows = int(request.knobs.get("tile", tile)) * group
+    key_rows = len(balanced(rows, scores)[0])
+    value_rows = len(balanced(rows, min(8, many))[0])
     chosen = {
-        "block": 128,
+        "tile": tile,
+        "block": min(max(BLOCK_BYTES // (d * item_bytes) // LANES * LANES, 32), 256),
         "key_rows": key_rows,
-        "key_blocks": max(1, scores // key_rows),
+        "key_chains": _largest_divisor(d, max(1, chains // key_rows)),
         "value_rows": value_rows,
-        "value_vectors": max(1, values // value_rows),
+        "value_vectors": _largest_divisor(max(1, d // LANES), max(1, (few if rows < 4 else many) // value_rows)),
+        "prefetch": int(rows >= 3),  # with fewer, the hardware's prefetcher keeps up and the instructions cost
     }
-    return Plan(tile, **{key: int(request.knobs.get(key, default)) for key, default in chosen.items()})
+    return Plan(**{key: int(request.knobs.get(key, default)) for key, default in chosen.items()})
 
 
-def balanced(n: int, most: int) -> Iterator[range]:
-    """0..n-1 in the fewest ranges of at most `most`, their sizes as equal as can be."""
+def _largest_divisor(of: int, most: int) -> int:
+    return next(n for n in range(min(of, most), 0, -1) if of % n == 0)
+
+
+def _multiple(of: int, least: int, divides: int) -> int:
+    """Smallest multiple of `of` that is at least `least` and divides `divides`; `of` itself if there is none."""
+    return next((n for n in range(of, divides + 1, of) if n >= least and divides % n == 0), of)
+
+
+def balanced(n: int, most: int) -> list[range]:
+    """0..n-1 in the fewest ranges of at most `most`, the longest first, their lengths as equal as can be."""
     parts = -(-n // most)
-    for i in range(parts):
-        yield range(i * n // parts, (i + 1) * n // parts)[::1]
-
-
-class Row(NamedTuple):
-    """One query of a tile: its token, the first column of its head in q and out, and how many positions it sees."""
-
-    token: Expr
-    column: Expr
-    sees: Expr
+    return [range(-(-i * n // parts), -(-(i + 1) * n // parts)) for i in range(parts)]
 
 
 class Task:
-    """Emits one task's code. `work` f32[rows, block + 32]: scores or weights, 16 partial sums, maximum, factor."""
+    """Emits one task: tokens first..first+tile-1 of one kv head. Row r is token r // group, query head r % group of it.
 
-    def __init__(self, chosen: Plan, d: int, buffers: tuple[Any, Any, Any, Any], head: Expr, rows: list[Row]):
-        self.plan, self.d, self.head, self.rows = chosen, d, head, rows
+    `work` f32[rows, block + 32]: a row's scores or weights, then 16 partial sums of weights, the maximum, the factor.
+    """
+
+    def __init__(self, chosen: Plan, group: int, d: int, buffers: tuple[Any, Any, Any, Any], head: Expr, first: Expr):
+        self.plan, self.group, self.d, self.head, self.first = chosen, group, d, head, first
         self.q, self.keys, self.values, self.out = buffers
+        self.rows = chosen.tile * group
+        self.line = CACHE_LINE_BYTES // (2 if self.keys.ty.dtype == "float16" else 4)
         self.sums, self.maximum, self.factor = chosen.block, chosen.block + LANES, chosen.block + LANES + 1
-        self.work = T.alloc_buffer((len(rows), chosen.block + 2 * LANES), "float32", layout=None)
+        self.work = T.alloc_buffer((self.rows, chosen.block + 2 * LANES), "float32", layout=None)
 
-    def emit(self, visible: Expr) -> None:
-        """Attention over positions 0..visible-1."""
-        block = self.plan.block
-        for r, row in enumerate(self.rows):
-            T.buffer_store(self.work, T.float32(MASKED), [r, self.maximum])
-            vector.store(self.work, vector.splat(0.0, LANES), r, self.sums, lanes=LANES)
-            for c, lanes in vector.pieces(self.d):
-                vector.store(self.out, vector.splat(0.0, lanes), row.token, row.column + c, lanes=lanes)
-        with T.serial((visible + (block - 1)) // block) as i:
-            start = i * block
-            count = vector.hold(T.min(visible - start, T.int32(block)), 1, "int32")
+    def place(self, r: Expr) -> tuple[Expr, Expr]:
+        """Row r's token, and the first column of its head, in q and out."""
+        return self.first + r // self.group, (self.head * self.group + r % self.group) * self.d
+
+    def _linear(self, position: Expr) -> Expr:
+        """Elements of either cache before this head's `position`, each position counting d."""
+        return (self.head * self.values.shape[1] + position) * self.d
+
+    def emit(self, start: Expr, visible: Expr) -> None:
+        """Attention over positions 0..visible-1 for tokens whose first one has position `start`."""
+        with T.serial(self.rows) as r:
+            self._clear(r)
+        with T.serial((visible + (self.plan.block - 1)) // self.plan.block) as i:
+            base = i * self.plan.block
+            count = vector.hold(T.min(visible - base, T.int32(self.plan.block)), 1, "int32")
             vectors = vector.hold((count + (LANES - 1)) // LANES, 1, "int32")
-            self._all_scores(start, vectors)
-            with T.serial(len(self.rows)) as r:
-                self._softmax(r, vectors)
-            for group in balanced(len(self.rows), self.plan.value_rows):
-                self._weighted_values(group, start, count)
-        for r, row in enumerate(self.rows):
-            total = vector.total(vector.load(self.work, r, self.sums, lanes=LANES), LANES)
-            inverse = vector.hold(T.float32(1) / total, 1)
-            for c, lanes in vector.pieces(self.d):
-                scaled = vector.load(self.out, row.token, row.column + c, lanes=lanes) * vector.splat(inverse, lanes)
-                vector.store(self.out, scaled, row.token, row.column + c, lanes=lanes)
-
-    def _all_scores(self, start: Expr, vectors: Expr) -> None:
-        """Scores of a block: key_blocks vectors at a time, the rest one by one."""
-        at_once = self.plan.key_blocks
-        for group in balanced(len(self.rows), self.plan.key_rows):
-            if at_once > 1:
-                with T.serial(vectors // at_once) as j:
-                    self._scores(group, start, j * at_once, at_once)
-                with T.serial(vectors % at_once) as j:
-                    self._scores(group, start, vectors // at_once * at_once + j, 1)
-            else:
+            for group in balanced(self.rows, self.plan.key_rows):
                 with T.serial(vectors) as j:
-                    self._scores(group, start, j, 1)
+                    self._scores(group, start, base, j)
+            with T.serial(self.rows) as r:
+                self._softmax(r, vectors)
+            for group in balanced(self.rows, self.plan.value_rows):
+                self._values(group, base, count)
+        with T.serial(self.rows) as r:
+            self._divide(r)
 
-    def _scores(self, group: range, start: Expr, first: Expr, at_once: int) -> None:
-        """Scores of rows `group` for `at_once` vectors of 16 positions from vector `first` of the block."""
-        sums = vector.registers(len(group) * at_once)
-        for a in range(len(group) * at_once):
-            vector.store(sums, vector.splat(0.0, LANES), a, 0, lanes=LANES)
-        with T.serial(self.d) as c:
-            for b in range(at_once):
-                keys = vector.load(self.keys, self.head, start // LANES + first + b, c, 0, lanes=LANES)
-                keys = vector.hold(keys, LANES)
-                for i, r in enumerate(group):
-                    a = i * at_once + b
-                    product = vector.splat(self.q[self.rows[r].token, self.rows[r].column + c], LANES) * keys
-                    vector.store(sums, vector.load(sums, a, 0, lanes=LANES) + product, a, 0, lanes=LANES)
-        for i, r in enumerate(group):
-            for b in range(at_once):
-                scaled = vector.load(sums, i * at_once + b, 0, lanes=LANES) * vector.splat(LOG2_E / self.d**0.5, LANES)
-                position = T.ramp(start + (first + b) * LANES, 1, LANES)
-                seen = T.Select(position < T.broadcast(self.rows[r].sees, LANES), scaled, vector.splat(MASKED, LANES))
-                vector.store(self.work, seen, r, (first + b) * LANES, lanes=LANES)
+    def _clear(self, r: Expr) -> None:
+        """Nothing seen yet."""
+        token, column = self.place(r)
+        T.buffer_store(self.work, T.float32(MASKED), [r, self.maximum])
+        vector.store(self.work, vector.splat(0.0, LANES), r, self.sums, lanes=LANES)
+        for c, lanes in vector.pieces(self.d):
+            vector.store(self.out, vector.splat(0.0, lanes), token, column + c, lanes=lanes)
+
+    def _divide(self, r: Expr) -> None:
+        """Weighted sum to weighted mean."""
+        token, column = self.place(r)
+        total = vector.total(vector.load(self.work, r, self.sums, lanes=LANES), LANES)
+        inverse = vector.hold(T.float32(1) / total, 1)
+        for c, lanes in vector.pieces(self.d):
+            mean = vector.load(self.out, token, column + c, lanes=lanes) * vector.splat(inverse, lanes)
+            vector.store(self.out, mean, token, column + c, lanes=lanes)
+
+    def _scores(self, group: range, start: Expr, base: Expr, j: Expr) -> None:
+        """Scores of rows `group` at the block's j-th 16 positions, times log2 e, MASKED where they see too far."""
+        chains = self.plan.key_chains
+        sums = {(r, a): vector.registers(1) for r in group for a in range(chains)}
+        for cell in sums.values():
+            vector.store(cell, vector.splat(0.0, LANES), 0, 0, lanes=LANES)
+        unroll = _multiple(chains, self.line // LANES, self.d)
+        with T.serial(self.d // unroll) as c:
+            for u in range(unroll):
+                element, a = c * unroll + u, u % chains
+                if self.plan.prefetch and group.start == 0 and u * LANES % self.line == 0:
+                    vector.prefetch(self.values, self._linear(base) + (j * self.d + element) * LANES)
+                keys = vector.hold(vector.load(self.keys, self.head, base // LANES + j, element, 0, lanes=LANES), LANES)
+                for r in group:
+                    token, column = self.place(r)
+                    product = vector.splat(self.q[token, column + element], LANES) * keys
+                    vector.store(sums[r, a], vector.load(sums[r, a], 0, 0, lanes=LANES) + product, 0, 0, lanes=LANES)
+        position = T.ramp(base + j * LANES, 1, LANES)
+        for r in group:
+            dot = reduce(add, [vector.load(sums[r, a], 0, 0, lanes=LANES) for a in range(chains)])
+            seen = position <= vector.splat(start + r // self.group, LANES)
+            score = dot * vector.splat(LOG2_E / self.d**0.5, LANES)
+            score = T.Select(seen, score, vector.splat(MASKED, LANES))
+            vector.store(self.work, score, r, j * LANES, lanes=LANES)
 
     def _softmax(self, r: Expr, vectors: Expr) -> None:
         """Row r's scores to weights; its maximum, sums and factor."""
@@ -167,27 +193,44 @@ class Task:
             vector.store(sums, vector.load(sums, 0, 0, lanes=LANES) + weight, 0, 0, lanes=LANES)
         vector.store(self.work, vector.load(sums, 0, 0, lanes=LANES), r, self.sums, lanes=LANES)
 
-    def _weighted_values(self, group: range, start: Expr, count: Expr) -> None:
-        """out of rows `group` = out * factor + weights x V over the block's `count` positions."""
-        pieces = list(vector.pieces(self.d))
-        for part in balanced(len(pieces), self.plan.value_vectors):
-            columns = [pieces[i] for i in part]
-            cells = [(r, c, lanes, vector.registers(1, lanes)) for r in group for c, lanes in columns]
-            for r, c, lanes, cell in cells:
-                before = vector.load(self.out, self.rows[r].token, self.rows[r].column + c, lanes=lanes)
-                factor = vector.splat(self.work[r, self.factor], lanes)
-                vector.store(cell, before * factor, 0, 0, lanes=lanes)
-            with T.serial(count) as p:
-                held = {
-                    c: vector.hold(vector.load(self.values, self.head, start + p, c, lanes=lanes), lanes)
-                    for c, lanes in columns
-                }
-                for r, c, lanes, cell in cells:
-                    product = vector.splat(self.work[r, p], lanes) * held[c]
-                    vector.store(cell, vector.load(cell, 0, 0, lanes=lanes) + product, 0, 0, lanes=lanes)
-            for r, c, lanes, cell in cells:
-                done = vector.load(cell, 0, 0, lanes=lanes)
-                vector.store(self.out, done, self.rows[r].token, self.rows[r].column + c, lanes=lanes)
+    def _values(self, group: range, base: Expr, count: Expr) -> None:
+        """out = out * factor + weights x V, for rows `group` over the block's `count` positions.
+
+        A loop over the columns, though they are few: with constant addresses LLVM would keep all of `out` in registers
+        over the whole context, and spill.
+        """
+        width = self.plan.value_vectors * LANES
+        whole = self.d - self.d % width
+        if whole:
+            with T.serial(whole // width) as part:
+                columns = [(part * width + v * LANES, LANES) for v in range(self.plan.value_vectors)]
+                self._value_columns(group, base, count, columns)
+        if whole < self.d:
+            rest = [(whole + c, lanes) for c, lanes in vector.pieces(self.d - whole)]
+            self._value_columns(group, base, count, rest)
+
+    def _value_columns(self, group: range, base: Expr, count: Expr, columns: list[tuple[Expr, int]]) -> None:
+        """The same for some columns; each (row, vector) has an accumulator."""
+        cells = [(r, v, vector.registers(1, lanes)) for r in group for v, (_, lanes) in enumerate(columns)]
+        for r, v, cell in cells:
+            (token, column), (c, lanes) = self.place(r), columns[v]
+            before = vector.load(self.out, token, column + c, lanes=lanes)
+            vector.store(cell, before * vector.splat(self.work[r, self.factor], lanes), 0, 0, lanes=lanes)
+        with T.serial(count) as p:
+            if self.plan.prefetch and group.start == 0:
+                for c, _ in columns[:: max(1, self.line // LANES)]:
+                    vector.prefetch(self.keys, self._linear(base + (self.plan.block + p)) + c)
+            held = [
+                vector.hold(vector.load(self.values, self.head, base + p, c, lanes=lanes), lanes)
+                for c, lanes in columns
+            ]
+            for r, v, cell in cells:
+                lanes = columns[v][1]
+                product = vector.splat(self.work[r, p], lanes) * held[v]
+                vector.store(cell, vector.load(cell, 0, 0, lanes=lanes) + product, 0, 0, lanes=lanes)
+        for r, v, cell in cells:
+            (token, column), (c, lanes) = self.place(r), columns[v]
+            vector.store(self.out, vector.load(cell, 0, 0, lanes=lanes), token, column + c, lanes=lanes)
 
 
 def lower(request: Request) -> Kernel:
@@ -195,7 +238,7 @@ def lower(request: Request) -> Kernel:
     q_spec, k_spec, v_spec, _ = request.args
     heads, kv_heads, d = (int(request.attrs[key]) for key in ("heads", "kv_heads", "head_dim"))
     m, capacity, group = q_spec.shape[0], v_spec.shape[1], heads // kv_heads
-    chosen = plan(request, m, group)
+    chosen = plan(request, m, group, d, 2 if k_spec.dtype == "float16" else 4)
     tiles = m // chosen.tile
     name = f"attention_{k_spec.dtype}_m{m}_h{heads}_kv{kv_heads}_d{d}_c{capacity}_{chosen.name}"
     with IRBuilder() as builder, T.prim_func(s_tir=True):
@@ -217,13 +260,8 @@ def lower(request: Request) -> Kernel:
                 first = vector.hold(i % tiles * chosen.tile, 1, "int32")
                 with T.If(first < span[1]), T.Then():
                     head = vector.hold(i // tiles, 1, "int32")
-                    rows = [
-                        Row(first + t, (head * group + h) * d, span[0] + first + (t + 1))
-                        for t in range(chosen.tile)
-                        for h in range(group)
-                    ]
                     visible = vector.hold(span[0] + T.min(first + chosen.tile, span[1]), 1, "int32")
-                    Task(chosen, d, (q, keys, values, out), head, rows).emit(visible)
+                    Task(chosen, group, d, (q, keys, values, out), head, first).emit(span[0] + first, visible)
     return Kernel(name, builder.get())
 
 

@@ -3,6 +3,7 @@
   quern.embedding  ids i32[m], table f16 | bf16 bits in u16 | f32 [vocab, d] -> f32[m, d]
 ids must lie in 0..vocab-1: the runtime checks them, the kernel does not.
 """
+
 from __future__ import annotations
 
 from tvm.script.ir_builder import IRBuilder

@@ -8,6 +8,7 @@ fp32. The squares add up in UNROLL * 16 lanes, then as a tree: the error grows w
 overflow, and eps must be a normal fp32 number.
 Both operators make the same fp32 values, so the fused one equals quern.quantize(quern.rms_norm(x)) bit for bit.
 """
+
 from __future__ import annotations
 
 from typing import Any

@@ -9,6 +9,7 @@ Position of row t: p = span[0] + t. rope[p] holds cos of d/2 angles, then their 
 The k cache is cut into blocks of 16 tokens with the token innermost: schedules.attention reads 16 keys as one vector.
 Rows t >= span[1] are padding: they reach neither cache, and their q is not written.
 """
+
 from __future__ import annotations
 
 from typing import Any

@@ -8,6 +8,7 @@ fp32. Relative error of the sigmoid: 2^(...) carries |gate| * 2^-23 (rounding of
 Below gate = -88 the exponent is held at 127, which leaves an absolute error of at most |gate * up| * 2^-127.
 Both operators make the same fp32 values, so the fused one equals quern.quantize(quern.swiglu(x)) bit for bit.
 """
+
 from __future__ import annotations
 
 from tvm.script.ir_builder import IRBuilder

@@ -3,6 +3,7 @@
 A logical vector has LANES = 16 lanes on every ISA; LLVM splits it into two AVX2 or four NEON registers. Only portable
 LLVM intrinsics are used, so one kernel text serves all targets. All of it emits code into the open IRBuilder.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -73,6 +74,12 @@ def hold(value: Expr, lanes: int, dtype: str = "float32") -> Expr:
     place = registers(1, lanes, dtype)
     T.buffer_store(place, value, [0, at(0, lanes)])
     return place[0, at(0, lanes)]
+
+
+def prefetch(buffer: Any, element: Expr) -> None:
+    """Ask for the cache line of an element, counted from the buffer's first; harmless beyond its end."""
+    line = T.tvm_access_ptr(T.type_annotation(str(buffer.ty.dtype)), buffer.data, element, 1, 1)
+    T.evaluate(T.call_llvm_intrin("", "llvm.prefetch.p0", line, T.int32(0), T.int32(3), T.int32(1)))  # read, keep, data
 
 
 def intrinsic(name: str, *args: Expr, dtype: str = "float32", lanes: int) -> Expr:

@@ -1,4 +1,5 @@
 """Builds one kernel the way the compiler does, through Relax, and runs it on this machine."""
+
 from __future__ import annotations
 
 import re
