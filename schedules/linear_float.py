@@ -23,7 +23,7 @@ from tvm.script.ir_builder import tirx as T
 from schedules.geometry import Geometry
 from schedules.isa import LANES, QUAD, fields
 from schedules.kernel import Kernel, Packing, Request, TensorSpec
-from schedules.packed import blocks, code_packing, scale_packing, zero_dtype, zero_packing
+from schedules.packed import blocks, code_packing, scale_packing, stored_bits, zero_dtype, zero_packing
 
 TOKENS = 4  # accumulators per row block, so that a weight read once serves several tokens of a prompt
 UNROLL = 8  # inputs a dense row block handles between loop tests
@@ -167,7 +167,7 @@ def _pack_dense(weight: np.ndarray) -> np.ndarray:
 
 def lower_exact(request: Request) -> Kernel:
     """Integer weights, fp32 activations."""
-    bits, group = int(request.attrs["bits"]), int(request.attrs["group"])
+    bits, group = stored_bits(int(request.attrs["bits"])), int(request.attrs["group"])
     (m, k), (n, _) = request.args[0].shape, request.args[1].shape
     geometry, scale_dtype, residual = Geometry(k, group), request.args[2].dtype, request.op.endswith("_residual")
     return Kernel(

@@ -25,7 +25,7 @@ from schedules import isa as isas
 from schedules.geometry import Geometry
 from schedules.isa import LANES, QUAD, fields
 from schedules.kernel import Kernel, Request
-from schedules.packed import blocks, code_packing, scale_packing, zero_dtype, zero_packing
+from schedules.packed import blocks, code_packing, scale_packing, stored_bits, zero_dtype, zero_packing
 
 CODES, SCALE, ZERO = 3, 4, 5  # argument positions of the weight
 
@@ -144,7 +144,7 @@ def template(sch: Any, intrinsic: str, knobs: Mapping[str, Any], aligned: bool) 
 
 def lower(request: Request) -> Kernel:
     """Workload, default or requested knobs, and this target's best instruction set."""
-    bits, group = int(request.attrs["bits"]), int(request.attrs["group"])
+    bits, group = stored_bits(int(request.attrs["bits"])), int(request.attrs["group"])
     m, (n, k) = request.args[0].shape[0], request.args[CODES].shape
     scale_dtype = request.args[SCALE].dtype
     residual = request.op.endswith("_residual")

@@ -2,8 +2,9 @@
 
 W u8[blocks, spans, width * bits / 32, 16, 4]   16 rows side by side, 4 consecutive inputs of a row in one 32-bit lane
                                                 bits 4: low nibble = first half of the span, high nibble = second half
+                                                2- and 3-bit codes are stored in 4 bits, 6-bit codes in 8
 S f16|f32[blocks, spans, 16]                    scale of the row in that span (repeated when a weight group has parts)
-Z u8[blocks, spans, 16] (bits <= 4), i16 (8)    zero point; a GPTQ v1 zero may be 2**bits, which 8 bits cannot hold at 8
+Z u8[blocks, spans, 16] (4 bits), i16 (8)       zero point
 Spans and their padding: schedules.geometry. Rows are padded to a multiple of ROW_PAD with scale 0.
 """
 
@@ -18,6 +19,11 @@ from schedules.isa import LANES, QUAD, fields
 from schedules.kernel import Packing, TensorSpec
 
 ROW_PAD = 32  # two lane blocks, so that every kernel can keep at least two weight streams going
+
+
+def stored_bits(bits: int) -> int:
+    """Bits a code takes in W: kernels know fields of 4 and 8, and a narrower code fits into the next one."""
+    return 4 if bits <= 4 else 8
 
 
 def blocks(n: int) -> int:
