@@ -45,8 +45,10 @@ def load(name: str, cpuinfo: str | None = None, folder: Path = FOLDER) -> Target
     """
     if name == "native":
         arch = native.machine() if cpuinfo is None else native.arch_of(cpuinfo)
-        text = native.read_cpuinfo() if cpuinfo is None else cpuinfo
-        return native.detect(text, base=load(native.BASES[arch], folder=folder))
+        base = load(native.BASES[arch], folder=folder)
+        if cpuinfo is not None:
+            return native.detect(cpuinfo, base)
+        return native.detect(native.read_cpuinfo(), base, native.l1d_kib())
     path = folder / f"{name}.toml"
     if name not in names(folder):
         near = difflib.get_close_matches(name, names(folder), n=1)

@@ -46,7 +46,19 @@ def arch_of(cpuinfo: str) -> str:
     return "aarch64" if _values(cpuinfo, "Features") else "x86_64"
 
 
-def detect(cpuinfo: str, base: Target) -> Target:
+def l1d_kib(cpu: Path = Path("/sys/devices/system/cpu/cpu0")) -> int | None:
+    """Size of this machine's first-level data cache, or None where the kernel does not tell (containers, emulators)."""
+    for index in sorted(cpu.glob("cache/index*")):
+        try:
+            kind, level, size = ((index / name).read_text().strip() for name in ("type", "level", "size"))
+        except OSError:
+            continue
+        if kind == "Data" and level == "1" and size.endswith("K") and size[:-1].isdigit():
+            return int(size[:-1])
+    return None
+
+
+def detect(cpuinfo: str, base: Target, l1d_kib_per_core: int | None = None) -> Target:
     """The `native` target of the machine that wrote `cpuinfo`; `base` gives what a CPU cannot tell (triple, glibc)."""
     if base.arch == "x86_64":
         mcpu, features, vector_bits = _detect_x86(cpuinfo)
@@ -64,7 +76,7 @@ def detect(cpuinfo: str, base: Target) -> Target:
         cores=max(1, len(_values(cpuinfo, "processor"))),
         tier=1,
         clock_mhz=None,
-        l1d_kib_per_core=None,
+        l1d_kib_per_core=l1d_kib_per_core,
         l2_kib=None,
         dram_read_mb_per_s=None,
     )

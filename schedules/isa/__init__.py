@@ -102,8 +102,8 @@ def describe(bits: int) -> Any:
     return whole if count == 1 else split
 
 
-def _implement(isa: Isa, bits: int, prefetch_bytes: int) -> Any:
-    """The description in this ISA's instructions; prefetch_bytes > 0 asks for weights that far ahead."""
+def _implement(isa: Isa, bits: int, prefetch_bytes: int, prefetch_level: int) -> Any:
+    """The description in this ISA's instructions; prefetch_bytes > 0 asks for weights that far ahead, into a cache."""
     count = fields(bits)
     vector = isa.VECTOR
     acc_type, w_type = f"int32x{vector}", f"uint8x{QUAD * vector}"
@@ -114,7 +114,8 @@ def _implement(isa: Isa, bits: int, prefetch_bytes: int) -> Any:
 
     def prefetch(W: Any) -> Any:
         ahead = T.tvm_access_ptr(T.type_annotation("uint8"), W.data, W.elem_offset + prefetch_bytes, 64, 1)
-        return T.call_llvm_intrin("", "llvm.prefetch.p0", ahead, T.int32(0), T.int32(3), T.int32(1))  # read, keep, data
+        locality = T.int32(4 - prefetch_level)  # LLVM: 3 = keep in all levels, 2 = from the second on
+        return T.call_llvm_intrin("", "llvm.prefetch.p0", ahead, T.int32(0), locality, T.int32(1))  # read, data
 
     if count == 1:
 
@@ -151,9 +152,11 @@ def _implement(isa: Isa, bits: int, prefetch_bytes: int) -> Any:
 
 
 @cache
-def register(name: str, bits: int, prefetch_bytes: int) -> str:
+def register(name: str, bits: int, prefetch_bytes: int, prefetch_level: int = 1) -> str:
     """Name under which TVM's `tensorize` finds the implementation of the instruction set called `name`."""
     isa = cast(Isa, importlib.import_module(f"{__name__}.{name}"))
-    intrinsic = f"quern_dot_w{bits}_{name}_pf{prefetch_bytes}"
-    TensorIntrin.register(intrinsic, describe(bits), _implement(isa, bits, prefetch_bytes), override=True)
+    intrinsic = f"quern_dot_w{bits}_{name}_pf{prefetch_bytes}_l{prefetch_level}"
+    TensorIntrin.register(
+        intrinsic, describe(bits), _implement(isa, bits, prefetch_bytes, prefetch_level), override=True
+    )
     return intrinsic

@@ -18,7 +18,14 @@ NAME = "avx2"
 NEEDS = ("avx2",)
 RANK = 10
 VECTOR = 8
-KNOBS = {"row_blocks": 2, "unroll": 16, "prefetch_bytes": 1024, "gemm_row_blocks": 1, "gemm_tokens": 4}
+KNOBS = {
+    "row_blocks": 2,
+    "unroll": 16,
+    "prefetch_bytes": 1024,
+    "gemm_row_blocks": 1,
+    "gemm_tokens": 4,
+    "gemm_unroll": 1,
+}
 
 
 def _pairs(codes: Any, quad: Any) -> Any:

@@ -16,7 +16,14 @@ NAME = "avx512_vnni"
 NEEDS = ("avx512f", "avx512bw", "avx512vl", "avx512vnni")
 RANK = 30
 VECTOR = 16
-KNOBS = {"row_blocks": 8, "unroll": 16, "prefetch_bytes": 1024, "gemm_row_blocks": 2, "gemm_tokens": 8}
+KNOBS = {
+    "row_blocks": 8,
+    "unroll": 16,
+    "prefetch_bytes": 1024,
+    "gemm_row_blocks": 4,
+    "gemm_tokens": 4,
+    "gemm_unroll": 1,
+}
 
 
 def step(bits: int, acc: Any, w: Any, a: Sequence[Any]) -> Any:

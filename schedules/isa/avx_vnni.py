@@ -13,7 +13,14 @@ NAME = "avx_vnni"
 NEEDS = ("avx2", "avxvnni")
 RANK = 20
 VECTOR = 8
-KNOBS = {"row_blocks": 4, "unroll": 16, "prefetch_bytes": 1024, "gemm_row_blocks": 1, "gemm_tokens": 4}
+KNOBS = {
+    "row_blocks": 4,
+    "unroll": 16,
+    "prefetch_bytes": 1024,
+    "gemm_row_blocks": 1,
+    "gemm_tokens": 4,
+    "gemm_unroll": 1,
+}
 
 
 def step(bits: int, acc: Any, w: Any, a: Sequence[Any]) -> Any:

@@ -13,7 +13,7 @@ NAME = "generic"
 NEEDS: tuple[str, ...] = ()
 RANK = 0
 VECTOR = LANES
-KNOBS = {"row_blocks": 2, "unroll": 4, "prefetch_bytes": 0, "gemm_row_blocks": 1, "gemm_tokens": 4}
+KNOBS = {"row_blocks": 2, "unroll": 4, "prefetch_bytes": 0, "gemm_row_blocks": 1, "gemm_tokens": 4, "gemm_unroll": 1}
 
 
 def step(bits: int, acc: Any, w: Any, a: Sequence[Any]) -> Any:
