@@ -7,6 +7,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,7 +107,8 @@ def _bundle(options: argparse.Namespace, target: Target) -> Iterator[Path]:
 def _print(options: argparse.Namespace, speed: Speed, prompt: int, context: int) -> None:
     spreads = ("prefill_tok_s", "decode_tok_s", "read_gb_s", "decode_bandwidth_ratio")
     if options.json:
-        record: dict[str, object] = {name: _json(getattr(speed, name)) for name in spreads}
+        record: dict[str, object] = {name: getattr(speed, name).median for name in spreads}
+        record["spread"] = {name: asdict(getattr(speed, name)) for name in spreads}
         record |= {"weight_bytes_per_token": speed.weight_bytes_per_token, "threads": speed.threads}
         record |= {"prompt_tokens": prompt, "context": context, "rounds": options.rounds, "target": options.target}
         record |= {"shape": options.shape, "bundle": None if options.bundle is None else str(options.bundle)}
@@ -131,7 +133,3 @@ def _print(options: argparse.Namespace, speed: Speed, prompt: int, context: int)
     console = Console(highlight=False)
     console.print(table)
     console.print(f"{speed.weight_bytes_per_token / 1e6:.1f} MB of weights a token, {speed.threads} threads")
-
-
-def _json(values: Spread) -> dict[str, float]:
-    return {"median": values.median, "min": values.min, "max": values.max}

@@ -1,8 +1,8 @@
 """A kernel that only reads: the ceiling for whatever must stream its weights once a token.
 
-It runs in the same threads, over the same mapped file, as decoding does. Every thread takes one slice of the bytes and
-reads `streams` places of it at once with prefetching, as the decode kernels do; the best of several numbers of streams
-counts, so that the ceiling is not our own reader's weakness.
+It runs in the same threads, over the same mapped file, as decoding does. A thread takes a slice of the bytes at a time
+and reads `streams` places of it at once, with or without prefetching. The fastest variant counts: the ceiling must not
+be our reader's weakness.
 """
 
 from __future__ import annotations
@@ -21,27 +21,29 @@ from targets import Target
 
 LANES = 16
 LINE = 64  # bytes
-STREAMS = (4, 8, 16)
+VARIANTS = ((1, 0), (4, 0), (8, 0), (4, 1), (4, 2), (8, 2))  # streams, cache level prefetched into (0: none)
 PREFETCH_BYTES = 1024
 SLICES = 64  # pieces handed to the threads
 
 
 def usable(nbytes: int) -> int:
     """The largest part of `nbytes` that every number of streams divides into whole lines."""
-    unit = SLICES * max(STREAMS) * LINE
+    unit = SLICES * max(streams for streams, _ in VARIANTS) * LINE
     return nbytes // unit * unit
 
 
 def build(nbytes: int, target: Target, out: Path) -> list[str]:
-    """Write a library; give its functions' names: read_STREAMS(data i32[nbytes / 4]) -> i32[64, 16] reads all once."""
+    """Write a library; give its functions' names. Each takes data i32[nbytes / 4] and gives an i32[64, 16]."""
     assert nbytes == usable(nbytes), nbytes
     builder = relax.BlockBuilder()
     names = []
-    for streams in STREAMS:
+    for streams, level in VARIANTS:
         data = relax.Var("data", ops.tensor((nbytes // 4,), "int32"))
-        names.append(f"read_{streams}")
+        names.append(f"read_{streams}_{level}")
         with builder.function(names[-1]):
-            kernel = builder.add_func(_kernel(nbytes, streams).without_attr("global_symbol"), f"reader_{streams}")
+            kernel = builder.add_func(
+                _kernel(nbytes, streams, level).without_attr("global_symbol"), f"reader_{streams}_{level}"
+            )
             result = builder.emit(relax.call_tir(kernel, relax.Tuple([data]), ops.tensor((SLICES, LANES), "int32")))
             builder.emit_func_output(result, params=[data])
     executable = relax.build(builder.get(), tvm.target.Target(target.tvm_target()))
@@ -49,7 +51,7 @@ def build(nbytes: int, target: Target, out: Path) -> list[str]:
     return names
 
 
-def _kernel(nbytes: int, streams: int) -> Any:
+def _kernel(nbytes: int, streams: int, level: int) -> Any:
     part = nbytes // SLICES // streams
     lanes = T.ramp(0, 1, LANES)
     with IRBuilder() as builder:
@@ -68,12 +70,13 @@ def _kernel(nbytes: int, streams: int) -> Any:
                     with T.serial(0, part // LINE) as line:
                         for stream in range(streams):
                             at = vs * (streams * part // 4) + stream * (part // 4) + line * LANES
-                            ahead = T.address_of(data[T.min(at + PREFETCH_BYTES // 4, nbytes // 4 - 1)])
-                            T.evaluate(
-                                T.call_llvm_intrin("", "llvm.prefetch.p0", ahead, T.int32(0), T.int32(3), T.int32(1))
-                            )
-                            value = T.bitwise_xor(acc[stream % 4, lanes], data[T.ramp(at, 1, LANES)])
-                            T.buffer_store(acc, value, [stream % 4, lanes])
+                            if level:
+                                ahead = T.address_of(data[T.min(at + PREFETCH_BYTES // 4, nbytes // 4 - 1)])
+                                hint = (ahead, T.int32(0), T.int32(4 - level), T.int32(1))  # read, locality, data
+                                T.evaluate(T.call_llvm_intrin("", "llvm.prefetch.p0", *hint))
+                            chain = stream % 4
+                            value = T.bitwise_xor(acc[chain, lanes], data[T.ramp(at, 1, LANES)])
+                            T.buffer_store(acc, value, [chain, lanes])
                     total = acc[0, lanes]
                     for a in range(1, 4):
                         total = T.bitwise_xor(total, acc[a, lanes])
