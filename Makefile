@@ -6,6 +6,8 @@ MODEL ?=
 TARGET ?= native
 BUNDLE ?= build/demo-$(TARGET)
 PROMPT ?= Once upon a time
+# SHAPE is a published model shape, for `make bench`
+SHAPE ?= tinyllama-1.1b
 
 MODEL_ARG = $(if $(MODEL),--model $(MODEL))
 PY := $(VENV)/bin/python
@@ -54,8 +56,8 @@ lint: $(VENV)/.everything
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
-bench: $(VENV)/.everything
-	$(PY) -m compiler bench $(MODEL_ARG) --target $(TARGET)
+bench: $(VENV)/.product
+	$(PY) -m compiler bench --shape $(SHAPE) --target $(TARGET)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis quern.egg-info

@@ -38,8 +38,8 @@ LAW: dict[str, set[str]] = {
     "compiler.codegen.chat_format": {"jinja2", "runtime.manifest"},
     "compiler.codegen.tokenizer_files": {"tokenizers"},
     "compiler.measure": {
-        "compiler.checkpoint.config", "compiler.codegen", "compiler.graph", "compiler.quant", "numpy", "runtime", "targets",
-        "tvm",
+        "compiler.checkpoint.config", "compiler.codegen", "compiler.graph", "compiler.quant", "numpy", "runtime",
+        "targets", "tvm",
     },
     "compiler.report": {"jinja2"},
 }

@@ -1,4 +1,4 @@
-"""Every command that README.md shows works: make targets exist, the others are run in their order in an empty folder."""
+"""Every command that README.md shows works: make targets exist, the others run in their order in an empty folder."""
 from __future__ import annotations
 
 import os

@@ -11,16 +11,13 @@ At 8 bits the search gains little (0.65 % against 0.63 %, asymmetric 0.59 %), so
 """
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import numpy as np
 from numpy.typing import NDArray
 
 from compiler.errors import FormatError, UnsupportedError
 from compiler.quant.grids import Grid, integer_grid
-from compiler.quant.ir import DenseWeight, QuantWeight, WeightType
+from compiler.quant.ir import DenseWeight, QuantWeight
 from compiler.quant.reference import F32, widen
-from compiler.quant.source import Source
 
 BITS = (4, 8)
 GROUP_SIZES = (128, 64, 32)
@@ -59,57 +56,6 @@ def quantize(w: DenseWeight, bits: int, group_size: int, symmetric: bool = True,
         block_codes, scale[rows], zero[rows] = _block(x, grid, symmetric, where)
         codes[rows] = block_codes.reshape(x.shape[0], -1)[:, :k]
     return QuantWeight(codes, scale, zero, grid.name, size)
-
-
-class RtnSource:
-    """A Source whose dense linear layers come quantised; quantised ones, and those in `keep`, pass as they are.
-
-    bits for all layers, head_bits for those in `head`; group_size None = default_group_size of each layer's k.
-    """
-
-    def __init__(self, source: Source, bits: int = 4, group_size: int | None = None, head_bits: int = 8,
-                 symmetric: bool = True, keep: Collection[str] = ("model.embed_tokens",),
-                 head: Collection[str] = ("lm_head",)) -> None:
-        for asked in (bits, head_bits):
-            if asked not in BITS:
-                raise UnsupportedError(f"Round-to-nearest has {' and '.join(map(str, BITS))} bits, not {asked}.")
-        self._source = source
-        self._bits, self._head_bits = bits, head_bits
-        self._group_size = group_size
-        self._symmetric = symmetric
-        self._keep, self._head = frozenset(keep), frozenset(head)
-
-    def modules(self) -> list[str]:
-        """The modules of the wrapped source."""
-        return self._source.modules()
-
-    def has(self, module: str) -> bool:
-        """Whether the wrapped source has such a weight matrix."""
-        return self._source.has(module)
-
-    def describe(self, module: str) -> WeightType:
-        """Shape and kind after quantising."""
-        inner = self._source.describe(module)
-        if module in self._keep or not inner.dense:
-            return inner
-        return WeightType(inner.n, inner.k, integer_grid(self._bits_of(module)).name, self._group_size_of(inner.k))
-
-    def load(self, module: str) -> QuantWeight | DenseWeight:
-        """The weight, quantised now."""
-        inner = self._source.load(module)
-        if module in self._keep or isinstance(inner, QuantWeight):
-            return inner
-        return quantize(inner, self._bits_of(module), self._group_size_of(inner.type.k), self._symmetric, module)
-
-    def vector(self, name: str) -> F32:
-        """Vectors stay as they are."""
-        return self._source.vector(name)
-
-    def _bits_of(self, module: str) -> int:
-        return self._head_bits if module in self._head else self._bits
-
-    def _group_size_of(self, k: int) -> int:
-        return min(self._group_size or default_group_size(k), k)
 
 
 def _grouped(x: F32, size: int) -> F32:

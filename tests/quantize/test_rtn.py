@@ -1,8 +1,6 @@
 """Round to nearest: by hand, then what must hold for any weight, then real weights against the documented figures."""
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -11,10 +9,9 @@ from hypothesis import strategies as st
 from compiler.checkpoint import open_checkpoint
 from compiler.errors import FormatError, UnsupportedError
 from compiler.quant.formats import open_source
-from compiler.quant.ir import DenseWeight, QuantWeight, WeightType
+from compiler.quant.ir import DenseWeight, WeightType
 from compiler.quant.reference import dequantize
-from compiler.quantize.rtn import F16_TINY, RtnSource, default_group_size, quantize
-from tests.checkpoint.files import write_checkpoint
+from compiler.quantize.rtn import F16_TINY, default_group_size, quantize
 from tests.quant import samples
 
 
@@ -93,31 +90,6 @@ def test_refusals() -> None:
     with pytest.raises(UnsupportedError) as unsupported:
         quantize(dense([[1, 0]]), 3, 2)
     assert str(unsupported.value) == "Round-to-nearest has 4 and 8 bits, not 3."
-
-
-def test_a_source_that_quantises(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    shapes = {"model.embed_tokens": (8, 40), "model.layers.0.mlp.up_proj": (6, 40), "lm_head": (8, 40)}
-    tensors = {f"{name}.weight": rng.standard_normal(shape).astype(np.float16) for name, shape in shapes.items()}
-    tensors["n.weight"] = np.ones(4, np.float16)
-    inner = open_source(open_checkpoint(write_checkpoint(tmp_path, {}, tensors)))
-    source = RtnSource(inner)
-    assert source.modules() == inner.modules()
-    assert [source.describe(name) for name in shapes] == [
-        WeightType(8, 40, "float16", 0), WeightType(6, 40, "int4", 32), WeightType(8, 40, "int8", 32)]
-    for name in shapes:
-        assert source.load(name).type == source.describe(name)
-        assert source.has(name)
-    assert source.vector("n").tolist() == [1] * 4
-    assert RtnSource(inner, bits=8, group_size=64, head_bits=4).describe("lm_head") == WeightType(8, 40, "int4", 40)
-    with pytest.raises(UnsupportedError):
-        RtnSource(inner, bits=2)
-
-
-def test_what_is_already_quantised_passes() -> None:
-    source = RtnSource(open_source(open_checkpoint(samples.STORYTELLER_GPTQ)), group_size=32)
-    assert source.describe("model.layers.0.mlp.up_proj") == WeightType(768, 256, "int4", 128)
-    assert isinstance(source.load("model.layers.0.mlp.up_proj"), QuantWeight)
 
 
 @pytest.mark.parametrize(("bits", "group_size", "symmetric", "percent"), [
