@@ -45,10 +45,10 @@ def load(name: str, cpuinfo: str | None = None, folder: Path = FOLDER) -> Target
     """
     if name == "native":
         arch = native.machine() if cpuinfo is None else native.arch_of(cpuinfo)
-        base = load(native.BASES[arch], folder=folder)
+        general = load(native.BASES[arch], folder=folder)
         if cpuinfo is not None:
-            return native.detect(cpuinfo, base)
-        return native.detect(native.read_cpuinfo(), base, native.l1d_kib())
+            return native.detect(cpuinfo, general)
+        return native.detect(native.read_cpuinfo(), general, native.l1d_kib())
     path = folder / f"{name}.toml"
     if name not in names(folder):
         near = difflib.get_close_matches(name, names(folder), n=1)
