@@ -61,7 +61,7 @@ def plan(request: Request, m: int, group: int, d: int, item_bytes: int) -> Plan:
     tile = max(t for t in range(1, m + 1) if m % t == 0 and (t == 1 or t * group <= 8))
     rows = int(request.knobs.get("tile", tile)) * group
     key_rows = len(balanced(rows, scores)[0])
-    value_rows = len(balanced(rows, min(8, many))[0])
+    value_rows = len(balanced(rows, 4)[0])
     chosen = {
         "tile": tile,
         "block": min(max(BLOCK_BYTES // (d * item_bytes) // LANES * LANES, 32), 256),
@@ -69,7 +69,7 @@ def plan(request: Request, m: int, group: int, d: int, item_bytes: int) -> Plan:
         "key_chains": _largest_divisor(d, max(1, chains // key_rows)),
         "value_rows": value_rows,
         "value_vectors": _largest_divisor(max(1, d // LANES), max(1, (few if rows < 4 else many) // value_rows)),
-        "prefetch": int(rows >= 3),  # with fewer, the hardware's prefetcher keeps up and the instructions cost
+        "prefetch": int(rows > 1),  # one row: the hardware's prefetcher keeps up, and the instructions cost
     }
     return Plan(**{key: int(request.knobs.get(key, default)) for key, default in chosen.items()})
 
@@ -92,7 +92,8 @@ def balanced(n: int, most: int) -> list[range]:
 class Task:
     """Emits one task: tokens first..first+tile-1 of one kv head. Row r is token r // group, query head r % group of it.
 
-    `work` f32[rows, block + 32]: a row's scores or weights, then 16 partial sums of weights, the maximum, the factor.
+    `work` f32[rows, block + 32 + d]: a row's scores or weights, 16 partial sums of weights, the maximum and the factor,
+    then the query times log2(e) / sqrt(d). A copy, because tokens lie a power of two apart and would share cache sets.
     """
 
     def __init__(self, chosen: Plan, group: int, d: int, buffers: tuple[Any, Any, Any, Any], head: Expr, first: Expr):
@@ -101,7 +102,8 @@ class Task:
         self.rows = chosen.tile * group
         self.line = CACHE_LINE_BYTES // (2 if self.keys.ty.dtype == "float16" else 4)
         self.sums, self.maximum, self.factor = chosen.block, chosen.block + LANES, chosen.block + LANES + 1
-        self.work = T.alloc_buffer((self.rows, chosen.block + 2 * LANES), "float32", layout=None)
+        self.query = chosen.block + 2 * LANES
+        self.work = T.alloc_buffer((self.rows, self.query + -(-d // LANES) * LANES), "float32", layout=None)
 
     def place(self, r: Expr) -> tuple[Expr, Expr]:
         """Row r's token, and the first column of its head, in q and out."""
@@ -130,12 +132,15 @@ class Task:
             self._divide(r)
 
     def _clear(self, r: Expr) -> None:
-        """Nothing seen yet."""
+        """Nothing seen yet; the query scaled."""
         token, column = self.place(r)
+        scale = LOG2_E / self.d**0.5
         T.buffer_store(self.work, T.float32(MASKED), [r, self.maximum])
         vector.store(self.work, vector.splat(0.0, LANES), r, self.sums, lanes=LANES)
         for c, lanes in vector.pieces(self.d):
             vector.store(self.out, vector.splat(0.0, lanes), token, column + c, lanes=lanes)
+            scaled = vector.load(self.q, token, column + c, lanes=lanes) * vector.splat(scale, lanes)
+            vector.store(self.work, scaled, r, self.query + c, lanes=lanes)
 
     def _divide(self, r: Expr) -> None:
         """Weighted sum to weighted mean."""
@@ -160,16 +165,13 @@ class Task:
                     vector.prefetch(self.values, self._linear(base) + (j * self.d + element) * LANES)
                 keys = vector.hold(vector.load(self.keys, self.head, base // LANES + j, element, 0, lanes=LANES), LANES)
                 for r in group:
-                    token, column = self.place(r)
-                    product = vector.splat(self.q[token, column + element], LANES) * keys
+                    product = vector.splat(self.work[r, self.query + element], LANES) * keys
                     vector.store(sums[r, a], vector.load(sums[r, a], 0, 0, lanes=LANES) + product, 0, 0, lanes=LANES)
         position = T.ramp(base + j * LANES, 1, LANES)
         for r in group:
-            dot = reduce(add, [vector.load(sums[r, a], 0, 0, lanes=LANES) for a in range(chains)])
+            score = reduce(add, [vector.load(sums[r, a], 0, 0, lanes=LANES) for a in range(chains)])
             seen = position <= vector.splat(start + r // self.group, LANES)
-            score = dot * vector.splat(LOG2_E / self.d**0.5, LANES)
-            score = T.Select(seen, score, vector.splat(MASKED, LANES))
-            vector.store(self.work, score, r, j * LANES, lanes=LANES)
+            vector.store(self.work, T.Select(seen, score, vector.splat(MASKED, LANES)), r, j * LANES, lanes=LANES)
 
     def _softmax(self, r: Expr, vectors: Expr) -> None:
         """Row r's scores to weights; its maximum, sums and factor."""
