@@ -26,18 +26,19 @@ from schedules.kernel import Kernel, Packing, Request, TensorSpec
 from schedules.packed import blocks, code_packing, scale_packing, stored_bits, zero_dtype, zero_packing
 
 TOKENS = 4  # accumulators per row block, so that a weight read once serves several tokens of a prompt
-UNROLL = 8  # inputs a dense row block handles between loop tests
+CHAINS = 4  # dense: partial sums by k modulo this, the same for every m, so that a prompt equals its single tokens
+DENSE_TOKENS = 2  # x CHAINS accumulators of 16 lanes fit the registers of AVX2
 
 Accumulate = Callable[[Any, Any, Any], None]  # (row block, token block start, accumulator buffer)
 
 
-def _tokens_at_once(m: int) -> int:
-    return next(t for t in range(min(m, TOKENS), 0, -1) if m % t == 0)
+def _tokens_at_once(m: int, most: int) -> int:
+    return next(t for t in range(min(m, most), 0, -1) if m % t == 0)
 
 
-def _rows_in_parallel(m: int, n: int, accumulate: Accumulate, base: Any, out: Any) -> None:
+def _rows_in_parallel(m: int, n: int, tokens: int, accumulate: Accumulate, base: Any, out: Any) -> None:
     """Every row block on its own; in it token blocks, each with fp32 accumulators [tokens, 16] that end in `out`."""
-    nb, tokens = blocks(n), _tokens_at_once(m)
+    nb = blocks(n)
     with T.parallel(0, nb) as row_block:
         with T.serial(0, m // tokens) as token_block:
             with T.sblock("rows"):
@@ -45,7 +46,7 @@ def _rows_in_parallel(m: int, n: int, accumulate: Accumulate, base: Any, out: An
                 vt = T.axis.spatial(m // tokens, token_block)
                 T.reads()
                 T.writes(out[vt * tokens : vt * tokens + tokens, vb * LANES : vb * LANES + LANES])
-                acc = T.sblock_alloc_buffer((tokens, LANES), "float32", scope="local")
+                acc = T.sblock_alloc_buffer((tokens, LANES), "float32")
                 for t in range(tokens):
                     T.buffer_store(acc, T.broadcast(T.float32(0), LANES), [t, T.ramp(0, 1, LANES)])
                 accumulate(vb, vt * tokens, acc)
@@ -68,7 +69,7 @@ def _store(n: int, row: Any, vb: Any, acc: Any, t: int, base: Any, out: Any) -> 
 
 def _exact(m: int, n: int, geometry: Geometry, bits: int, scale_dtype: str, residual: bool) -> Any:
     nb, spans, width, count = blocks(n), geometry.spans, geometry.width, fields(bits)
-    steps, tokens = width // (QUAD * count), _tokens_at_once(m)
+    steps, tokens = width // (QUAD * count), _tokens_at_once(m, TOKENS)
     mask = T.broadcast(T.uint32((1 << bits) - 1), LANES)
     lanes = T.ramp(0, 1, LANES)
     with IRBuilder() as builder:
@@ -90,7 +91,7 @@ def _exact(m: int, n: int, geometry: Geometry, bits: int, scale_dtype: str, resi
                 return T.if_then_else(valid, x[row, T.min(k, geometry.k - 1)], T.float32(0))
 
             def accumulate(vb: Any, row: Any, acc: Any) -> None:
-                part = T.sblock_alloc_buffer((tokens, LANES), "float32", scope="local")
+                part = T.sblock_alloc_buffer((tokens, LANES), "float32")
                 with T.serial(0, spans) as s:
                     for t in range(tokens):
                         T.buffer_store(part, T.broadcast(T.float32(0), LANES), [t, lanes])
@@ -113,7 +114,7 @@ def _exact(m: int, n: int, geometry: Geometry, bits: int, scale_dtype: str, resi
                         T.buffer_store(acc, acc[t, lanes] + part[t, lanes] * factor, [t, lanes])
 
             with T.sblock("root"):
-                _rows_in_parallel(m, n, accumulate, base, out)
+                _rows_in_parallel(m, n, tokens, accumulate, base, out)
     return builder.get()
 
 
@@ -126,8 +127,8 @@ def _to_float(value: Any, dtype: str) -> Any:
 
 
 def _dense(m: int, n: int, k: int, dtype: str, residual: bool) -> Any:
-    nb, tokens = blocks(n), _tokens_at_once(m)
-    unroll = next(u for u in range(UNROLL, 0, -1) if k % u == 0)
+    nb, tokens = blocks(n), _tokens_at_once(m, DENSE_TOKENS)
+    unroll = next(u for u in range(CHAINS, 0, -1) if k % u == 0)
     lanes = T.ramp(0, 1, LANES)
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
@@ -139,7 +140,7 @@ def _dense(m: int, n: int, k: int, dtype: str, residual: bool) -> Any:
 
             def accumulate(vb: Any, row: Any, acc: Any) -> None:
                 # Partial sums by k modulo `unroll`: independent chains hide the multiply-add latency.
-                chains = T.sblock_alloc_buffer((tokens, unroll, LANES), "float32", scope="local")
+                chains = T.sblock_alloc_buffer((tokens, unroll, LANES), "float32")
                 for t in range(tokens):
                     for u in range(unroll):
                         T.buffer_store(chains, T.broadcast(T.float32(0), LANES), [t, u, lanes])
@@ -154,7 +155,7 @@ def _dense(m: int, n: int, k: int, dtype: str, residual: bool) -> Any:
                         T.buffer_store(acc, acc[t, lanes] + chains[t, u, lanes], [t, lanes])
 
             with T.sblock("root"):
-                _rows_in_parallel(m, n, accumulate, base, out)
+                _rows_in_parallel(m, n, tokens, accumulate, base, out)
     return builder.get()
 
 

@@ -64,7 +64,7 @@ def _kernel(nbytes: int, streams: int, level: int) -> Any:
                     vs = T.axis.spatial(SLICES, s)
                     T.reads(data[0 : nbytes // 4])
                     T.writes(out[vs, 0:LANES])
-                    acc = T.sblock_alloc_buffer((4, LANES), "int32", scope="local")
+                    acc = T.sblock_alloc_buffer((4, LANES), "int32")
                     for a in range(4):
                         T.buffer_store(acc, T.broadcast(T.int32(0), LANES), [a, lanes])
                     with T.serial(0, part // LINE) as line:
