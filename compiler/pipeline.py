@@ -13,10 +13,10 @@ import tvm
 from numpy.typing import NDArray
 
 from compiler import models
-from compiler.checkpoint import open_checkpoint
+from compiler.checkpoint import Checkpoint, open_checkpoint
 from compiler.codegen import bundle, chat_format, link, tokenizer_files, weights_file
 from compiler.codegen.build import Compiled, compile_module
-from compiler.errors import UnsupportedError
+from compiler.errors import ConfigError, FormatError, UnsupportedError
 from compiler.graph.weights import Constant, Linear, Table, Vector, Weight
 from compiler.models import Model
 from compiler.passes.fuse_quantize import FuseQuantize
@@ -85,10 +85,44 @@ def import_checkpoint(model_dir: Path, request: Request) -> Inputs:
     checkpoint = open_checkpoint(model_dir)
     source = open_source(checkpoint)
     model = models.build(checkpoint.config, source.describe, model_options(request))
+    _refuse_unused(checkpoint, source, model)
+    _refuse_idle_options(checkpoint, source, model, request)
     tokenizer_files.check(checkpoint.path, model.vocab_size)
     quantization = checkpoint.config.data.get("quantization_config") or {}
     kind = str(quantization.get("quant_method", "dense"))
+    model = replace(model, eos=_end_tokens(checkpoint, model))
     return Inputs(checkpoint.path.resolve().name, kind, model, source, checkpoint.path)
+
+
+def _refuse_unused(checkpoint: Checkpoint, source: Source, model: Model) -> None:
+    """A matrix that the graph leaves out, say of a layer that config.json does not count, means another model."""
+    used = {module for weight in model.weights if isinstance(weight, Linear) for module in weight.sources}
+    used |= {weight.source for weight in model.weights if isinstance(weight, Table)}
+    if "lm_head" not in used:
+        used.add("lm_head")  # some writers store a tied head, too
+    if unused := [module for module in source.modules() if module not in used]:
+        raise ConfigError(
+            f"{checkpoint.path}: has the matrix {unused[0]!r} ({len(unused)} such in all), which the model that "
+            f"config.json describes does not use. The configuration belongs to another checkpoint, or was edited."
+        )
+
+
+def _refuse_idle_options(checkpoint: Checkpoint, source: Source, model: Model, request: Request) -> None:
+    """Nobody should believe that they got 4 bits, or groups of 32, when the option had nothing to act on."""
+    if request.group_size is not None and request.bits is None:
+        raise UnsupportedError("--group-size belongs to --bits, which is missing. Give both, or neither.")
+    layers = [w.sources[0] for w in model.weights if isinstance(w, Linear) and w.name != "head"]
+    if request.bits is not None and not any(source.describe(module).dense for module in layers):
+        raise UnsupportedError(
+            f"{checkpoint.path}: is quantised already, and --bits applies to dense linear layers. Leave --bits out."
+        )
+
+
+def _end_tokens(checkpoint: Checkpoint, model: Model) -> tuple[int, ...]:
+    """Those of config.json and of generation_config.json, where chat models name the end of a turn."""
+    generation = checkpoint.optional_json("generation_config.json")
+    more = () if generation is None else generation.integers("eos_token_id", 0, model.vocab_size - 1, default=())
+    return tuple(dict.fromkeys((*model.eos, *more)))
 
 
 def model_options(request: Request) -> models.Options:
@@ -180,7 +214,13 @@ def load_weight(weight: Weight, source: Source) -> Iterator[tuple[str, NDArray[A
     if isinstance(weight, Constant):
         yield weight.name, weight.values
     elif isinstance(weight, Vector):
-        yield weight.name, source.vector(weight.source)
+        vector = source.vector(weight.source)
+        if len(vector) != weight.n:
+            raise FormatError(
+                f"{weight.source}: has {len(vector)} values, but config.json makes it {weight.n}. "
+                f"The configuration belongs to another checkpoint, or was edited."
+            )
+        yield weight.name, vector
     elif isinstance(weight, Table):
         yield weight.name, _dense(source.load(weight.source)).values
     else:
@@ -196,7 +236,8 @@ def load_weight(weight: Weight, source: Source) -> Iterator[tuple[str, NDArray[A
 def _as_asked(loaded: QuantWeight | DenseWeight, weight: Linear) -> QuantWeight | DenseWeight:
     if isinstance(loaded, QuantWeight) and loaded.permutation is not None:
         raise UnsupportedError(
-            f"{weight.sources[0]}: was quantised in act-order (desc_act), which kernels do not permute yet."
+            f"{weight.sources[0]}: was quantised in act-order (desc_act), which quern's kernels do not permute yet. "
+            f"Quantise it with desc_act = false, or take such a checkpoint."
         )
     if isinstance(loaded, DenseWeight) and not weight.type.dense:
         bits = 8 if weight.type.bits == 8 else 4

@@ -59,9 +59,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Build; the bundle is there, whole, when this returns 0."""
     import targets
+    from compiler.codegen import bundle
     from compiler.progress import Reporter
 
     target = targets.load(options.target)
+    bundle.check_place(options.out)  # before the compiler itself is loaded, which takes seconds
     report = Reporter(quiet=options.quiet or options.json)
     report.line(f"Building {options.out} for {target.name}")
     from compiler import pipeline

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import glob
+import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,7 +15,7 @@ from compiler.errors import UserError
 from runtime import manifest
 from runtime.manifest import CHUNK_BYTES, FileDigest
 
-PARTIAL = ".partial-"
+PARTIAL, OLD = ".partial-", ".old"
 
 
 class BundleError(UserError):
@@ -20,36 +23,40 @@ class BundleError(UserError):
 
 
 def check_place(out: Path) -> None:
-    """Refuse early what `staged` would refuse after the work: a file, or a folder that is no bundle."""
-    if out.is_dir() and (any(out.iterdir()) and not (out / manifest.FILE_NAME).is_file()):
-        raise BundleError(f"{out}: is a folder with other things in it, not a bundle. Give --out a new name.")
-    if out.exists() and not out.is_dir():
+    """Refuse early what `staged` would refuse after the work: a file, a folder with foreign things in it, no parent."""
+    place = out.resolve()
+    if place.is_dir() and (foreign := _foreign(place)):
+        raise BundleError(
+            f"{out}: is a folder with {foreign[0]!r} in it, which is no part of a bundle and would be lost: a build "
+            f"replaces the whole folder. Give --out a new name."
+        )
+    if place.exists() and not place.is_dir():
         raise BundleError(f"{out}: is a file; a bundle is a folder. Give --out another name.")
-    if not out.parent.is_dir():
-        raise BundleError(f"{out}: there is no folder {out.parent}. Create it first.")
+    if not place.parent.is_dir():
+        raise BundleError(f"{out}: there is no folder {place.parent}. Create it first.")
+    if not os.access(place.parent, os.W_OK):
+        raise BundleError(f"{out}: the folder {place.parent} cannot be written to. Give --out another place.")
 
 
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
     """A fresh folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not.
 
-    An older bundle at `out` is replaced. What a killed build left behind carries PARTIAL in its hidden name and no
-    manifest; the next build to the same place removes it.
+    An older bundle at `out` is replaced. What a killed build left behind carries PARTIAL in its hidden name; the next
+    build to the same place removes it.
     """
     check_place(out)
-    for stale in out.parent.glob(f".{out.name}{PARTIAL}*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}{PARTIAL}", dir=out.parent))
+    place = out.resolve()
+    _clean(place)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{place.name}{PARTIAL}", dir=place.parent))
     try:
         scratch.chmod(0o755)
         yield scratch
-        if out.exists():
-            old = scratch.with_name(f"{scratch.name}-old")
-            out.rename(old)
-            scratch.rename(out)
-            shutil.rmtree(old)
-        else:
-            scratch.rename(out)
+        _replace(scratch, place)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise BundleError(f"{out}: cannot be written: {error.strerror}. Make room, or choose another place.") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -58,3 +65,36 @@ def digests(folder: Path, chunked: str) -> dict[str, FileDigest]:
     """Digest of every file in `folder`; the one named `chunked` by pieces, so that it can be checked in parallel."""
     files = sorted(path for path in folder.iterdir() if path.name != manifest.FILE_NAME)
     return {path.name: manifest.digest_file(path, CHUNK_BYTES if path.name == chunked else None) for path in files}
+
+
+def _foreign(folder: Path) -> list[str]:
+    """Names in `folder` that no version of quern put there. Other tools have a manifest.json, too."""
+    try:
+        found = json.loads((folder / manifest.FILE_NAME).read_bytes())
+        ours = {manifest.FILE_NAME, *found["files"]} if found["format"] == manifest.FORMAT else set()
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        ours = set()
+    return sorted(path.name for path in folder.iterdir() if path.name not in ours)
+
+
+def _clean(place: Path) -> None:
+    """Remove what a killed build left; an older bundle that it had moved away already comes back."""
+    for stale in sorted(place.parent.glob(f".{glob.escape(place.name)}{PARTIAL}*")):
+        if stale.name.endswith(OLD) and not place.exists():
+            stale.rename(place)
+        else:
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+def _replace(made: Path, place: Path) -> None:
+    """`made` becomes `place`. The older bundle goes last, and comes back when `made` cannot take its place."""
+    old = made.with_name(made.name + OLD)
+    try:
+        if place.exists():
+            place.rename(old)
+        made.rename(place)
+    except BaseException:
+        if old.exists() and not place.exists():
+            old.rename(place)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
