@@ -44,7 +44,8 @@ venv: $(VENV)/.everything
 demo: $(VENV)/.product
 	@mkdir -p $(dir $(BUNDLE))
 	$(PY) -m compiler build $(MODEL_ARG) --target $(TARGET) --out $(BUNDLE)
-	$(PY) -m runtime generate $(BUNDLE) --prompt "$(PROMPT)"
+	@printf '\n%s' "$(PROMPT)"
+	@$(PY) -m runtime generate $(BUNDLE) --prompt "$(PROMPT)"
 
 test: $(VENV)/.everything
 	$(PY) -m pytest $(PYTEST_ARGS)
