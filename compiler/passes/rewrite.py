@@ -74,6 +74,9 @@ def _rewrite_function(
         with builder.dataflow():
             for binding in block.bindings:
                 value = _substitute(binding.value, new)
+                if isinstance(value, relax.Var):  # another name, as emit_output makes one: no need for a third
+                    new[binding.var] = value
+                    continue
                 op = ops.match(value)
                 context.original = binding.var
                 replaced = rule(op, context) if op is not None else None
@@ -95,13 +98,16 @@ def _substitute(value: relax.Expr, new: Mapping[relax.Var, relax.Expr]) -> relax
 
 
 def _count_uses(bindings: list[relax.Binding], result: relax.Var) -> Counter[relax.Var]:
-    uses: Counter[relax.Var] = Counter([result])
+    """Uses under any name count for the variable that was bound first."""
+    first: dict[relax.Var, relax.Var] = {}
+    uses: Counter[relax.Var] = Counter()
     for binding in bindings:
         value = binding.value
         if isinstance(value, relax.Call):
-            uses.update(arg for arg in value.args if isinstance(arg, relax.Var))
+            uses.update(first.get(arg, arg) for arg in value.args if isinstance(arg, relax.Var))
         elif isinstance(value, relax.TupleGetItem):
-            uses[value.tuple_value] += 1
+            uses[first.get(value.tuple_value, value.tuple_value)] += 1
         elif isinstance(value, relax.Var):
-            uses[value] += 1
+            first[binding.var] = first.get(value, value)
+    uses[first.get(result, result)] += 1
     return uses

@@ -11,14 +11,15 @@ STAGES = ("graph", "fused", "scheduled")
 
 
 def verify(mod: tvm.IRModule, stage: str) -> None:
-    """graph, fused: only known operators and tuple reads; scheduled: only call_tir and tuple reads."""
+    """One dataflow block of tuple reads and: @graph, @fused known operators only; @scheduled call_tir only."""
     assert stage in STAGES, stage
     relax.analysis.well_formed(mod)  # raises
     for var, function in mod.functions_items():
         if isinstance(function, relax.Function):
-            for block in function.body.blocks:
-                for binding in block.bindings:
-                    _verify_value(binding.value, f"@{stage} {var.name_hint}", stage == "scheduled")
+            where, blocks = f"@{stage} {var.name_hint}", function.body.blocks
+            assert len(blocks) == 1 and isinstance(blocks[0], relax.DataflowBlock), f"{where}: not one dataflow block"
+            for binding in blocks[0].bindings:
+                _verify_value(binding.value, where, stage == "scheduled")
 
 
 def _verify_value(value: relax.Expr, where: str, scheduled: bool) -> None:
