@@ -87,7 +87,7 @@ class Session:
         if have is not None and needed > have:
             raise DeviceError(
                 f"{where}: caches and activations need {needed >> 20} MiB, but this machine has {have >> 20} MiB. "
-                "Rebuild the bundle with a shorter context (quern build --context)."
+                "Rebuild the bundle with a shorter context (python -m compiler build --context)."
             )
 
     def _sizes(self, prefix: str) -> list[int]:
@@ -204,5 +204,5 @@ class Session:
         what = "1 token does" if wanted == 1 else f"{wanted} tokens do"
         return ContextFullError(
             f"{what} not fit into the context of {self.context}, which holds {self.position} already. "
-            "Use a shorter prompt, or rebuild the bundle with a longer context (quern build --context)."
+            "Use a shorter prompt, or rebuild the bundle with a longer context (python -m compiler build --context)."
         )

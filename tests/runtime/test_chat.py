@@ -125,7 +125,8 @@ def test_the_loop(session: Session, tokenizer: Tokenizer) -> None:
         "x\n"
         "(unknown command /help: /reset starts over, /exit (or end of input) leaves.)\n"
         "(55 tokens do not fit into the context of 48, which holds 7 already. Use a shorter prompt, or rebuild the "
-        "bundle with a longer context (quern build --context). /reset starts over, /exit (or end of input) leaves.)\n"
+        "bundle with a longer context (python -m compiler build --context). "
+        "/reset starts over, /exit (or end of input) leaves.)\n"
         "(new conversation)\n"
         "y\n"
     )

@@ -123,7 +123,7 @@ def test_logits(toy: Path, tmp_path: Path, dtype: str) -> None:
 
 @pytest.mark.parametrize(("ids", "message"), [
     (np.zeros(49, int), "49 tokens do not fit into the context of 48, which holds 0 already. Use a shorter prompt, or "
-                        "rebuild the bundle with a longer context (quern build --context)."),
+                        "rebuild the bundle with a longer context (python -m compiler build --context)."),
     (np.array([3, 32]), "token id 32 is outside the vocabulary 0..31."),
     (np.array([3, -1]), "token id -1 is outside the vocabulary 0..31."),
     (np.zeros((2, 2), int), "{ids}: is int64[2, 2], but a list of at least one integer is needed."),
@@ -191,7 +191,8 @@ def test_a_full_disk_leaves_nothing_behind(toy: Path, tmp_path: Path) -> None:
     (["--prompt", "a", "--stop", ""], "a stop string is empty, but it must have at least one character."),
     (["--prompt", "a", "--threads", "0"], "threads is 0, but must lie in 1..1024."),
     (["--prompt", "a" * 49], "49 tokens do not fit into the context of 48, which holds 0 already. Use a shorter "
-                             "prompt, or rebuild the bundle with a longer context (quern build --context)."),
+                             "prompt, or rebuild the bundle with a longer context "
+                             "(python -m compiler build --context)."),
     (["--prompt", "a\udcff"], "the prompt is not valid UTF-8. Check the encoding of the terminal or file."),
 ])  # fmt: skip
 def test_generate_refuses(toy: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:

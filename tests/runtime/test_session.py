@@ -130,7 +130,7 @@ def test_pinning(toy: Path, how: str, threads: int, expected: str) -> None:
 
 
 def test_a_full_context(session: Session) -> None:
-    advice = "Use a shorter prompt, or rebuild the bundle with a longer context (quern build --context)."
+    advice = "Use a shorter prompt, or rebuild the bundle with a longer context (python -m compiler build --context)."
     session.prefill(IDS[:40])
     with pytest.raises(ContextFullError) as caught:
         session.prefill(IDS[:9])
@@ -190,7 +190,7 @@ def test_more_memory_than_there_is(toy: Path, monkeypatch: pytest.MonkeyPatch) -
         Session(open_bundle(toy), threads=1)
     assert str(caught.value) == (
         f"{toy}: caches and activations need 0 MiB, but this machine has 0 MiB. "
-        "Rebuild the bundle with a shorter context (quern build --context)."
+        "Rebuild the bundle with a shorter context (python -m compiler build --context)."
     )
 
 
