@@ -94,7 +94,7 @@ def require(target: Target, where: str) -> None:
     if found:
         raise DeviceError(
             f"{where}: cannot run here: {'; '.join(found)}. "
-            "Rebuild the bundle for this machine's target (quern targets)."
+            "Rebuild the bundle for this machine's target (python -m compiler targets)."
         )
 
 

@@ -109,7 +109,7 @@ def test_a_cpu_without_a_feature(bundle: Path) -> None:
     target_with(bundle, features=["amx_made_up", "zz_made_up"], cpu="later")
     assert refusal(DeviceError, bundle) == (
         f"{bundle}: cannot run here: it is built for native (later), but this CPU lacks amx_made_up, zz_made_up. "
-        "Rebuild the bundle for this machine's target (quern targets)."
+        "Rebuild the bundle for this machine's target (python -m compiler targets)."
     )
 
 
@@ -119,7 +119,7 @@ def test_a_wrong_architecture_is_found_before_files_are_read(bundle: Path) -> No
     (bundle / "model.so").unlink()
     assert refusal(DeviceError, bundle) == (
         f"{bundle}: cannot run here: it is built for {other} (rpi4), but this machine is {device.arch()}. "
-        "Rebuild the bundle for this machine's target (quern targets)."
+        "Rebuild the bundle for this machine's target (python -m compiler targets)."
     )
 
 
@@ -127,7 +127,7 @@ def test_a_later_glibc(bundle: Path) -> None:
     target_with(bundle, glibc="9.9")
     assert refusal(DeviceError, bundle) == (
         f"{bundle}: cannot run here: it needs glibc 9.9 or later, but this machine has glibc {device.glibc()}. "
-        "Rebuild the bundle for this machine's target (quern targets)."
+        "Rebuild the bundle for this machine's target (python -m compiler targets)."
     )
 
 

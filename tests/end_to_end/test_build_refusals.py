@@ -1,0 +1,257 @@
+"""What `build` cannot build: exit code 2, one message, nothing left behind. Most run `main` here, some as a process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from compiler.__main__ import main
+from compiler.checkpoint import open_checkpoint
+from tests.end_to_end import commands
+from tests.end_to_end.places import DEMO, STORIES260K
+
+EDITED = "The configuration belongs to another checkpoint, or was edited."
+HEADS = "num_attention_heads,num_key_value_heads,head_dim,hidden_size"
+
+
+@pytest.fixture(autouse=True)
+def _where_leftovers_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Temporary files and the current folder lie in tmp_path, too. SIGTERM's handler, which `build` sets, is put back."""
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))
+    monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A copy of the demo model, to damage."""
+    return Path(shutil.copytree(DEMO, tmp_path / "model"))
+
+
+@pytest.fixture
+def refusal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """refusal("--model", folder, ...): the message of a build that must be refused and must change no file."""
+
+    def build(*arguments: object) -> str:
+        before = commands.listing(tmp_path)
+        code = main(["build", "--quiet", *map(str, arguments)])
+        said = commands.message(code, *capsys.readouterr())
+        assert commands.listing(tmp_path) == before
+        return said
+
+    return build
+
+
+def edit(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    data = json.loads(file.read_text())
+    change(data)
+    file.write_text(json.dumps(data))
+
+
+def matrix(name: str, stated: list[int], real: list[int], key: str, keys: str) -> str:
+    return (
+        f"MODEL/config.json: {key}: with {keys} as config.json states them, {name} must be {stated}, but the "
+        f"checkpoint's is {real}. {EDITED}"
+    )
+
+
+QKV, GATE = "model.layers.0.self_attn.{}_proj", "model.layers.0.mlp.gate_proj"
+LIES = [
+    ({"hidden_size": 128}, matrix("model.embed_tokens", [2048, 128], [2048, 256], "vocab_size", "vocab_size,hidden_size")),
+    ({"vocab_size": 4096}, matrix("model.embed_tokens", [4096, 256], [2048, 256], "vocab_size", "vocab_size,hidden_size")),
+    ({"vocab_size": 1024}, matrix("model.embed_tokens", [1024, 256], [2048, 256], "vocab_size", "vocab_size,hidden_size")),
+    ({"intermediate_size": 512}, matrix(GATE, [512, 256], [768, 256], "intermediate_size", "intermediate_size,hidden_size")),
+    ({"num_attention_heads": 4}, matrix(QKV.format("q"), [128, 256], [256, 256], "num_attention_heads", HEADS)),
+    ({"num_key_value_heads": 8}, matrix(QKV.format("k"), [256, 256], [128, 256], "num_attention_heads", HEADS)),
+    ({"head_dim": 16}, matrix(QKV.format("q"), [128, 256], [256, 256], "num_attention_heads", HEADS)),
+    (
+        {"num_hidden_layers": 7},
+        "MODEL has no tensor 'model.layers.6.self_attn.q_proj.weight'. Is this the model that config.json describes?",
+    ),
+    (
+        {"num_hidden_layers": 5},
+        "MODEL: has the matrix 'model.layers.5.self_attn.q_proj' (7 such in all), which the model that config.json "
+        f"describes does not use. {EDITED}",
+    ),
+    (
+        {"model_type": "mamba"},
+        "MODEL/config.json: model_type is 'mamba', but quern knows llama. docs/adding.md shows how to add an "
+        "architecture: it is one file.",
+    ),
+    (
+        {"sliding_window": 128},
+        "MODEL/config.json: sliding_window is 128: quern does not know this key and will not guess what it changes. "
+        "If it changes nothing in the computation, remove it; otherwise the model is not supported.",
+    ),
+    ({"eos_token_id": 2048}, "MODEL/config.json: eos_token_id is 2048, but it must be an integer from 0 to 2047, or a list of them."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"), LIES, ids=lambda value: "-".join(value) if isinstance(value, dict) else ""
+)
+def test_a_config_that_lies(model: Path, refusal: Callable[..., str], keys: dict[str, Any], message: str) -> None:
+    edit(model / "config.json", lambda config: config.update(keys))
+    assert refusal("--model", model, "--out", "bundle") == message.replace("MODEL", str(model))
+
+
+QUANTISATION = [
+    (
+        {"rotate": True},
+        "MODEL/config.json: quantization_config.rotate is true: quern does not know this key and will not guess what "
+        "it changes. If it changes nothing in the computation, remove it; otherwise the model is not supported.",
+    ),
+    (
+        {"quant_method": "exl3"},
+        "MODEL: no format claims this checkpoint (quant_method is 'exl3'). quern knows: KNOWN. Take the model in one "
+        "of these forms, or as plain float16 to be quantised here.",
+    ),
+    (
+        {"bits": 8},
+        "MODEL/config.json: quantization_config.bits is 8, but MODEL/quantize_config.json: bits is 4. Make them agree: "
+        "both describe the same tensors.",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"), QUANTISATION, ids=lambda value: "-".join(value) if isinstance(value, dict) else ""
+)
+def test_a_quantisation_it_does_not_know(
+    model: Path, refusal: Callable[..., str], keys: dict[str, Any], message: str
+) -> None:
+    from compiler.quant.formats import formats
+
+    edit(model / "config.json", lambda config: config["quantization_config"].update(keys))
+    known = ", ".join(format_.name for format_ in formats())
+    want = message.replace("MODEL", str(model)).replace("KNOWN", known)
+    assert refusal("--model", model, "--out", "bundle") == want
+
+
+def test_a_truncated_checkpoint(model: Path, refusal: Callable[..., str], tmp_path: Path) -> None:
+    file = model / "model.safetensors"
+    last = max(open_checkpoint(model).tensors.items(), key=lambda item: item[1].offset)
+    end, size = last[1].offset + last[1].nbytes, file.stat().st_size
+    file.write_bytes(file.read_bytes()[:-1000])
+    want = (
+        f"{file}: tensor {last[0]!r} ends at byte {end}, but the file has only {size - 1000}. "
+        "The file is damaged: fetch it again."
+    )
+    said = refusal("--model", model, "--out", "bundle")
+    assert said.split("tensor")[0] == want.split("tensor")[0]  # several tensors are cut off: any may be named
+    assert said.endswith(f"but the file has only {size - 1000}. The file is damaged: fetch it again.")
+    before = commands.listing(tmp_path)
+    done = commands.run("compiler", "build", "--quiet", "--model", model, "--out", "bundle", cwd=tmp_path)
+    assert commands.message(done.returncode, done.stdout, done.stderr) == said
+    assert commands.listing(tmp_path) == before
+
+
+def test_no_tokenizer(model: Path, refusal: Callable[..., str]) -> None:
+    (model / "tokenizer.json").unlink()
+    assert refusal("--model", model, "--out", "bundle") == (
+        f"{model}: has no tokenizer.json, which the device needs to turn text into tokens. Fetch it with the checkpoint; "
+        f"for a sentencepiece tokenizer.model, save the tokenizer once with transformers' save_pretrained."
+    )
+
+
+def test_a_tokenizer_of_another_model(model: Path, refusal: Callable[..., str]) -> None:
+    extra = {"id": 2048, "content": "<extra>", "special": True, "normalized": False}
+    extra |= {"lstrip": False, "rstrip": False, "single_word": False}
+    edit(model / "tokenizer.json", lambda tokenizer: tokenizer["added_tokens"].append(extra))
+    assert refusal("--model", model, "--out", "bundle") == (
+        f"{model / 'tokenizer.json'}: has token id 2048, but config.json's vocab_size is 2048. They belong to two models."
+    )
+
+
+def test_act_order(model: Path, refusal: Callable[..., str]) -> None:
+    """Two inputs that changed groups: found when the weight is read, after the code was generated."""
+    info = open_checkpoint(model).tensors["model.layers.0.self_attn.q_proj.g_idx"]
+    groups = np.memmap(info.file, np.int32, "r+", info.offset, info.shape)
+    groups[[0, 200]] = groups[[200, 0]]
+    groups.flush()
+    del groups
+    for part in ("k", "v"):  # joined with q, they must have the same order
+        twin = open_checkpoint(model).tensors[f"model.layers.0.self_attn.{part}_proj.g_idx"]
+        values = np.memmap(twin.file, np.int32, "r+", twin.offset, twin.shape)
+        values[[0, 200]] = values[[200, 0]]
+        values.flush()
+        del values
+    assert refusal("--model", model, "--activations", "exact", "--out", "bundle") == (
+        "model.layers.0.self_attn.q_proj: was quantised in act-order (desc_act), which quern's kernels do not permute "
+        "yet. Quantise it with desc_act = false, or take such a checkpoint."
+    )
+
+
+def test_a_context_that_the_model_does_not_have(model: Path, refusal: Callable[..., str]) -> None:
+    assert refusal("--model", model, "--out", "bundle", "--context", 513) == (
+        f"--context asks for 513 positions, but {model / 'config.json'}: max_position_embeddings is 512. "
+        "Ask for at most that."
+    )
+
+
+def test_options_without_effect(refusal: Callable[..., str]) -> None:
+    assert refusal("--out", "bundle", "--bits", 4) == (
+        f"{DEMO}: is quantised already, and --bits applies to dense linear layers. Leave --bits out."
+    )
+    assert refusal("--model", STORIES260K, "--out", "bundle", "--group-size", 32) == (
+        "--group-size belongs to --bits, which is missing. Give both, or neither."
+    )
+
+
+def test_a_model_that_is_not_there(refusal: Callable[..., str], tmp_path: Path) -> None:
+    assert refusal("--model", "nothing", "--out", "bundle") == (
+        "nothing is not a folder. Give the folder that holds config.json and the .safetensors files."
+    )
+
+
+OUT = [  # --out, what is said of it; "other" is a folder with a file in it
+    ("other/file", "other/file: is a file; a bundle is a folder. Give --out another name."),
+    (
+        "other",
+        "other: is a folder with 'file' in it, which is no part of a bundle and would be lost: a build replaces the whole "
+        "folder. Give --out a new name.",
+    ),
+    ("no/such/folder", "no/such/folder: there is no folder HERE/no/such. Create it first."),
+    ("other/file/bundle", "other/file/bundle: there is no folder HERE/other/file. Create it first."),
+]
+
+
+@pytest.mark.parametrize(("out", "message"), OUT, ids=lambda value: value if " " not in value else "")
+def test_a_place_for_no_bundle(tmp_path: Path, refusal: Callable[..., str], out: str, message: str) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("precious")
+    want = message.replace("HERE", str(tmp_path))
+    assert refusal("--out", out) == want
+    before = commands.listing(tmp_path)
+    done = commands.run("compiler", "build", "--out", out, cwd=tmp_path)  # as a process, and without --quiet
+    assert commands.message(done.returncode, done.stdout, done.stderr) == want
+    assert commands.listing(tmp_path) == before
+
+
+def test_a_target_that_nobody_described(tmp_path: Path, refusal: Callable[..., str]) -> None:
+    import targets
+
+    want = f"There is no target 'rpi5'. Did you mean 'rpi4'? Known targets: {', '.join(targets.names())}."
+    assert refusal("--out", "bundle", "--target", "rpi5") == want
+    done = commands.run("compiler", "build", "--out", "bundle", "--target", "rpi5", cwd=tmp_path)
+    assert commands.message(done.returncode, done.stdout, done.stderr) == want
+
+
+def test_an_older_bundle_survives_a_refused_build(
+    demo: Path, model: Path, tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    shutil.copytree(demo, tmp_path / "bundle")
+    (model / "tokenizer.json").unlink()
+    assert refusal("--model", model, "--out", "bundle").startswith(f"{model}: has no tokenizer.json")

@@ -1,0 +1,60 @@
+"""Dense checkpoints, as they are and quantised by --bits: widths and groups that divide nothing, still the reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runtime.tokenizer import Tokenizer
+from tests.end_to_end import reference
+from tests.end_to_end.bundles import SHORT, Bundles, Sessions, all_logits, greedy
+from tests.end_to_end.conftest import Figure
+from tests.end_to_end.perplexity import perplexity, windows
+from tests.end_to_end.places import BABYLLAMA, OWN_TEXT, STORIES260K
+
+STEPS = 64
+PROMPTS = ("Once upon a time", "One day, Tom", "The sun was")
+# What int8 activations and an 8-bit head may cost; at most 0.26 % seen, with one scale for a whole row.
+INT8_COST = 0.01
+CASES = [  # model, --bits, --group-size
+    (STORIES260K, None, None),
+    (STORIES260K, 4, None),
+    (STORIES260K, 8, None),
+    (STORIES260K, 4, 43),  # 64 = 43 + 21, 172 = 4 * 43
+    (STORIES260K, 8, 7),
+    (STORIES260K, 4, 1000),  # more than a row has: one scale a row
+]
+if BABYLLAMA is not None:
+    CASES += [(BABYLLAMA, None, None), (BABYLLAMA, 4, None), (BABYLLAMA, 8, None)]
+
+
+@pytest.mark.parametrize(("model", "bits", "group_size"), CASES, ids=lambda value: getattr(value, "name", str(value)))
+def test_dense_model(
+    model: Path, bits: int | None, group_size: int | None, bundles: Bundles, sessions: Sessions, figure: Figure
+) -> None:
+    options = {"bits": bits, "group_size": group_size, "chunks": SHORT}
+    exact, int8 = sessions(bundles(model, activations="exact", **options)), sessions(bundles(model, **options))
+    oracle = reference.model(model, bits, group_size)
+    tokenizer = Tokenizer(model / "tokenizer.json")
+    for prompt in PROMPTS:
+        ids = tokenizer.encode(prompt)
+        tokens, stepped = greedy(exact, ids, STEPS)
+        want = reference.logits(oracle, ids + tokens)
+        bound = reference.tolerance(oracle, want)
+        worst = max(
+            np.abs(stepped - want[len(ids) - 1 : -1]).max(), np.abs(all_logits(exact, ids + tokens) - want).max()
+        )
+        figure(f"{prompt!r} differs by", float(worst))
+        figure(f"{prompt!r} may differ by", bound)
+        assert worst < bound
+        best = np.sort(want[len(ids) - 1 : -1], axis=1)
+        assert (best[:, -1] - best[:, -2]).min() > 2 * bound, "a tie within the bound: take another prompt"
+        assert want[len(ids) - 1 : -1].argmax(axis=1).tolist() == tokens
+    parts = windows(OWN_TEXT.read_text(encoding="utf-8"), model / "tokenizer.json")
+    of_exact = perplexity(lambda ids: all_logits(exact, ids), parts)
+    of_int8 = perplexity(lambda ids: all_logits(int8, ids), parts)
+    figure("perplexity of the exact path", of_exact)
+    figure("perplexity with int8 activations", of_int8)
+    assert abs(of_int8 / of_exact - 1) < INT8_COST
