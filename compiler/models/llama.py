@@ -99,10 +99,11 @@ def _rope_theta(config: Config) -> float:
         config.accept("rope_parameters", "rope_scaling")
         return theta
     values = config.section(section)
-    kind = values.string("rope_type" if values.has("rope_type") else "type", default="default")
+    key = "rope_type" if values.has("rope_type") else "type"  # transformers before 4.45 wrote "type"
+    kind = values.string(key, default="default")
     if kind != "default":
         raise UnsupportedError(
-            f"{values.where('rope_type')} is {kind!r}, but quern's llama has plain rotary embedding ('default') only."
+            f"{values.where(key)} is {kind!r}, but quern's llama has plain rotary embedding ('default') only."
         )
     return values.number("rope_theta", 1.0, 1e12, default=theta)
 
@@ -140,6 +141,11 @@ def weights(
         )
 
     embedding = expect(describe, "model.embed_tokens", shape.vocab, shape.hidden, config, "vocab_size,hidden_size")
+    if not embedding.dense:
+        raise UnsupportedError(
+            f"model.embed_tokens is quantised ({embedding.grid}), but quern's embeddings are dense: "
+            f"take a checkpoint with dense ones."
+        )
     head = "model.embed_tokens" if shape.tied else "lm_head"
     return (
         Table("embedding", "model.embed_tokens", embedding),
