@@ -1,0 +1,131 @@
+"""The command line as a whole: its verbs, its exit codes, and that a verb costs nothing until it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from compiler.__main__ import INTERRUPTED, main, verbs
+from compiler.cli import targets as a_verb
+from compiler.errors import UnsupportedError
+from runtime.errors import BundleError
+from targets import TargetError
+
+REPO = Path(__file__).parents[2]
+VERBS = sorted(path.stem for path in (REPO / "compiler" / "cli").glob("*.py") if path.stem != "__init__")
+
+
+def exits(*arguments: str) -> int | str | None:
+    """Exit code of a run that argparse ends."""
+    with pytest.raises(SystemExit) as caught:
+        main(list(arguments))
+    return caught.value.code
+
+
+def test_every_file_is_a_verb_with_a_summary() -> None:
+    assert sorted(verbs()) == VERBS
+    assert {"build", "bench", "targets"} <= set(VERBS)
+    for summary in verbs().values():
+        assert summary.endswith(".")
+        assert summary[0].isupper()
+
+
+def test_help_lists_every_verb(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert exits("--help") == 0
+    lines = [line.split(None, 1) for line in capsys.readouterr().out.splitlines()]
+    assert [[verb, summary] for verb, summary in verbs().items()] == [
+        line for line in lines if line[:1] and line[0] in VERBS
+    ]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb(verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert exits(verb, "--help") == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"usage: python -m compiler {verb} ")
+    assert verbs()[verb] in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "python -m compiler: error: the following arguments are required: VERB\n"),
+        (["grind"], f"invalid choice: 'grind' (choose from {', '.join(map(repr, VERBS))})\n"),
+        (["--verbose", "targets"], "python -m compiler: error: unrecognized arguments: --verbose\n"),
+        (["targets", "extra"], "python -m compiler: error: unrecognized arguments: extra\n"),
+        (["build"], "python -m compiler build: error: the following arguments are required: --out\n"),
+        (["build", "--out", "x", "--context", "0"], "error: argument --context: 0 is not a positive number\n"),
+    ],
+    ids=str,
+)
+def test_a_command_that_is_none(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exits(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("usage: ")
+    assert err.endswith(said)
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (
+            UnsupportedError("model.bin: is a tractor.\nTake a model."),
+            2,
+            "error: model.bin: is a tractor.\nTake a model.\n",
+        ),
+        (BundleError("story: is no bundle."), 2, "error: story: is no bundle.\n"),
+        (TargetError("There is no target 'x'."), 2, "error: There is no target 'x'.\n"),
+        (PermissionError(13, "Permission denied", "out"), 2, "error: out: Permission denied.\n"),
+        (KeyboardInterrupt(), INTERRUPTED, "interrupted\n"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_how_a_verb_ends(
+    raised: BaseException, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(options: argparse.Namespace) -> int:
+        raise raised
+
+    monkeypatch.setattr(a_verb, "run", run)
+    assert main(["targets"]) == code
+    assert capsys.readouterr() == ("", said)
+
+
+@pytest.mark.parametrize("bug", [AssertionError("ours"), KeyError("ours"), OSError("no file")], ids=repr)
+def test_our_own_bugs_keep_their_traceback(bug: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(options: argparse.Namespace) -> int:
+        raise bug
+
+    monkeypatch.setattr(a_verb, "run", run)
+    with pytest.raises(type(bug)) as caught:
+        main(["targets"])
+    assert caught.value is bug
+
+
+def test_the_exit_code_of_a_verb_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(a_verb, "run", lambda options: 7)
+    assert main(["targets"]) == 7
+
+
+def test_neither_help_nor_listing_loads_the_compiler() -> None:
+    code = (
+        "import sys; from compiler.__main__ import main; main(['targets']); "
+        "print(sorted({'tvm', 'numpy', 'torch'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
+    assert done.stderr == "[]\n"
+
+
+def test_as_a_program() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "compiler", "bench"], cwd=REPO, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: bench measures either a BUNDLE or a --shape: give one of the two.\n"
