@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from compiler.errors import UserError
 from compiler.measure import read_bandwidth
 from runtime.bundle import Bundle, open_bundle
 from runtime.session import Session
@@ -68,7 +69,7 @@ def measure(
     random = np.random.default_rng(0)
     ids = random.integers(0, bundle.manifest.model.vocab_size, max(prompt, context, 1)).astype(np.int32)
     used = weight_bytes_per_token(bundle)
-    _decode(session, ids[:context], 2)
+    _decode(session, ids[:context], min(2, steps))
     prefill, decode, read, ratio = [], [], [], []
     for _ in range(rounds):
         session.reset()
@@ -101,6 +102,8 @@ def _reader(bundle: Bundle, target: Target, threads: int) -> Callable[[], float]
     """A function that reads the weights file from memory, once, and gives GB/s: the fastest reader for this machine."""
     data = np.asarray(np.memmap(bundle.path / bundle.manifest.weights.file, np.uint8, mode="r"))
     nbytes = read_bandwidth.usable(data.nbytes)
+    if nbytes == 0:
+        raise UserError(f"{bundle.path}: its {data.nbytes} bytes of weights are too few to time reading them.")
     with tempfile.TemporaryDirectory(prefix="quern-bench-") as folder:
         library = Path(folder) / "read.so"
         names = read_bandwidth.build(nbytes, target, library)

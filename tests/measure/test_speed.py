@@ -1,0 +1,102 @@
+"""Speed of a small bundle: figures that fit together, and the byte count by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import targets
+from compiler import pipeline
+from compiler.__main__ import main
+from compiler.errors import UserError
+from compiler.measure import speed
+from compiler.measure.speed import Spread
+from compiler.progress import Reporter
+from runtime.bundle import open_bundle
+from tests.runtime import tiny
+
+REPO = Path(__file__).parents[2]
+NATIVE = targets.load("native")
+CONTEXT = 32
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With more, the runtime would pin the test process to a CPU."""
+    monkeypatch.setenv("TVM_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    bundle = tmp_path_factory.mktemp("speed") / "bundle"
+    request = pipeline.Request(bundle, NATIVE, bits=4, context=CONTEXT, chunks=(16,))
+    pipeline.build(REPO / "tests" / "models" / "stories260k", request, Reporter(quiet=True))
+    return bundle
+
+
+def test_spread_by_hand() -> None:
+    assert Spread.of([3, 1, 2, 10]) == Spread(2.5, 1, 10)
+    assert Spread.of([4]) == Spread(4, 4, 4)
+
+
+def test_bytes_a_token_by_hand(stories: Path) -> None:
+    """4 bits a code with rows in 32s, 2 + 1 bytes for a span's scale and zero; the head has 8 bits and 2 + 2 bytes.
+
+    qkv [128, 64] and o [64, 64] in groups of 64, gate and up [344 -> 352, 64] too; down [64, 172] in 6 groups of 32,
+    the last one short; head [512, 64] in one group; 11 norms of 64 floats; a row of the embedding in float16, and one
+    of the rotary table, 8 floats.
+    """
+    layer = sum(rows * (spans * width // 2 + 3 * spans) for rows, spans, width in
+                ((128, 1, 64), (64, 1, 64), (352, 1, 64), (64, 6, 32)))  # fmt: skip
+    head, norms, rows = 512 * (64 + 4), 11 * 64 * 4, 64 * 2 + 8 * 4
+    assert speed.weight_bytes_per_token(open_bundle(stories)) == 5 * layer + head + norms + rows
+
+
+@pytest.mark.parametrize(("prompt", "steps", "context"), [(16, 2, 4), (CONTEXT, 1, CONTEXT - 1)])
+def test_figures_fit_together(stories: Path, prompt: int, steps: int, context: int) -> None:
+    measured = speed.measure(stories, NATIVE, prompt, steps, rounds=2, threads=1, context=context)
+    assert measured.threads == 1
+    for spread in (measured.prefill_tok_s, measured.decode_tok_s, measured.read_gb_s, measured.decode_bandwidth_ratio):
+        assert 0 < spread.min <= spread.median <= spread.max
+    used = measured.weight_bytes_per_token / 1e9
+    ratio, decode, read = measured.decode_bandwidth_ratio, measured.decode_tok_s, measured.read_gb_s
+    assert used * decode.min / read.max <= ratio.median * (1 + 1e-9)
+    assert ratio.median <= used * decode.max / read.min * (1 + 1e-9)
+
+
+def test_weights_too_few_to_time(tmp_path: Path) -> None:
+    tiny.build(tmp_path / "toy")
+    with pytest.raises(UserError) as caught:
+        speed.measure(tmp_path / "toy", NATIVE, 4, 1, 1, 1, 4)
+    assert str(caught.value) == f"{tmp_path / 'toy'}: its 1536 bytes of weights are too few to time reading them."
+
+
+def test_the_verb_prints_a_record(stories: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--rounds", "1", "--prompt-tokens", "999", "--decode-tokens", "2", "--threads", "1", "--json"]
+    assert main(["bench", str(stories), *options]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    record = json.loads(out)
+    medians = ("prefill_tok_s", "decode_tok_s", "read_gb_s", "decode_bandwidth_ratio")
+    assert all(record[name] > 0 for name in medians)
+    assert sorted(record["spread"]) == sorted(medians)
+    assert (record["prompt_tokens"], record["context"], record["rounds"], record["threads"]) == (CONTEXT, 30, 1, 1)
+    assert (record["bundle"], record["shape"], record["target"]) == (str(stories), None, "native")
+
+
+def test_the_verb_prints_a_table(stories: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--rounds", "1", "--prompt-tokens", "16", "--decode-tokens", "2", "--context", "4", "--threads", "1"]
+    assert main(["bench", str(stories), *options]) == 0
+    out, _ = capsys.readouterr()
+    header, *lines = out.splitlines()
+    assert header.split() == ["median", "min", "max"]
+    starts = (
+        "prefill, 16 tokens (tokens/s)",
+        "decode after 4 (tokens/s)",
+        "read ceiling (GB/s)",
+        "decode / ceiling",
+        "0.2 MB",
+    )
+    assert [line.startswith(start) for line, start in zip(lines, starts, strict=True)] == [True] * 5
