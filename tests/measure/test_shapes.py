@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
@@ -14,7 +12,7 @@ from compiler.models import Options
 from compiler.quant.ir import QuantWeight, WeightType
 from compiler.quant.reference import matmul_exact
 
-OPTIONS = Options(32, (), "float16", linear=lambda weight: weight, head=lambda weight: replace(weight, n=weight.n))
+OPTIONS = Options(32, (), "float16", linear=lambda weight: weight, head=lambda weight: weight)
 
 
 @pytest.fixture
@@ -56,12 +54,11 @@ def test_activations_of_size_one_stay_so(source: shapes.RandomSource, module: st
 
 
 @pytest.mark.parametrize("shape", shapes.SHAPES)
-def test_published_shapes_are_models_we_can_build(shape: str) -> None:
+def test_every_shape_is_a_model_we_can_build(shape: str) -> None:
     source = shapes.RandomSource(shape, bits=4, group_size=128, head_bits=4)
     model = models.build(shapes.config(shape), source.describe, OPTIONS)
-    assert {"tinyllama-1.1b": 1_100_048_384}.get(
-        shape, model.parameters
-    ) == model.parameters  # as its model card counts
+    if shape == "tinyllama-1.1b":
+        assert model.parameters == 1_100_048_384  # of TinyLlama-1.1B-Chat-v1.0
 
 
 def test_unknown() -> None:
