@@ -47,7 +47,5 @@ def message(code: int, out: str, err: str) -> str:
 
 def listing(folder: Path) -> dict[str, bytes]:
     """Every path below `folder` with its content (b"" for a folder): what a refused command leaves as it was."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b""
-        for path in sorted(folder.rglob("*"))
-    }
+    paths = sorted(folder.rglob("*"))
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in paths}

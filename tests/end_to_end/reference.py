@@ -27,7 +27,7 @@ QUANTISED = ("_proj.weight",)  # what --bits applies to: every linear layer but 
 
 @functools.cache
 def model(folder: Path, bits: int | None = None, group_size: int | None = None) -> Any:
-    """The checkpoint's weights, dequantised (and with `bits`, the dense ones quantised to nearest), as a torch model."""
+    """The checkpoint as a torch model: weights dequantised and, with `bits`, the dense ones quantised to nearest."""
     source = open_source(open_checkpoint(folder))
     config = json.loads((folder / "config.json").read_text())
     config.pop("quantization_config", None)

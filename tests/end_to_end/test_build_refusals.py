@@ -24,7 +24,7 @@ HEADS = "num_attention_heads,num_key_value_heads,head_dim,hidden_size"
 
 @pytest.fixture(autouse=True)
 def _where_leftovers_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Temporary files and the current folder lie in tmp_path, too. SIGTERM's handler, which `build` sets, is put back."""
+    """Temporary files and the current folder lie in tmp_path, too. SIGTERM gets back the handler that `build` took."""
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))
@@ -60,22 +60,23 @@ def edit(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
     file.write_text(json.dumps(data))
 
 
-def matrix(name: str, stated: list[int], real: list[int], key: str, keys: str) -> str:
+def matrix(name: str, stated: list[int], real: list[int], keys: str) -> str:
     return (
-        f"MODEL/config.json: {key}: with {keys} as config.json states them, {name} must be {stated}, but the "
-        f"checkpoint's is {real}. {EDITED}"
+        f"MODEL/config.json: {keys.split(',')[0]}: with {keys} as config.json states them, {name} must be {stated}, "
+        f"but the checkpoint's is {real}. {EDITED}"
     )
 
 
-QKV, GATE = "model.layers.0.self_attn.{}_proj", "model.layers.0.mlp.gate_proj"
+EMBEDDING, GATE = "model.embed_tokens", "model.layers.0.mlp.gate_proj"
+Q, K = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
 LIES = [
-    ({"hidden_size": 128}, matrix("model.embed_tokens", [2048, 128], [2048, 256], "vocab_size", "vocab_size,hidden_size")),
-    ({"vocab_size": 4096}, matrix("model.embed_tokens", [4096, 256], [2048, 256], "vocab_size", "vocab_size,hidden_size")),
-    ({"vocab_size": 1024}, matrix("model.embed_tokens", [1024, 256], [2048, 256], "vocab_size", "vocab_size,hidden_size")),
-    ({"intermediate_size": 512}, matrix(GATE, [512, 256], [768, 256], "intermediate_size", "intermediate_size,hidden_size")),
-    ({"num_attention_heads": 4}, matrix(QKV.format("q"), [128, 256], [256, 256], "num_attention_heads", HEADS)),
-    ({"num_key_value_heads": 8}, matrix(QKV.format("k"), [256, 256], [128, 256], "num_attention_heads", HEADS)),
-    ({"head_dim": 16}, matrix(QKV.format("q"), [128, 256], [256, 256], "num_attention_heads", HEADS)),
+    ({"hidden_size": 128}, matrix(EMBEDDING, [2048, 128], [2048, 256], "vocab_size,hidden_size")),
+    ({"vocab_size": 4096}, matrix(EMBEDDING, [4096, 256], [2048, 256], "vocab_size,hidden_size")),
+    ({"vocab_size": 1024}, matrix(EMBEDDING, [1024, 256], [2048, 256], "vocab_size,hidden_size")),
+    ({"intermediate_size": 512}, matrix(GATE, [512, 256], [768, 256], "intermediate_size,hidden_size")),
+    ({"num_attention_heads": 4}, matrix(Q, [128, 256], [256, 256], HEADS)),
+    ({"num_key_value_heads": 8}, matrix(K, [256, 256], [128, 256], HEADS)),
+    ({"head_dim": 16}, matrix(Q, [128, 256], [256, 256], HEADS)),
     (
         {"num_hidden_layers": 7},
         "MODEL has no tensor 'model.layers.6.self_attn.q_proj.weight'. Is this the model that config.json describes?",
@@ -95,13 +96,19 @@ LIES = [
         "MODEL/config.json: sliding_window is 128: quern does not know this key and will not guess what it changes. "
         "If it changes nothing in the computation, remove it; otherwise the model is not supported.",
     ),
-    ({"eos_token_id": 2048}, "MODEL/config.json: eos_token_id is 2048, but it must be an integer from 0 to 2047, or a list of them."),
-]  # fmt: skip
+    (
+        {"eos_token_id": 2048},
+        "MODEL/config.json: eos_token_id is 2048, but it must be an integer from 0 to 2047, or a list of them.",
+    ),
+]
 
 
-@pytest.mark.parametrize(
-    ("keys", "message"), LIES, ids=lambda value: "-".join(value) if isinstance(value, dict) else ""
-)
+def changed(value: object) -> str:
+    """What a case is called: its keys."""
+    return "-".join(value) if isinstance(value, dict) else ""
+
+
+@pytest.mark.parametrize(("keys", "message"), LIES, ids=changed)
 def test_a_config_that_lies(model: Path, refusal: Callable[..., str], keys: dict[str, Any], message: str) -> None:
     edit(model / "config.json", lambda config: config.update(keys))
     assert refusal("--model", model, "--out", "bundle") == message.replace("MODEL", str(model))
@@ -126,9 +133,7 @@ QUANTISATION = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("keys", "message"), QUANTISATION, ids=lambda value: "-".join(value) if isinstance(value, dict) else ""
-)
+@pytest.mark.parametrize(("keys", "message"), QUANTISATION, ids=changed)
 def test_a_quantisation_it_does_not_know(
     model: Path, refusal: Callable[..., str], keys: dict[str, Any], message: str
 ) -> None:
@@ -161,8 +166,8 @@ def test_a_truncated_checkpoint(model: Path, refusal: Callable[..., str], tmp_pa
 def test_no_tokenizer(model: Path, refusal: Callable[..., str]) -> None:
     (model / "tokenizer.json").unlink()
     assert refusal("--model", model, "--out", "bundle") == (
-        f"{model}: has no tokenizer.json, which the device needs to turn text into tokens. Fetch it with the checkpoint; "
-        f"for a sentencepiece tokenizer.model, save the tokenizer once with transformers' save_pretrained."
+        f"{model}: has no tokenizer.json, which the device needs to turn text into tokens. Fetch it with the "
+        f"checkpoint; for a sentencepiece tokenizer.model, save the tokenizer once with transformers' save_pretrained."
     )
 
 
@@ -171,7 +176,8 @@ def test_a_tokenizer_of_another_model(model: Path, refusal: Callable[..., str]) 
     extra |= {"lstrip": False, "rstrip": False, "single_word": False}
     edit(model / "tokenizer.json", lambda tokenizer: tokenizer["added_tokens"].append(extra))
     assert refusal("--model", model, "--out", "bundle") == (
-        f"{model / 'tokenizer.json'}: has token id 2048, but config.json's vocab_size is 2048. They belong to two models."
+        f"{model / 'tokenizer.json'}: has token id 2048, but config.json's vocab_size is 2048. "
+        "They belong to two models."
     )
 
 
@@ -220,8 +226,8 @@ OUT = [  # --out, what is said of it; "other" is a folder with a file in it
     ("other/file", "other/file: is a file; a bundle is a folder. Give --out another name."),
     (
         "other",
-        "other: is a folder with 'file' in it, which is no part of a bundle and would be lost: a build replaces the whole "
-        "folder. Give --out a new name.",
+        "other: is a folder with 'file' in it, which is no part of a bundle and would be lost: a build replaces the "
+        "whole folder. Give --out a new name.",
     ),
     ("no/such/folder", "no/such/folder: there is no folder HERE/no/such. Create it first."),
     ("other/file/bundle", "other/file/bundle: there is no folder HERE/other/file. Create it first."),

@@ -1,8 +1,9 @@
-"""Dense checkpoints, as they are and quantised by --bits: widths and groups that divide nothing, still the reference."""
+"""Dense checkpoints, as they are and quantised by --bits: widths and groups that divide nothing, right all the same."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ if BABYLLAMA is not None:
 def test_dense_model(
     model: Path, bits: int | None, group_size: int | None, bundles: Bundles, sessions: Sessions, figure: Figure
 ) -> None:
-    options = {"bits": bits, "group_size": group_size, "chunks": SHORT}
+    options: dict[str, Any] = {"bits": bits, "group_size": group_size, "chunks": SHORT}
     exact, int8 = sessions(bundles(model, activations="exact", **options)), sessions(bundles(model, **options))
     oracle = reference.model(model, bits, group_size)
     tokenizer = Tokenizer(model / "tokenizer.json")

@@ -1,4 +1,4 @@
-"""The same bundle text on other devices: an emulated Raspberry Pi 4, any x86-64 with AVX2, and a runtime copied out alone."""
+"""The same text on an emulated Raspberry Pi 4, on any x86-64 with AVX2, and from a runtime copied out alone."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from tests.end_to_end import commands
 from tests.end_to_end.bundles import Bundles
 from tests.end_to_end.places import DEMO, REPO
 
-PROMPT = "Once upon a time"
+# int8 paths differ in the order of their sums, which may move a logit by 0.14 (test_chunks.py): every token here
+# is ahead of the next best by 0.22 or more.
+PROMPT = "Lily and Tom"
 STEPS = 48
 GENERATE = ("--prompt", PROMPT, "--max-new-tokens", str(STEPS), "--ignore-eos", "--json")
-STORY = ", there was a little girl named Lily. She loved to play with her toys"
+STORY = " were playing in the park. They saw a big, red ball."
 NOTHING_ELSE = """
 import importlib.util, sys
 found = [name for name in ("compiler", "schedules", "targets", "tests") if importlib.util.find_spec(name)]
@@ -31,7 +33,7 @@ raise SystemExit(f"importable: {found}" if found else 0)
 
 def generated(text: str) -> dict[str, Any]:
     said: dict[str, Any] = json.loads(text)
-    assert (len(said["tokens"]), said["stop_reason"], said["prompt_tokens"]) == (STEPS, "length", 5)
+    assert (len(said["tokens"]), said["stop_reason"], said["prompt_tokens"]) == (STEPS, "length", 4)
     assert said["text"].startswith(STORY)
     return said
 
