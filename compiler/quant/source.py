@@ -100,7 +100,7 @@ class Source(Protocol):
         """Whether there is such a weight matrix."""
 
     def describe(self, module: str) -> WeightType:
-        """Its shape and kind, from headers alone."""
+        """Its shape and kind, from headers and, where inputs are permuted, the (short) tensor that says how."""
 
     def load(self, module: str) -> QuantWeight | DenseWeight:
         """The weight itself. Reads this module's tensors and no others."""

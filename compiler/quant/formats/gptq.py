@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from compiler.errors import FormatError, UnsupportedError
 from compiler.quant.formats.dense import DenseSource
 from compiler.quant.grids import integer_grid
-from compiler.quant.ir import DenseWeight, QuantWeight, WeightType
+from compiler.quant.ir import DenseWeight, QuantWeight, WeightType, order_digest
 from compiler.quant.packing import unpack
 from compiler.quant.reference import F32, widen
 from compiler.quant.source import CheckpointView, ConfigView, Source, TensorView, refuse_bias, spelled
@@ -93,14 +93,16 @@ class GptqSource:
         return self._quantised(module) or self._dense.has(module)
 
     def describe(self, module: str) -> WeightType:
-        """Shape and kind from the header; every shape is checked against the configuration."""
+        """Shape and kind from the header and g_idx; every shape is checked against the configuration."""
         if not self._quantised(module):
             return self._dense.describe(module)
         config = self._config_of(module)
         k, n, group_size = _check_shapes(self._checkpoint, module, config)
         stored = self._checkpoint.tensors[f"{module}.scales"].dtype
         scale = "float16" if stored == "float16" else "float32"  # bfloat16 widens
-        return WeightType(n, k, integer_grid(config.bits).name, group_size, scale)
+        permutation = _permutation(self._g_idx(module), k, group_size, self._where(module))
+        order = "" if permutation is None else order_digest(permutation)
+        return WeightType(n, k, integer_grid(config.bits).name, group_size, scale, permuted=bool(order), order=order)
 
     def load(self, module: str) -> QuantWeight | DenseWeight:
         """Decode one module."""
@@ -112,13 +114,19 @@ class GptqSource:
         scales = array(f"{module}.scales")
         if tensors[f"{module}.scales"].dtype == "bfloat16":
             scales = widen(scales, "bfloat16")
-        g_idx = array(f"{module}.g_idx") if f"{module}.g_idx" in tensors else None
-        raw = Raw(array(f"{module}.qweight"), array(f"{module}.qzeros"), scales, g_idx)
-        return decode(raw, self._config_of(module), f"{tensors[f'{module}.qweight'].file}: {module}")
+        raw = Raw(array(f"{module}.qweight"), array(f"{module}.qzeros"), scales, self._g_idx(module))
+        return decode(raw, self._config_of(module), self._where(module))
 
     def vector(self, name: str) -> F32:
         """A norm weight as float32."""
         return self._dense.vector(name)
+
+    def _g_idx(self, module: str) -> NDArray[np.int32] | None:
+        name = f"{module}.g_idx"
+        return self._checkpoint.array(name) if name in self._checkpoint.tensors else None
+
+    def _where(self, module: str) -> str:
+        return f"{self._checkpoint.tensors[f'{module}.qweight'].file}: {module}"
 
     def _config_of(self, module: str) -> GptqConfig:
         """The first override whose name the module's name starts with, as GPTQModel's re.match has it."""
