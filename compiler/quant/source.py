@@ -105,6 +105,9 @@ class Source(Protocol):
     def load(self, module: str) -> QuantWeight | DenseWeight:
         """The weight itself. Reads this module's tensors and no others."""
 
+    def bias(self, module: str) -> F32 | None:
+        """f32[n] that the linear layer adds to its output, or None where there is none, or nothing but zeros."""
+
     def vector(self, name: str) -> F32:
         """A one-dimensional tensor as float32, by module ("model.norm") or by tensor name ("model.norm.weight")."""
 
@@ -125,8 +128,24 @@ def read_vector(checkpoint: CheckpointView, name: str) -> F32:
     return values
 
 
+def read_bias(checkpoint: CheckpointView, module: str, n: int) -> F32 | None:
+    """NAME.bias as f32[n], or None where there is none. auto-gptq writes one on every linear layer, all zero: None too.
+
+    Raises FormatError unless it is a finite vector of n dense numbers.
+    """
+    name = f"{module}.bias"
+    if name not in checkpoint.tensors:
+        return None
+    info = checkpoint.tensors[name]
+    if info.shape != (n,):
+        raise FormatError(f"{info.file}: {name} is {spelled(info)}, but the weight of {module} has {n} rows, and each "
+                          f"needs one number. The file is damaged, or from another model: fetch it again.")
+    values = read_vector(checkpoint, name)
+    return np.ascontiguousarray(values) if values.any() else None
+
+
 def refuse_bias(checkpoint: CheckpointView, module: str) -> None:
-    """auto-gptq writes an all-zero bias on every linear. Raises UnsupportedError when one is more than that."""
+    """For a format whose bias() is not written yet. Raises UnsupportedError when a bias is more than zeros."""
     name = f"{module}.bias"
     if name in checkpoint.tensors and checkpoint.array(name).any():
         raise UnsupportedError(f"{checkpoint.tensors[name].file}: {name} is not zero, but quern has no biases in "

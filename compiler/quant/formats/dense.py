@@ -8,7 +8,7 @@ import numpy as np
 from compiler.errors import CheckpointError, FormatError
 from compiler.quant.ir import DENSE_STORAGE, DenseWeight, WeightType
 from compiler.quant.reference import F32
-from compiler.quant.source import CheckpointView, Source, read_vector, refuse_bias, spelled
+from compiler.quant.source import CheckpointView, Source, read_bias, read_vector, spelled
 
 NAME = "dense"
 
@@ -55,8 +55,11 @@ class DenseSource:
     def load(self, module: str) -> DenseWeight:
         """A view of the file, not a copy; whoever computes with it meets what is not finite."""
         weight = self.describe(module)
-        refuse_bias(self._checkpoint, module)
         return DenseWeight(self._checkpoint.array(f"{module}.weight"), weight.grid)
+
+    def bias(self, module: str) -> F32 | None:
+        """What the linear layer adds, if anything."""
+        return read_bias(self._checkpoint, module, self.describe(module).n)
 
     def vector(self, name: str) -> F32:
         """A norm weight as float32."""

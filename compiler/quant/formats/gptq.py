@@ -22,7 +22,7 @@ from compiler.quant.grids import integer_grid
 from compiler.quant.ir import DenseWeight, QuantWeight, WeightType, order_digest
 from compiler.quant.packing import unpack
 from compiler.quant.reference import F32, widen
-from compiler.quant.source import CheckpointView, ConfigView, Source, TensorView, refuse_bias, spelled
+from compiler.quant.source import CheckpointView, ConfigView, Source, TensorView, read_bias, spelled
 
 NAME = "gptq"
 BITS = (2, 3, 4, 8)
@@ -109,13 +109,16 @@ class GptqSource:
         if not self._quantised(module):
             return self._dense.load(module)
         self.describe(module)
-        refuse_bias(self._checkpoint, module)
         tensors, array = self._checkpoint.tensors, self._checkpoint.array
         scales = array(f"{module}.scales")
         if tensors[f"{module}.scales"].dtype == "bfloat16":
             scales = widen(scales, "bfloat16")
         raw = Raw(array(f"{module}.qweight"), array(f"{module}.qzeros"), scales, self._g_idx(module))
         return decode(raw, self._config_of(module), self._where(module))
+
+    def bias(self, module: str) -> F32 | None:
+        """What the linear layer adds, if anything: in the order of its outputs, whatever the act-order."""
+        return read_bias(self._checkpoint, module, self.describe(module).n)
 
     def vector(self, name: str) -> F32:
         """A norm weight as float32."""
