@@ -40,8 +40,9 @@ def as_bytes(value: Any) -> np.ndarray:
 
 def four_bits(**changed: Any) -> dict[str, Any]:
     """One NF4 module of [2, 64]; a change of None leaves a tensor out."""
-    parts: dict[str, Any] = {"weight": np.full((64, 1), 0x1F, np.uint8), "absmax": np.array([2, 3], np.float32), "quant_map": NF4,
-             "state": as_bytes(STATE)} | changed
+    parts: dict[str, Any] = {
+        "weight": np.full((64, 1), 0x1F, np.uint8), "absmax": np.array([2, 3], np.float32), "quant_map": NF4,
+        "state": as_bytes(STATE), **changed}
     spelled = {"weight": "m.weight", "state": "m.weight.quant_state.bitsandbytes__nf4"}
     return {spelled.get(part, f"m.weight.{part}"): array for part, array in parts.items() if array is not None}
 
@@ -192,7 +193,7 @@ def test_refuses_tensors_that_disagree(tmp_path: Path, changed: dict[str, Any], 
 def test_refuses_what_it_cannot_mean(tmp_path: Path) -> None:
     straddling = four_bits(state=as_bytes({**STATE, "shape": [4, 32]}))
     assert refusal(tmp_path, straddling, kind=UnsupportedError) == (
-        f"{WHERE}: rows of 32 weights are no multiple of blocksize 64, so that one scale reaches across rows. Quantise "
+        f"{WHERE}: rows of 32 are no multiple of blocksize 64, so that one scale reaches across rows. Quantise "
         f"with a blocksize that divides 32, or take the model unquantised and give --bits 4.")
     other = four_bits(quant_map=np.linspace(-1, 1, 16, dtype=np.float32))
     assert refusal(tmp_path, other, kind=UnsupportedError) == (

@@ -27,7 +27,7 @@ from compiler.quant.formats.dense import DenseSource
 from compiler.quant.grids import GRIDS, integer_grid
 from compiler.quant.ir import DenseWeight, QuantWeight, WeightType
 from compiler.quant.reference import F32
-from compiler.quant.source import CheckpointView, ConfigView, Source, refuse_bias, spelled
+from compiler.quant.source import CheckpointView, ConfigView, Source, read_bias, spelled
 
 NAME = "bitsandbytes"
 KINDS = ("nf4", "fp4")
@@ -106,12 +106,14 @@ class BitsandbytesSource:
         """Decode one module."""
         bits = self._bits_of(module)
         if bits == 4:
-            refuse_bias(self._checkpoint, module)
             return self._load_4bit(module)
         if bits == 8:
-            refuse_bias(self._checkpoint, module)
             return self._load_int8(module)
         return self._dense.load(module)
+
+    def bias(self, module: str) -> F32 | None:
+        """What the linear layer adds, if anything; bitsandbytes leaves it dense."""
+        return read_bias(self._checkpoint, module, self.describe(module).n)
 
     def vector(self, name: str) -> F32:
         """A norm weight as float32."""
@@ -173,8 +175,8 @@ class BitsandbytesSource:
     def _checked_int8(self, module: str) -> tuple[int, int]:
         info = self._checkpoint.tensors[f"{module}.weight"]
         if info.dtype != "int8" or len(info.shape) != 2 or 0 in info.shape:
-            raise FormatError(f"{info.file}: {module}.weight is {spelled(info)}, but with an SCB it must be int8[n, k]. Fetch "
-                              f" the checkpoint again.")
+            raise FormatError(f"{info.file}: {module}.weight is {spelled(info)}, but beside an SCB it is int8[n, k]. "
+                              f"Fetch the checkpoint again.")
         self._expect(f"{module}.SCB", "float32", (info.shape[0],))
         return info.shape[0], info.shape[1]
 
@@ -263,7 +265,7 @@ def _read_state(text: bytes, where: str) -> State:
         refuse("not a JSON object")
     if unknown := sorted(state.keys() - STATE_KEYS):
         refuse(f"has the key {unknown[0][:80]!r}, which quern does not know")
-    kind, shape = state.get("quant_type"), state.get("shape")
+    kind, shape, offset = (state.get(key) for key in ("quant_type", "shape", "nested_offset"))
     if kind not in KINDS:
         refuse(f"quant_type is {str(kind)[:40]!r}, but must be one of {', '.join(KINDS)}")
     if not isinstance(shape, list) or len(shape) != 2 or not all(type(x) is int and 0 < x < 1 << 31 for x in shape):
@@ -272,13 +274,12 @@ def _read_state(text: bytes, where: str) -> State:
     block = integer("blocksize", BLOCK_SIZES)
     if k % block:
         raise UnsupportedError(
-            f"{where}: rows of {k} weights are no multiple of blocksize {block}, so that one scale reaches across rows. Quantise "
-            f" with a blocksize that divides {k}, or take the model unquantised and give --bits 4.")
+            f"{where}: rows of {k} are no multiple of blocksize {block}, so that one scale reaches across rows. "
+            f"Quantise with a blocksize that divides {k}, or take the model unquantised and give --bits 4.")
     nested = {"nested_blocksize", "nested_dtype", "nested_offset"} & state.keys()
     if not nested:
         return State(kind, n, k, block, 0, None)
-    offset = state.get("nested_offset")
-    if type(offset) not in (int, float) or not abs(offset) < 1e30:
+    if not isinstance(offset, int | float) or isinstance(offset, bool) or not abs(offset) < 1e30:
         refuse(f"nested_offset is {str(offset)[:40]!r}, but must be a finite number")
     return State(kind, n, k, block, integer("nested_blocksize", BLOCK_SIZES), float(offset))
 
