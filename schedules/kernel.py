@@ -73,6 +73,11 @@ class Kernel:
 Lower = Callable[[Request], Kernel]
 
 
+def spelled(number: float) -> str:
+    """A float attribute as part of a kernel's name, with more digits than fp32 has."""
+    return f"{number:.8e}".replace("-", "m").replace("+", "p").replace(".", "_")
+
+
 def lowerings() -> dict[str, Lower]:
     """All operators that have a schedule, collected from every module in this package. A name in two files is a bug."""
     import schedules

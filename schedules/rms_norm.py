@@ -17,21 +17,28 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from schedules import quantize, vector
-from schedules.kernel import Kernel, Request
+from schedules.kernel import Kernel, Request, spelled
 from schedules.vector import LANES, Expr
 
 UNROLL = 4  # independent sums: one addition would wait for the last for 4 cycles
 
 
-def _sum_of_squares(x: Any, t: Expr, d: int) -> Expr:
-    """Sum over row t."""
+def inverse_rms(x: Any, t: Expr, d: int, eps: float, start: Expr = 0) -> Expr:
+    """1 / sqrt(mean of squares + eps) of row t's d values from column `start` on."""
+    mean = _sum_of_squares(x, t, d, start) / T.float32(d)
+    root = vector.intrinsic("llvm.sqrt", mean + T.float32(eps), lanes=1)
+    return vector.hold(T.float32(1) / root, 1)
+
+
+def _sum_of_squares(x: Any, t: Expr, d: int, start: Expr) -> Expr:
+    """Sum over d values of row t."""
     block = UNROLL * LANES
     sums = vector.registers(UNROLL)
     for u in range(UNROLL):
         vector.store(sums, vector.splat(0.0, LANES), u, 0, lanes=LANES)
 
     def add(u: int, offset: Expr) -> None:
-        v = vector.hold(vector.load(x, t, offset, lanes=LANES), LANES)
+        v = vector.hold(vector.load(x, t, start + offset, lanes=LANES), LANES)
         vector.store(sums, vector.load(sums, u, 0, lanes=LANES) + v * v, u, 0, lanes=LANES)
 
     if d >= block:
@@ -48,7 +55,7 @@ def _sum_of_squares(x: Any, t: Expr, d: int) -> Expr:
         first = first + other
     squares = vector.total(first, LANES)
     for offset, lanes in rest[len(full) :]:
-        v = vector.hold(vector.load(x, t, whole + offset, lanes=lanes), lanes)
+        v = vector.hold(vector.load(x, t, start + whole + offset, lanes=lanes), lanes)
         squares = squares + vector.total(v * v, lanes)
     return squares
 
@@ -56,8 +63,7 @@ def _sum_of_squares(x: Any, t: Expr, d: int) -> Expr:
 def lower(request: Request) -> Kernel:
     """Two passes over a token's row: sum of squares, then scaling (and quantising). Tokens in parallel."""
     (m, d), eps, group = request.args[0].shape, float(request.attrs["eps"]), request.attrs.get("group")
-    number = f"{eps:.8e}".replace("-", "m").replace("+", "p").replace(".", "_")
-    name = f"rms_norm_m{m}_d{d}_eps{number}" + (f"_quantize_g{group}" if group else "")
+    name = f"rms_norm_m{m}_d{d}_eps{spelled(eps)}" + (f"_quantize_g{group}" if group else "")
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_attr({"tirx.noalias": True, "global_symbol": name})
         x = T.arg("x", T.buffer((m, d), "float32", layout=None))
@@ -67,9 +73,7 @@ def lower(request: Request) -> Kernel:
             T.reads(x[0:m, 0:d], weight[0:d])
             T.writes(*out.regions)
             with vector.tokens(m) as t:
-                mean = _sum_of_squares(x, t, d) / T.float32(d)
-                root = vector.intrinsic("llvm.sqrt", mean + T.float32(eps), lanes=1)
-                factor = vector.hold(T.float32(1) / root, 1)
+                factor = inverse_rms(x, t, d, eps)
 
                 def value(k: Expr, lanes: int) -> Expr:
                     scaled = vector.load(x, t, k, lanes=lanes) * vector.splat(factor, lanes)

@@ -122,14 +122,38 @@ def exp2(x: Expr, lanes: int) -> Expr:
 
     x = n + f with n the nearest integer: 2^f from the polynomial, n added to its exponent bits.
     """
-    x = hold(T.max(x, splat(-127.0, lanes)), lanes)
-    whole = hold(intrinsic("llvm.roundeven", x, lanes=lanes), lanes)
-    f = hold(x - whole, lanes)
+    whole, f = _split(T.max(x, splat(-127.0, lanes)), lanes)
     power = splat(EXP2[0], lanes)
     for coefficient in (*EXP2[1:], 1.0):
         power = power * f + splat(coefficient, lanes)
+    return _times_power(power, whole, lanes)
+
+
+def tanh2(x: Expr, lanes: int) -> Expr:
+    """(2^x - 1) / (2^x + 1), which is tanh(x ln 2 / 2); relative error 4e-7, near 0 as well.
+
+    2^x - 1 = (2^n - 1) + 2^n * f * p(f): no difference of near numbers. From |x| = 60 on the result is 1 or -1.
+    """
+    whole, f = _split(T.min(T.max(x, splat(-60.0, lanes)), splat(60.0, lanes)), lanes)
+    slope = splat(EXP2[0], lanes)
+    for coefficient in EXP2[1:]:
+        slope = slope * f + splat(coefficient, lanes)
+    power = hold(_times_power(splat(1.0, lanes), whole, lanes), lanes)
+    less_one = hold((power - splat(1.0, lanes)) + power * (slope * f), lanes)
+    return less_one / (less_one + splat(2.0, lanes))
+
+
+def _split(x: Expr, lanes: int) -> tuple[Expr, Expr]:
+    """Nearest integer of x, still as fp32, and what is left: within [-0.5, 0.5]."""
+    x = hold(x, lanes)
+    whole = hold(intrinsic("llvm.roundeven", x, lanes=lanes), lanes)
+    return whole, hold(x - whole, lanes)
+
+
+def _times_power(x: Expr, whole: Expr, lanes: int) -> Expr:
+    """x * 2^whole, by adding to the exponent bits."""
     exponent = T.shift_left(T.Cast(kind("int32", lanes), whole), splat(T.int32(23), lanes))
-    return T.reinterpret(kind("float32", lanes), T.reinterpret(kind("int32", lanes), power) + exponent)
+    return T.reinterpret(kind("float32", lanes), T.reinterpret(kind("int32", lanes), x) + exponent)
 
 
 def pieces(n: int, widest: int = LANES) -> Iterator[tuple[int, int]]:
