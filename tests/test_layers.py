@@ -29,6 +29,7 @@ LAW: dict[str, set[str]] = {
     "compiler.progress": {"rich"},
     "compiler.checkpoint": {"numpy"},
     "compiler.quant": {"numpy"},
+    "compiler.quant.patterns": {"compiler.quant", "numpy", "re2"},
     "compiler.quantize": {"compiler.checkpoint", "compiler.models", "compiler.quant", "numpy", "scipy", "torch"},
     "compiler.graph": {"compiler.quant.ir", "numpy", "tvm"},
     "compiler.models": {"compiler.checkpoint.config", "compiler.graph", "compiler.quant.ir", "tvm"},

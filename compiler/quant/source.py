@@ -64,6 +64,9 @@ class ConfigView(Protocol):
     def string(self, key: str, choices: Collection[str] = ..., default: str = ...) -> str:
         """A string, one of choices."""
 
+    def strings(self, key: str, default: tuple[str, ...] = ...) -> tuple[str, ...]:
+        """A list of strings."""
+
     def section(self, key: str) -> ConfigView:
         """A nested object."""
 
@@ -142,6 +145,27 @@ def read_bias(checkpoint: CheckpointView, module: str, n: int) -> F32 | None:
                           f"needs one number. The file is damaged, or from another model: fetch it again.")
     values = read_vector(checkpoint, name)
     return np.ascontiguousarray(values) if values.any() else None
+
+
+def scale_type(checkpoint: CheckpointView, name: str) -> str:
+    """The element type that `read_scales` gives: float16 stays, bfloat16 and float32 become float32."""
+    return "float16" if checkpoint.tensors[name].dtype == "float16" else "float32"
+
+
+def read_scales(checkpoint: CheckpointView, name: str) -> NDArray[Any]:
+    """Scales as float16 or float32, exactly as stored. Raises FormatError unless all are finite."""
+    info = checkpoint.tensors[name]
+    scales = widen(checkpoint.array(name), info.dtype) if info.dtype == "bfloat16" else checkpoint.array(name)
+    refuse_not_finite(scales, f"{info.file}: {name}")
+    return scales
+
+
+def refuse_not_finite(values: NDArray[Any], where: str) -> None:
+    """Raise FormatError when a scale is NaN or infinite."""
+    bad = int(values.size - np.isfinite(values).sum())
+    if bad:
+        raise FormatError(f"{where}: {bad} of {values.size} are NaN or infinite. "
+                          f"The file is damaged or the quantisation failed: fetch it again, or quantise again.")
 
 
 def refuse_bias(checkpoint: CheckpointView, module: str) -> None:

@@ -196,6 +196,26 @@ def test_one_module_set_apart_by_gptqmodel(tmp_path: Path) -> None:
     assert source.load("m").type == WeightType(16, 64, "int8", 64)
 
 
+EIGHT = {"m__qweight": np.zeros((16, 16), np.int32), "m__qzeros": np.zeros((2, 4), np.int32)}
+
+
+@pytest.mark.parametrize(("dynamic", "bits"), [  # the first pattern that matches from the start of "m" on decides
+    ({"+:m": {"bits": 8}}, 8), ({"m": {"bits": 8}}, 8), ({r"+:.*": {"bits": 8}}, 8), ({"^m$": {"bits": 8}}, 8),
+    ({r"+:(a|b|m)": {"bits": 8}, "m": {"bits": 4}}, 8), ({"m": {"bits": 4}, ".*": {"bits": 8}}, 4),
+    ({".m": {"bits": 8}}, 4), ({"m.": {"bits": 8}}, 4), ({"M": {"bits": 8}}, 4), ({"-:n": {}, "m": {"bits": 8}}, 8),
+    ({"(m*)*$": {"bits": 8}}, 8), ({r"[^\W\d]": {"bits": 8}}, 8), ({"": {"bits": 8}}, 8),
+])
+def test_patterns_of_gptqmodel(tmp_path: Path, dynamic: dict[str, Any], bits: int) -> None:
+    source = checkpoint(tmp_path, settings(sym=False, dynamic=dynamic), **(EIGHT if bits == 8 else {}))
+    assert source.describe("m").bits == source.load("m").type.bits == bits
+
+
+def test_a_module_that_dynamic_leaves_alone_must_not_be_quantised(tmp_path: Path) -> None:
+    assert refusal(tmp_path, settings(dynamic={"-:m": {}}), FormatError) == (
+        f"{tmp_path / 'model.safetensors'}: m is quantised, but config.json says that this module is not. The "
+        f"configuration belongs to another checkpoint, or was edited.")
+
+
 def refusal(folder: Path, config: dict[str, Any], kind: type[UserError], **changed: Any) -> str:
     with pytest.raises(kind) as error:
         checkpoint(folder, config, **changed).load("m")
@@ -263,9 +283,16 @@ CONFIGS: dict[str, tuple[dict[str, Any], type[UserError], str]] = {
     "unknown": ({"rotation": "hadamard"}, ConfigError,
                 "rotation is 'hadamard': quern does not know this key and will not guess what it changes. If it "
                 "changes nothing in the computation, remove it; otherwise the model is not supported."),
-    "pattern": ({"dynamic": {r"+:.*\.down_proj": {"bits": 8}}}, UnsupportedError,
-                r"dynamic.+:.*\.down_proj is a pattern, but quern reads only plain module names there. Quantise all "
-                "modules alike, or name each one."),
+    "lookahead": ({"dynamic": {r"-:(?!model)": {}}}, UnsupportedError,
+                  "dynamic.-:(?!model) is a pattern that quern does not match: invalid perl operator: (?!. Write it "
+                  "without lookaround and back references, or name the modules."),
+    "no pattern": ({"dynamic": {"+:(": {"bits": 8}}}, UnsupportedError,
+                   "dynamic.+:( is a pattern that quern does not match: missing ): (. Write it without lookaround and "
+                   "back references, or name the modules."),
+    "endless": ({"dynamic": {"a" * 1001: {}}}, UnsupportedError,
+                f"dynamic.{'a' * 80} is a pattern that quern does not match: longer than 1000 characters. Write it "
+                f"without lookaround and back references, or name the modules."),
+    "number": ({"dynamic": {"m": 4}}, ConfigError, "dynamic.m is 4, but it must be an object."),
     "unknown in dynamic": ({"dynamic": {"m": {"bits": 4, "adapter": {"rank": 8}}}}, ConfigError,
                            'dynamic.m.adapter is {"rank": 8}: quern does not know this key and will not guess what it '
                            "changes. If it changes nothing in the computation, remove it; otherwise the model is not "

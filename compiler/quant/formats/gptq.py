@@ -9,7 +9,6 @@ g_idx   i32[k]           group of every input; absent or k // g without act-orde
 """
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -17,12 +16,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compiler.errors import FormatError, UnsupportedError
+from compiler.quant import act_order
 from compiler.quant.formats.dense import DenseSource
 from compiler.quant.grids import integer_grid
 from compiler.quant.ir import DenseWeight, QuantWeight, WeightType, order_digest
 from compiler.quant.packing import unpack
-from compiler.quant.reference import F32, widen
-from compiler.quant.source import CheckpointView, ConfigView, Source, TensorView, read_bias, spelled
+from compiler.quant.patterns import Rules
+from compiler.quant.reference import F32
+from compiler.quant.source import (
+    CheckpointView,
+    ConfigView,
+    Source,
+    TensorView,
+    read_bias,
+    read_scales,
+    refuse_not_finite,
+    scale_type,
+    spelled,
+)
 
 NAME = "gptq"
 BITS = (2, 3, 4, 8)
@@ -77,10 +88,10 @@ def open(checkpoint: CheckpointView) -> Source:  # noqa: A001 - what every forma
 class GptqSource:
     """Modules with a qweight are decoded, all others come as they are."""
 
-    def __init__(self, checkpoint: CheckpointView, config: GptqConfig, overrides: dict[str, GptqConfig]) -> None:
+    def __init__(self, checkpoint: CheckpointView, config: GptqConfig, rules: Rules[GptqConfig | None]) -> None:
         self._checkpoint = checkpoint
         self._config = config
-        self._overrides = overrides
+        self._rules = rules
         self._dense = DenseSource(checkpoint)
 
     def modules(self) -> list[str]:
@@ -98,21 +109,18 @@ class GptqSource:
             return self._dense.describe(module)
         config = self._config_of(module)
         k, n, group_size = _check_shapes(self._checkpoint, module, config)
-        stored = self._checkpoint.tensors[f"{module}.scales"].dtype
-        scale = "float16" if stored == "float16" else "float32"  # bfloat16 widens
-        permutation = _permutation(self._g_idx(module), k, group_size, self._where(module))
-        order = "" if permutation is None else order_digest(permutation)
-        return WeightType(n, k, integer_grid(config.bits).name, group_size, scale, permuted=bool(order), order=order)
+        scale = scale_type(self._checkpoint, f"{module}.scales")
+        order = act_order.permutation(self._g_idx(module), k, group_size, f"{self._where(module)}.g_idx")
+        digest = "" if order is None else order_digest(order)
+        return WeightType(n, k, integer_grid(config.bits).name, group_size, scale, permuted=bool(digest), order=digest)
 
     def load(self, module: str) -> QuantWeight | DenseWeight:
         """Decode one module."""
         if not self._quantised(module):
             return self._dense.load(module)
         self.describe(module)
-        tensors, array = self._checkpoint.tensors, self._checkpoint.array
-        scales = array(f"{module}.scales")
-        if tensors[f"{module}.scales"].dtype == "bfloat16":
-            scales = widen(scales, "bfloat16")
+        array = self._checkpoint.array
+        scales = read_scales(self._checkpoint, f"{module}.scales")
         raw = Raw(array(f"{module}.qweight"), array(f"{module}.qzeros"), scales, self._g_idx(module))
         return decode(raw, self._config_of(module), self._where(module))
 
@@ -132,8 +140,11 @@ class GptqSource:
         return f"{self._checkpoint.tensors[f'{module}.qweight'].file}: {module}"
 
     def _config_of(self, module: str) -> GptqConfig:
-        """The first override whose name the module's name starts with, as GPTQModel's re.match has it."""
-        return next((config for name, config in self._overrides.items() if module.startswith(name)), self._config)
+        config = self._rules.first(module, self._config)
+        if config is None:
+            raise FormatError(f"{self._where(module)} is quantised, but config.json says that this module is not. The "
+                              f"configuration belongs to another checkpoint, or was edited.")
+        return config
 
     def _quantised(self, module: str) -> bool:
         found = f"{module}.qweight" in self._checkpoint.tensors
@@ -151,17 +162,14 @@ def decode(raw: Raw, config: GptqConfig, where: str) -> QuantWeight:
     """
     k, n = raw.qweight.shape[0] * 32 // config.bits, raw.qweight.shape[1]
     group_size = k if config.group_size == -1 else min(config.group_size, k)
-    if not np.isfinite(raw.scales).all():
-        bad = int(raw.scales.size - np.isfinite(raw.scales).sum())
-        raise FormatError(f"{where}.scales: {bad} of {raw.scales.size} are NaN or infinite. "
-                          f"The file is damaged or the quantisation failed: fetch it again, or quantise again.")
+    refuse_not_finite(raw.scales, f"{where}.scales")
     zero = _zeros(raw.qzeros, config)
     middle = integer_grid(config.bits).middle
     if config.sym and (zero != middle).any():
         wrong = int(zero[zero != middle][0])
         raise FormatError(f"{where}.qzeros: a zero is {wrong}, but sym = true needs {middle} everywhere. If sym is "
                           f"right, checkpoint_format is wrong: 'gptq' stores zero - 1, 'gptq_v2' stores zero.")
-    permutation = _permutation(raw.g_idx, k, group_size, where)
+    permutation = act_order.permutation(raw.g_idx, k, group_size, f"{where}.g_idx")
     codes = unpack(raw.qweight.T, config.bits, axis=1)
     if permutation is not None:
         codes = np.take(codes, permutation, axis=1)  # 20 times faster than codes[:, permutation]
@@ -184,26 +192,6 @@ def _zeros(qzeros: NDArray[np.int32], config: GptqConfig) -> NDArray[np.int16]:
         restored = (np.ascontiguousarray(qzeros).view(np.uint32) + ones).view(np.int32)
         return unpack(restored, config.bits, axis=1).astype(np.int16)
     return (unpack(qzeros, config.bits, axis=1).astype(np.int16) + 1) & ((1 << config.bits) - 1)
-
-
-def _permutation(g_idx: NDArray[np.int32] | None, k: int, group_size: int, where: str) -> NDArray[np.int32] | None:
-    """None when inputs are in group order, else the stable order that brings each group together (act-order)."""
-    natural = np.arange(k) // group_size
-    if g_idx is None or np.array_equal(g_idx, natural):
-        return None
-    groups = -(-k // group_size)
-    outside = (g_idx < 0) | (g_idx >= groups)
-    if outside.any():
-        place = int(outside.argmax())
-        raise FormatError(f"{where}.g_idx: input {place} is in group {g_idx[place]}, but group_size {group_size} makes "
-                          f"groups 0 to {groups - 1}. The file is damaged, or group_size is wrong.")
-    uneven = np.bincount(g_idx, minlength=groups) != np.bincount(natural)
-    if uneven.any():
-        group = int(uneven.argmax())
-        raise FormatError(f"{where}.g_idx: group {group} has {int((g_idx == group).sum())} inputs, but group_size "
-                          f"{group_size} needs {int((natural == group).sum())}. group_size is wrong, or the file is "
-                          f"damaged.")
-    return np.argsort(g_idx, kind="stable").astype(np.int32)
 
 
 def _check_shapes(checkpoint: CheckpointView, module: str, config: GptqConfig) -> tuple[int, int, int]:
@@ -255,8 +243,8 @@ def _looks_like_awq(parts: dict[str, TensorView], bits: int) -> bool:
     return len(shapes) == 3 and shapes[0][1] == shapes[1][1] and shapes[2][1] * bits == shapes[0][1] * 32
 
 
-def _read_config(config: ConfigView) -> tuple[GptqConfig, dict[str, GptqConfig]]:
-    """The settings for all modules, and those of modules that GPTQModel's `dynamic` sets apart, by name prefix."""
+def _read_config(config: ConfigView) -> tuple[GptqConfig, Rules[GptqConfig | None]]:
+    """The settings for all modules, and those of modules that GPTQModel's `dynamic` sets apart."""
     config.string("quant_method", ["gptq"], "gptq")
     config.string("method", ["gptq"], "gptq")
     config.string("pack_dtype", ["int32"], "int32")
@@ -272,20 +260,30 @@ def _read_config(config: ConfigView) -> tuple[GptqConfig, dict[str, GptqConfig]]
                           f"the other gptq_v2. Set both to the form that the file has.")
     common = GptqConfig(_bits(config), _group_size(config), config.boolean("sym", False),
                         2 if layout == {"gptq_v2"} else 1, _writer_borrows(config.data))
-    overrides: dict[str, GptqConfig] = {}
-    if config.has("dynamic"):
-        dynamic = config.section("dynamic")
-        for pattern in dynamic.names():
-            if pattern.startswith("-:"):  # these modules are not quantised, which their tensors show
-                dynamic.accept(pattern)
-                continue
-            overrides[_literal(pattern, dynamic)] = _override(dynamic.section(pattern), common)
+    rules = _read_dynamic(config.section("dynamic"), common) if config.has("dynamic") else Rules[GptqConfig | None]()
     config.refuse_unhandled(HARMLESS)
-    return common, overrides
+    return common, rules
+
+
+def _read_dynamic(dynamic: ConfigView, common: GptqConfig) -> Rules[GptqConfig | None]:
+    """GPTQModel's rules: the first pattern that matches a module's name from its start on decides (its dynamic_get).
+
+    "-:PATTERN" = not quantised (None here), "+:PATTERN" or PATTERN = with these settings instead of the common ones.
+    """
+    rules = Rules[GptqConfig | None]()
+    for key in dynamic.names():
+        own = None
+        if key.startswith("-:"):
+            dynamic.accept(key)
+        else:
+            own = _override(dynamic.section(key), common)
+        rules.expression(key[2:] if key[:2] in ("+:", "-:") else key, own, dynamic.where(key))
+    return rules
 
 
 def _override(own: ConfigView, common: GptqConfig) -> GptqConfig:
     own.boolean("desc_act", False)
+    own.string("pack_dtype", ["int32"], "int32")
     return GptqConfig(_bits(own, common.bits), _group_size(own, common.group_size), own.boolean("sym", common.sym),
                       common.version, common.borrows)
 
@@ -303,15 +301,6 @@ def _group_size(config: ConfigView, *default: int) -> int:
     if group_size == 0:
         raise FormatError(f"{config.where('group_size')} is 0, but it must be -1 (one group a row) or at least 1.")
     return group_size
-
-
-def _literal(pattern: str, dynamic: ConfigView) -> str:
-    """`dynamic` has regular expressions; a plain name is all that real files here use, and all that is read."""
-    name = pattern.removeprefix("+:")
-    if not re.fullmatch(r"[A-Za-z0-9_.]+", name):
-        raise UnsupportedError(f"{dynamic.where(pattern)} is a pattern, but quern reads only plain module names there. "
-                               f"Quantise all modules alike, or name each one.")
-    return name
 
 
 def _writer_borrows(quantization: dict[str, Any]) -> bool:
