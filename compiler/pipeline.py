@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -66,7 +66,7 @@ class Inputs:
     format: str
     model: Model
     source: Source
-    tokenizer: Path | None
+    tokenizer: Mapping[str, bytes] | None
 
 
 def build(model_dir: Path, request: Request, report: Reporter) -> manifest.Manifest:
@@ -85,10 +85,11 @@ def import_checkpoint(model_dir: Path, request: Request) -> Inputs:
     checkpoint = open_checkpoint(model_dir)
     source = open_source(checkpoint)
     model = models.build(checkpoint.config, source.describe, model_options(request))
-    tokenizer_files.check(checkpoint.path, model.vocab_size)
+    tokenizer = checkpoint.tokenizer_files()
+    tokenizer_files.check(tokenizer, model.vocab_size, checkpoint.path)
     quantization = checkpoint.config.data.get("quantization_config") or {}
     kind = str(quantization.get("quant_method", "dense"))
-    return Inputs(checkpoint.path.resolve().name, kind, model, source, checkpoint.path)
+    return Inputs(checkpoint.name, kind, model, source, tokenizer)
 
 
 def model_options(request: Request) -> models.Options:

@@ -76,11 +76,16 @@ def map_file(path: Path) -> mmap.mmap:
 
 
 def view(mapped: mmap.mmap, info: TensorInfo) -> NDArray[Any]:
-    """The tensor as a read-only array on the mapping, no copy. bfloat16 comes as uint16 bits, float8 as uint8."""
+    """The tensor as a read-only array on the mapping, no copy. bfloat16 comes as uint16 bits, float8 as uint8.
+
+    A dtype that is none of safetensors' is one of GGUF's block formats: u8[..., bytes of a row].
+    """
     flat = np.frombuffer(mapped, np.uint8, info.nbytes, info.offset) if info.nbytes else np.empty(0, np.uint8)
-    flat = flat.view(STORAGE[info.dtype])
     flat.flags.writeable = False
-    return flat.reshape(info.shape)
+    if info.dtype in STORAGE:
+        return flat.view(STORAGE[info.dtype]).reshape(info.shape)
+    rows = math.prod(info.shape[:-1])
+    return flat.reshape(*info.shape[:-1], info.nbytes // rows if rows else 0)
 
 
 def _metadata(path: Path, value: Any) -> dict[str, str]:
