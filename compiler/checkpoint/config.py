@@ -194,13 +194,20 @@ def read_optional(file: Path) -> Config | None:
 
 
 def _merge(parts: list[Config]) -> Config:
-    """All keys of all parts. null gives way to a value; two different values become a conflict a getter reports."""
+    """All keys of all parts. null gives way to a value; two different values become a conflict a getter reports.
+
+    Letter case makes no difference: AutoAWQ writes "gemm" into one file and "GEMM" into the other.
+    """
     entries: dict[str, Entry] = {}
     for part in parts:
         for key, entry in part._entries.items():
             known = entries.get(key)
             if known is None or known.value is None:
                 entries[key] = entry
-            elif entry.value is not None and entry.value != known.value and known.conflict is None:
+            elif entry.value is not None and not _same(entry.value, known.value) and known.conflict is None:
                 entries[key] = Entry(known.value, known.where, (entry.where, entry.value))
     return Config(entries, parts[0]._home)
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a == b or (isinstance(a, str) and isinstance(b, str) and a.lower() == b.lower())

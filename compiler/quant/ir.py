@@ -19,7 +19,7 @@ from compiler.quant.grids import GRIDS
 DENSE_STORAGE: dict[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16), "float32": np.dtype(np.float32),
 }
-ACTIVATIONS = ("any", "int8-token")
+ACTIVATIONS = ("any", "int8-token", "int8-static")
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class WeightType:
     scale is the element type of the scales, float16 or float32; it says nothing of a dense weight.
     offset: there is a float32 offset a group. permuted: inputs must be gathered first (act-order); `order` is then the
     digest of the permutation (`order_digest`), or "" when only reading the data would tell.
-    activations: what the weight was made for: "any", or "int8-token" where the checkpoint quantises activations itself.
+    activations: what the weight was made for: "any", or where the checkpoint quantises activations itself "int8-token"
+    (a scale a token, found at run time) or "int8-static" (one stored scale). A remark: it changes no arithmetic.
     """
 
     n: int

@@ -23,7 +23,7 @@ def source(folder: Path, config: dict[str, Any] | None = None, **tensors: Any) -
 
 def test_every_file_of_the_folder_is_a_format() -> None:
     files = {path.stem for path in Path(formats.__file__).parent.glob("*.py")} - {"__init__"}
-    assert {format_.name for format_ in formats.formats()} == files >= {"dense", "gptq"}
+    assert {format_.name.replace("-", "_") for format_ in formats.formats()} == files >= {"dense", "gptq"}
 
 
 def test_no_format_claims_it(tmp_path: Path) -> None:
@@ -73,7 +73,8 @@ def test_dense_refusals(tmp_path: Path) -> None:
     dense = source(tmp_path, i__weight=np.ones((2, 2), np.int8), e__weight=np.ones((0, 2), np.float32),
                    b__weight=np.ones((2, 2), np.float16), b__bias=np.ones(3, np.float16),
                    c__weight=np.ones((1, 2), np.float16), c__bias=np.array([np.inf], np.float32),
-                   nan__weight=np.array([np.nan], np.float32))
+                   nan__weight=np.array([np.nan], np.float32), q__qweight=np.ones((1, 1), np.int32),
+                   q__scales=np.ones((1, 1), np.float16))
     file = tmp_path / "model.safetensors"
     need = ("but a dense weight needs two dimensions and one of float16, bfloat16, float32. If it is quantised, "
             "config.json must say how.")
@@ -82,6 +83,8 @@ def test_dense_refusals(tmp_path: Path) -> None:
         ("e", FormatError, f"{file}: e.weight is float32[0, 2], {need}"),
         ("nan", FormatError, f"{file}: nan.weight is float32[1], {need}"),
         ("x", CheckpointError, f"{tmp_path} has no tensor 'x.weight'. Is this the model that config.json describes?"),
+        ("q", CheckpointError, f"{tmp_path} has no tensor 'q.weight', but 'q.qweight', 'q.scales'. If another tool "
+                               f"quantised it, config.json must name its quant_method."),
     ):
         with pytest.raises(kind) as error:
             dense.load(module)

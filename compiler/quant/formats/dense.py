@@ -43,8 +43,7 @@ class DenseSource:
         """Shape and dtype. Raises FormatError unless it is a non-empty matrix of 16- or 32-bit floats."""
         name = f"{module}.weight"
         if name not in self._checkpoint.tensors:
-            raise CheckpointError(f"{self._checkpoint.path} has no tensor {name!r}. "
-                                  f"Is this the model that config.json describes?")
+            raise self._missing(module)
         info = self._checkpoint.tensors[name]
         if len(info.shape) != 2 or 0 in info.shape or info.dtype not in DENSE_STORAGE:
             raise FormatError(f"{info.file}: {name} is {spelled(info)}, but a dense weight needs two dimensions and "
@@ -64,3 +63,11 @@ class DenseSource:
     def vector(self, name: str) -> F32:
         """A norm weight as float32."""
         return np.ascontiguousarray(read_vector(self._checkpoint, name))
+
+    def _missing(self, module: str) -> CheckpointError:
+        found = ", ".join(repr(name) for name in self._checkpoint.tensors if name.startswith(f"{module}."))[:200]
+        start = f"{self._checkpoint.path} has no tensor {f'{module}.weight'!r}"
+        if found:
+            return CheckpointError(f"{start}, but {found}. If another tool quantised it, config.json must name its "
+                                   f"quant_method.")
+        return CheckpointError(f"{start}. Is this the model that config.json describes?")
