@@ -31,4 +31,4 @@ def lower(request: Request) -> Kernel:
     return gated(request, "geglu", _gelu_tanh)
 
 
-LOWERS = {"quern.geglu": lower, "quern.geglu_quantize": lower}
+LOWERS = {"quern.geglu": lower, "quern.geglu_quantize": lower, "quern.geglu_quantize_permuted": lower}

@@ -2,6 +2,7 @@
 
   quern.rms_norm           x f32[m, d], weight f32[d]; eps -> f32[m, d]
   quern.rms_norm_quantize  the same arguments; eps, group -> as quern.quantize
+  quern.rms_norm_quantize_permuted  the same, then permutation i32[d]: quantises the permuted row
 
     out = x * (1 / sqrt(mean(x^2) + eps)) * weight
 fp32. The squares add up in UNROLL * 16 lanes, then as a tree: the error grows with d / 64, not with d. x^2 must not
@@ -63,24 +64,25 @@ def _sum_of_squares(x: Any, t: Expr, d: int, start: Expr) -> Expr:
 def lower(request: Request) -> Kernel:
     """Two passes over a token's row: sum of squares, then scaling (and quantising). Tokens in parallel."""
     (m, d), eps, group = request.args[0].shape, float(request.attrs["eps"]), request.attrs.get("group")
-    name = f"rms_norm_m{m}_d{d}_eps{spelled(eps)}" + (f"_quantize_g{group}" if group else "")
+    name = f"{request.op.partition('.')[2]}_m{m}_d{d}_eps{spelled(eps)}" + (f"_g{group}" if group else "")
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_attr({"tirx.noalias": True, "global_symbol": name})
         x = T.arg("x", T.buffer((m, d), "float32", layout=None))
         weight = T.arg("weight", T.buffer((d,), "float32", layout=None))
+        places = quantize.order(request, d)
         out = quantize.declare(m, d, int(group) if group else None)
         with T.sblock("rms_norm"):
-            T.reads(x[0:m, 0:d], weight[0:d])
+            T.reads(x[0:m, 0:d], weight[0:d], *places.regions)
             T.writes(*out.regions)
             with vector.tokens(m) as t:
                 factor = inverse_rms(x, t, d, eps)
 
                 def value(k: Expr, lanes: int) -> Expr:
-                    scaled = vector.load(x, t, k, lanes=lanes) * vector.splat(factor, lanes)
-                    return scaled * vector.load(weight, k, lanes=lanes)
+                    place = places.at(k, lanes)
+                    return x[t, place] * vector.splat(factor, lanes) * weight[place]
 
                 out.emit(t, value)
     return Kernel(name, builder.get())
 
 
-LOWERS = {"quern.rms_norm": lower, "quern.rms_norm_quantize": lower}
+LOWERS = {"quern.rms_norm": lower, "quern.rms_norm_quantize": lower, "quern.rms_norm_quantize_permuted": lower}

@@ -2,6 +2,7 @@
 
   quern.swiglu           gate_up f32[m, 2f] -> f32[m, f]      columns 0..f-1 are the gate, f..2f-1 are up
   quern.swiglu_quantize  gate_up f32[m, 2f]; group -> as quern.quantize with k = f
+  quern.swiglu_quantize_permuted  gate_up, permutation i32[f]; group: quantises the permuted row
 
     out = gate / (1 + 2^(-gate * log2 e)) * up
 fp32. Relative error of the sigmoid: 2^(...) carries |gate| * 2^-23 (rounding of the exponent) + vector.EXP2_ERROR.
@@ -36,19 +37,21 @@ def gated(request: Request, kind: str, activation: Callable[[Expr, int], Expr]) 
     """activation(gate) * up, in one pass over a token's row. Tokens in parallel."""
     (m, columns), group = request.args[0].shape, request.attrs.get("group")
     f = columns // 2
-    name = f"{kind}_m{m}_f{f}" + (f"_quantize_g{group}" if group else "")
+    name = f"{request.op.partition('.')[2]}_m{m}_f{f}" + (f"_g{group}" if group else "")
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_attr({"tirx.noalias": True, "global_symbol": name})
         gate_up = T.arg("gate_up", T.buffer((m, 2 * f), "float32", layout=None))
+        places = quantize.order(request, f)
         out = quantize.declare(m, f, int(group) if group else None)
         with T.sblock(kind):
-            T.reads(gate_up[0:m, 0 : 2 * f])
+            T.reads(gate_up[0:m, 0 : 2 * f], *places.regions)
             T.writes(*out.regions)
             with vector.tokens(m) as t:
 
                 def value(k: Expr, lanes: int) -> Expr:
-                    gate = vector.hold(vector.load(gate_up, t, k, lanes=lanes), lanes)
-                    return activation(gate, lanes) * vector.load(gate_up, t, f + k, lanes=lanes)
+                    place = places.at(k, lanes)
+                    gate = vector.hold(gate_up[t, place], lanes)
+                    return activation(gate, lanes) * gate_up[t, place + f]
 
                 out.emit(t, value)
     return Kernel(name, builder.get())
@@ -59,4 +62,4 @@ def lower(request: Request) -> Kernel:
     return gated(request, "swiglu", _silu)
 
 
-LOWERS = {"quern.swiglu": lower, "quern.swiglu_quantize": lower}
+LOWERS = {"quern.swiglu": lower, "quern.swiglu_quantize": lower, "quern.swiglu_quantize_permuted": lower}

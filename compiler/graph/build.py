@@ -97,13 +97,19 @@ class Function:
             return self._emit(
                 "linear_dense", [x, self.argument(f"{name}.weight", (n, k), STORAGE[weight.type.grid])], out
             )
-        groups = weight.type.groups
-        codes = self.argument(f"{name}.codes", (n, k), "uint8")
-        scale = self.argument(f"{name}.scale", (n, groups), weight.type.scale)
-        zero = self.argument(f"{name}.zero", (n, groups), "int16")
-        return self._emit(
-            "linear_exact", [x, codes, scale, zero], out, bits=weight.type.bits, group=weight.type.group_size
-        )
+        kind = weight.type
+        if kind.permuted:
+            x = self._emit("gather", [x, self.argument(f"{name}.permutation", (k,), "int32")], ops.shape_of(x.ty))
+        args = [x, self.argument(f"{name}.codes", (n, k), "uint8")]
+        args.append(self.argument(f"{name}.scale", (n, kind.groups), kind.scale))
+        attrs: dict[str, ops.Attr] = {"bits": kind.bits, "group": kind.group_size}
+        if kind.table:
+            return self._emit("linear_exact_table", args, out, grid=kind.grid, **attrs)
+        if kind.offset:
+            args.append(self.argument(f"{name}.offset", (n, kind.groups), "float32"))
+            return self._emit("linear_exact_offset", args, out, **attrs)
+        args.append(self.argument(f"{name}.zero", (n, kind.groups), "int16"))
+        return self._emit("linear_exact", args, out, **attrs)
 
     def attention(self, qkv: relax.Var, rope: relax.Var, cache: KvCache, layer: int, heads: int) -> relax.Var:
         """Rotate q and k, append k and v to the layer's cache, attend to everything up to each token."""
@@ -123,5 +129,5 @@ class Function:
         """residual + x."""
         return self._emit("add", [residual, x], ops.shape_of(x.ty))
 
-    def _emit(self, name: str, args: list[relax.Var], out: tuple[int, ...], **attrs: int | float) -> relax.Var:
+    def _emit(self, name: str, args: list[relax.Var], out: tuple[int, ...], **attrs: ops.Attr) -> relax.Var:
         return self._bb.emit(ops.make(name, args, attrs, [ops.tensor(out, "float32")]))

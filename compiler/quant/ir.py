@@ -52,11 +52,17 @@ class WeightType:
         assert self.activations in ACTIVATIONS, self
         assert self.permuted or not self.order, self
         assert not (self.dense and (self.offset or self.permuted)), self
+        assert not (self.offset and self.table), self
 
     @property
     def dense(self) -> bool:
         """True when values are stored as they are."""
         return self.grid in DENSE_STORAGE
+
+    @property
+    def table(self) -> bool:
+        """True when codes stand for the values of a table."""
+        return not self.dense and GRIDS[self.grid].values is not None
 
     @property
     def bits(self) -> int:
