@@ -36,8 +36,8 @@ BOOL, STRING, ARRAY = 7, 8, 9
 # Type number -> (our name, weights a block, bytes a block), as ggml.h numbers them; all that files of today have.
 TYPES = {
     0: ("float32", 1, 4), 1: ("float16", 1, 2), 2: ("q4_0", 32, 18), 3: ("q4_1", 32, 20), 6: ("q5_0", 32, 22),
-    7: ("q5_1", 32, 24), 8: ("q8_0", 32, 34), 9: ("q8_1", 32, 40), 10: ("q2_k", 256, 84), 11: ("q3_k", 256, 110),
-    12: ("q4_k", 256, 144), 13: ("q5_k", 256, 176), 14: ("q6_k", 256, 210), 15: ("q8_k", 256, 292),
+    7: ("q5_1", 32, 24), 8: ("q8_0", 32, 34), 10: ("q2_k", 256, 84), 11: ("q3_k", 256, 110),
+    12: ("q4_k", 256, 144), 13: ("q5_k", 256, 176), 14: ("q6_k", 256, 210),
     16: ("iq2_xxs", 256, 66), 17: ("iq2_xs", 256, 74), 18: ("iq3_xxs", 256, 98), 19: ("iq1_s", 256, 50),
     20: ("iq4_nl", 32, 18), 21: ("iq3_s", 256, 110), 22: ("iq2_s", 256, 82), 23: ("iq4_xs", 256, 136),
     24: ("int8", 1, 1), 25: ("int16", 1, 2), 26: ("int32", 1, 4), 27: ("int64", 1, 8), 28: ("float64", 1, 8),
@@ -165,8 +165,8 @@ class _Reader:
         shape = tuple(self._number("<Q") for _ in range(rank))[::-1]
         kind, offset = self._number("<I"), self._number("<Q")
         if kind not in TYPES:
-            raise UnsupportedError(f"{self._path}: tensor {shown(name)} has the type {kind}, which quern does not know. "
-                                   f"Take the model as Q4_K_M, Q5_K_M, Q6_K or Q8_0.")
+            raise UnsupportedError(f"{self._path}: tensor {shown(name)} has the type {kind}, which quern does not "
+                                   f"know. Take the model as Q4_K_M, Q5_K_M, Q6_K or Q8_0.")
         dtype, block, block_bytes = TYPES[kind]
         if shape[-1] % block:
             self._refuse(f"has tensor {shown(name)} with rows of {shape[-1]}, no multiple of {dtype}'s {block}")

@@ -89,7 +89,7 @@ def _gpt2(metadata: Mapping[str, Any], tokens: list[str], where: str) -> dict[st
     if pre not in SPLITS:
         raise UnsupportedError(f"{where}: tokenizer.ggml.pre is {shown(pre)}, but quern knows {', '.join(SPLITS)}. "
                                f"Convert the model with a current llama.cpp, or take it as safetensors.")
-    if not _is_strings(merges):
+    if merges is None or not _is_strings(merges):
         _refuse(where, "tokenizer.ggml.merges is no list of strings")
     pairs = []
     for merge in merges:

@@ -141,7 +141,8 @@ def decode(raw: U8, kind: str, where: str) -> QuantWeight:
     block = BLOCKS[kind]
     n, count = raw.shape[0], raw.shape[1] // block.nbytes
     blocks = np.ascontiguousarray(raw).reshape(n * count, block.nbytes)
-    codes, scale, offset = block.unpack(blocks)
+    with np.errstate(invalid="ignore"):  # infinity times zero: refused below
+        codes, scale, offset = block.unpack(blocks)
     groups = count * block.weights // block.group
     scale = np.ascontiguousarray(scale).reshape(n, groups)
     offset = None if offset is None else np.ascontiguousarray(offset).reshape(n, groups)
