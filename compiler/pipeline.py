@@ -16,7 +16,7 @@ from compiler import models
 from compiler.checkpoint import open_checkpoint
 from compiler.codegen import bundle, chat_format, link, tokenizer_files, weights_file
 from compiler.codegen.build import Compiled, compile_module
-from compiler.errors import UnsupportedError
+from compiler.errors import CheckpointError, UnsupportedError
 from compiler.graph.weights import Constant, Linear, Table, Vector, Weight
 from compiler.models import Model
 from compiler.passes.fuse_quantize import FuseQuantize
@@ -85,6 +85,7 @@ def import_checkpoint(model_dir: Path, request: Request) -> Inputs:
     checkpoint = open_checkpoint(model_dir)
     source = open_source(checkpoint)
     model = models.build(checkpoint.config, source.describe, model_options(request))
+    refuse_other_biases(model, source)
     tokenizer = checkpoint.tokenizer_files()
     tokenizer_files.check(tokenizer, model.vocab_size, checkpoint.path)
     quantization = checkpoint.config.data.get("quantization_config") or {}
@@ -108,6 +109,17 @@ def model_options(request: Request) -> models.Options:
         linear=lambda weight: quantised(request.bits, request.group_size, weight),
         head=lambda weight: quantised(request.head, None, weight),
     )
+
+
+def refuse_other_biases(model: Model, source: Source) -> None:
+    """Raise UnsupportedError for a linear layer whose checkpoint adds a bias that the graph does not."""
+    for weight in model.weights:
+        for module in weight.sources if isinstance(weight, Linear) and not weight.bias else ():
+            if source.bias(module) is not None:
+                raise UnsupportedError(
+                    f"{module} has a bias that is not zero, but with this config.json {model.type} has none there. "
+                    f"The checkpoint belongs to another architecture, or attention_bias or mlp_bias is missing."
+                )
 
 
 def compile_inputs(inputs: Inputs, request: Request, report: Reporter) -> manifest.Manifest:
@@ -181,34 +193,56 @@ def load_weight(weight: Weight, source: Source) -> Iterator[tuple[str, NDArray[A
     if isinstance(weight, Constant):
         yield weight.name, weight.values
     elif isinstance(weight, Vector):
-        yield weight.name, source.vector(weight.source)
+        yield weight.name, _norm(weight, source)
     elif isinstance(weight, Table):
-        yield weight.name, _dense(source.load(weight.source)).values
+        yield from _parameters(weight.name, weight.name, source.load(weight.source))
     else:
+        if weight.bias:
+            yield f"{weight.name}.bias", _bias(weight, source)
         loaded = _as_asked(join([source.load(module) for module in weight.sources]), weight)
-        if isinstance(loaded, DenseWeight):
-            yield f"{weight.name}.weight", loaded.values
-        else:
-            yield f"{weight.name}.codes", loaded.codes
-            yield f"{weight.name}.scale", loaded.scale
-            yield f"{weight.name}.zero", loaded.zero
+        yield from _parameters(weight.name, f"{weight.name}.weight", loaded)
+
+
+def _parameters(name: str, dense: str, weight: QuantWeight | DenseWeight) -> Iterator[tuple[str, NDArray[Any]]]:
+    """A matrix by the names that compiler/graph/build.py gives its parameters; `dense` for one that has no codes."""
+    if isinstance(weight, DenseWeight):
+        yield dense, weight.values
+        return
+    yield f"{name}.codes", weight.codes
+    yield f"{name}.scale", weight.scale
+    if weight.offset is not None:
+        yield f"{name}.offset", weight.offset
+    elif not weight.type.table:
+        yield f"{name}.zero", weight.zero
+    if weight.permutation is not None:
+        yield f"{name}.permutation", weight.permutation
+
+
+def _norm(weight: Vector, source: Source) -> NDArray[np.float32]:
+    """A norm's weight with its constants folded in, each a rounding to fp32 at most."""
+    values = source.vector(weight.source)
+    if values.shape != (weight.n,):
+        raise CheckpointError(
+            f"{weight.source} has {values.size} values, but config.json's widths need {weight.n}. "
+            f"The configuration belongs to another checkpoint, or was edited."
+        )
+    values = values if weight.plus == 0 else values + np.float32(weight.plus)
+    return values if weight.times == 1 else values * np.float32(weight.times)
+
+
+def _bias(weight: Linear, source: Source) -> NDArray[np.float32]:
+    """The biases of all sources, one after another; none is zeros."""
+    parts = [source.bias(module) for module in weight.sources]
+    filled = [np.zeros(n, np.float32) if b is None else b for b, n in zip(parts, weight.rows, strict=True)]
+    return np.concatenate(filled)
 
 
 def _as_asked(loaded: QuantWeight | DenseWeight, weight: Linear) -> QuantWeight | DenseWeight:
-    if isinstance(loaded, QuantWeight) and loaded.permutation is not None:
-        raise UnsupportedError(
-            f"{weight.sources[0]}: was quantised in act-order (desc_act), which kernels do not permute yet."
-        )
     if isinstance(loaded, DenseWeight) and not weight.type.dense:
         bits = 8 if weight.type.bits == 8 else 4
         return rtn.quantize(loaded, bits, weight.type.group_size, where=weight.sources[0])
-    assert loaded.type == weight.type, (loaded.type, weight.type)
-    return loaded
-
-
-def _dense(loaded: QuantWeight | DenseWeight) -> DenseWeight:
-    if isinstance(loaded, QuantWeight):
-        raise UnsupportedError("Quantised embeddings are not supported yet: take a checkpoint with dense ones.")
+    wanted = weight.type if weight.type.order else replace(weight.type, order=loaded.type.order)
+    assert loaded.type == wanted, (loaded.type, wanted)
     return loaded
 
 

@@ -38,7 +38,10 @@ def _linears(path: str, x: tuple[str, ...]) -> dict[str, Signature]:
 
 
 SIGNATURES: dict[str, Signature] = {
-    "embedding": Signature(("ids", "table")),
+    "embedding": Signature(("ids", "table"), ("scale",)),
+    "embedding_quantized": Signature(("ids", "codes", "scale", "zero"), ("bits", "group", "times")),
+    "embedding_quantized_offset": Signature(("ids", "codes", "scale", "offset"), ("bits", "group", "times")),
+    "embedding_quantized_table": Signature(("ids", "codes", "scale"), ("grid", "bits", "group", "times")),
     "rms_norm": Signature(("x", "weight"), ("eps",)),
     "rms_norm_quantize": Signature(("x", "weight"), ("eps", "group")),
     "rms_norm_quantize_permuted": Signature(("x", "weight", "permutation"), ("eps", "group")),
@@ -47,11 +50,24 @@ SIGNATURES: dict[str, Signature] = {
     "swiglu": Signature(("gate_up",)),
     "swiglu_quantize": Signature(("gate_up",), ("group",)),
     "swiglu_quantize_permuted": Signature(("gate_up", "permutation"), ("group",)),
+    "geglu": Signature(("gate_up",)),
+    "geglu_quantize": Signature(("gate_up",), ("group",)),
+    "geglu_quantize_permuted": Signature(("gate_up", "permutation"), ("group",)),
     "rope_append": Signature(
         ("qkv", "rope", "span", "k_cache", "v_cache"), ("heads", "kv_heads", "head_dim"), ("k_cache", "v_cache")
     ),
-    "attention": Signature(("q", "k_cache", "v_cache", "span"), ("heads", "kv_heads", "head_dim")),
+    "rope_append_norm": Signature(
+        ("qkv", "rope", "span", "q_norm", "k_norm", "k_cache", "v_cache"),
+        ("heads", "kv_heads", "head_dim", "eps"),
+        ("k_cache", "v_cache"),
+    ),
+    "attention": Signature(
+        ("q", "k_cache", "v_cache", "span"), ("heads", "kv_heads", "head_dim", "scale", "softcap", "window")
+    ),
     "add": Signature(("residual", "x")),
+    "add_bias": Signature(("x", "bias")),
+    "concat": Signature(("first", "second")),
+    "softcap": Signature(("x",), ("cap",)),
     "gather": Signature(("x", "permutation")),
     **_linears("exact", ("x",)),
     **_linears("int8", ("q", "ascale", "asum")),
