@@ -124,6 +124,22 @@ def test_refuses_values_that_cannot_be() -> None:
         "FILE: m.g_idx: group 0 has 8 inputs, but group_size 4 needs 4. group_size is wrong, or the file is damaged.")
 
 
+@pytest.mark.parametrize(("version", "message"), [
+    (1, "read as 'gptq', weights are -1.00 steps on average, as 'gptq_v2' +0.00"),
+    (2, "read as 'gptq_v2', weights are +1.00 steps on average, as 'gptq' +0.00"),
+])
+def test_refuses_zeros_that_only_the_other_version_stores(version: int, message: str) -> None:
+    zero = np.tile(np.array([6, 7, 9, 10], np.uint8), 32)  # outputs differ: an asymmetric weight
+    codes = zero + np.tile(np.array([[0], [1], [2], [3], [253], [254], [255], [0]], np.uint8), (16, 1))  # adds up to 0
+    stored = zero if version == 1 else zero - 1  # what the other version writes
+    scales = np.ones((1, 128), np.float16)
+    data = Raw(pack(codes, 4, 0), pack(stored[None], 4, 1), scales)
+    assert decode_error(data, GptqConfig(4, -1, False, version)) == (
+        f"FILE: m.qzeros: {message}, and they should be near 0. checkpoint_format is wrong: 'gptq' stores zero - 1, "
+        f"'gptq_v2' stores zero.")
+    assert gptq.decode(data, GptqConfig(4, -1, False, 3 - version), "m").zero[:, 0].tolist() == zero.tolist()
+
+
 def tensors(**changed: Any) -> dict[str, np.ndarray]:
     """Module "m" of 64 inputs in groups of 32 and 16 outputs, a dense head and a norm, with some tensors changed."""
     parts: dict[str, Any] = {

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from compiler.checkpoint import open_checkpoint
-from compiler.errors import FormatError
+from compiler.errors import FormatError, UserError
 from compiler.quant.formats import open_source
 from compiler.quant.ir import QuantWeight
 from compiler.quant.reference import dequantize
@@ -237,6 +237,28 @@ def test_the_model_in_this_repository() -> None:
         assert np.array_equal(dequantize(source.load(module)), by_torch(tensors, module, 4, 1).numpy())
     assert source.describe("model.embed_tokens").grid == "bfloat16"
     assert source.vector("model.norm").shape == (256,)
+
+
+ALL = [*(name for name, _ in GPTQ), *AWQ, *AUTO_ROUND, *COMPRESSED]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_under_the_configuration_of_another_a_file_gives_its_own_weights_or_an_error(tmp_path: Path, name: str) -> None:
+    """GPTQ v1 and auto-round write the same tensors, so that some pairs agree; none may give other weights."""
+    folder = samples.folder("checkpoints", name)
+    modules = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj", "lm_head")
+    own = [dequantize(open_folder(folder).load(module)) for module in modules]
+    (tmp_path / "model.safetensors").symlink_to(next(folder.glob("*.safetensors")))
+    refused = 0
+    for other in ALL:
+        (tmp_path / "config.json").write_text((folder.parent / other / "config.json").read_text())
+        try:
+            source = open_folder(tmp_path)
+            for module, want in zip(modules, own, strict=True):
+                assert np.array_equal(dequantize(source.load(module)), want), (other, module)
+        except UserError:
+            refused += 1
+    assert refused >= len(ALL) // 2
 
 
 @pytest.mark.parametrize("name", ["autoawq-awq-4bit-gemm-g128", "auto-round-awq-sym-g128"])
