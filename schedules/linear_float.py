@@ -25,6 +25,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from schedules import storage as storages
+from schedules import vector
 from schedules.geometry import Geometry
 from schedules.kernel import Kernel, Packing, Request, TensorSpec
 from schedules.packed import affine_of, blocks, weight_packings
@@ -118,7 +119,7 @@ def _exact(
                             for b in range(QUAD):
                                 code = T.Cast(f"int32x{LANES}", _code(storage, words, f, b))
                                 if table is not None:
-                                    weight = T.bind(_look_up(table, code))
+                                    weight = T.bind(vector.look_up(table, code, LANES))
                                 elif centre is not None:
                                     weight = T.bind(T.Cast(f"float32x{LANES}", code - centre))
                                 else:
@@ -134,15 +135,6 @@ def _exact(
             with T.sblock("root"):
                 _rows_in_parallel(m, n, accumulate, base, out)
     return builder.get()
-
-
-def _look_up(table: tuple[float, ...], code: Any) -> Any:
-    """Values of 16 codes: a tree of choices, one level of it a bit of the code. Works on every target."""
-    values = [T.broadcast(T.float32(number), LANES) for number in table]
-    for bit in range(4):
-        chosen = T.bitwise_and(code, T.broadcast(T.int32(1 << bit), LANES)) != T.broadcast(T.int32(0), LANES)
-        values = [T.Select(chosen, one, zero) for zero, one in zip(values[0::2], values[1::2], strict=True)]
-    return values[0]
 
 
 def _code(storage: Storage, words: list[Any], f: int, b: int) -> Any:

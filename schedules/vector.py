@@ -6,7 +6,7 @@ LLVM intrinsics are used, so one kernel text serves all targets. All of it emits
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tvm import tirx
@@ -154,6 +154,15 @@ def _times_power(x: Expr, whole: Expr, lanes: int) -> Expr:
     """x * 2^whole, by adding to the exponent bits."""
     exponent = T.shift_left(T.Cast(kind("int32", lanes), whole), splat(T.int32(23), lanes))
     return T.reinterpret(kind("float32", lanes), T.reinterpret(kind("int32", lanes), x) + exponent)
+
+
+def look_up(table: Sequence[float], code: Expr, lanes: int) -> Expr:
+    """fp32 values of int32 codes 0..15: a tree of choices, one level of it a bit of the code. Works on every target."""
+    values = [splat(float(number), lanes) for number in table]
+    for bit in range(4):
+        chosen = T.bitwise_and(code, splat(T.int32(1 << bit), lanes)) != splat(T.int32(0), lanes)
+        values = [T.Select(chosen, one, zero) for zero, one in zip(values[0::2], values[1::2], strict=True)]
+    return values[0]
 
 
 def pieces(n: int, widest: int = LANES) -> Iterator[tuple[int, int]]:
