@@ -271,6 +271,7 @@ def _manifest(
             "bits": linears[0].bits,
             "group_size": linears[0].group_size,
             "activations": request.activations,
+            "checkpoint_activations": None if linears[0].activations == "any" else linears[0].activations,
             "head_bits": linears[-1].bits,
         },
         target=manifest.Target(target.name, target.arch, target.triple, target.mcpu, target.cpuinfo, target.glibc),

@@ -11,6 +11,7 @@ from compiler.checkpoint import open_checkpoint
 from compiler.errors import ConfigError, FormatError, UnsupportedError, UserError
 from compiler.quant.formats import open_source
 from compiler.quant.ir import WeightType
+from compiler.quant.reference import dequantize
 from tests.checkpoint.files import write_checkpoint
 
 GPTQ = {"m.qweight": np.full((8, 16), 0x76543210, np.int32), "m.qzeros": np.full((2, 2), 0x55555555, np.int32),
@@ -43,6 +44,33 @@ def test_packings(tmp_path: Path, packing: str, tensors: dict[str, np.ndarray], 
     assert w.zero.tolist() == [[zero, zero]] * 16
     assert w.codes[0, :3].tolist() == first
     assert source.describe("x").grid == "bfloat16"
+
+
+# The first inputs of the first rows of a q_proj in float16: what the two quantisers below were given.
+ORIGINAL = np.array([
+    [0.024383544921875, -0.0830078125, -0.0023212432861328125, 0.02117919921875],
+    [0.013427734375, 0.0687255859375, 0.07623291015625, -0.04095458984375],
+    [0.037261962890625, 0.010711669921875, 0.09686279296875, 0.177490234375],
+    [0.195068359375, -0.0692138671875, 0.06634521484375, 0.10943603515625],
+    [0.036712646484375, 0.06683349609375, 0.0207977294921875, -0.0736083984375],
+    [-0.00565338134765625, 0.11981201171875, 0.00763702392578125, -0.04534912109375],
+    [-0.044525146484375, 0.00548553466796875, -0.022430419921875, 0.022247314453125],
+    [-0.004669189453125, 0.026397705078125, -0.06488037109375, -0.051177978515625]])
+
+
+def test_a_corner_of_a_real_file(tmp_path: Path) -> None:
+    """Eight inputs and outputs that auto-round 0.16.1 wrote: negative scales, and every weight near its original."""
+    def words(*values: int) -> np.ndarray:
+        return np.array([values], np.uint32).view(np.int32)
+
+    scales = [-0.033203125, 0.028564453125, 0.0255126953125, 0.028564453125, -0.025390625, 0.0272216796875,
+              -0.0303955078125, -0.02880859375]
+    w = checkpoint(tmp_path, settings(sym=True, group_size=-1), {
+        "m.qweight": words(0x669678A7, 0x4AA77BA8, 0x7CDCFC89, 0x79A3CA6F, 0x6763B757, 0x988568C8, 0x6A9D7989,
+                           0x6676AA78),
+        "m.qzeros": words(0x77777777), "m.scales": np.array([scales], np.float16)}).load("m")
+    step = np.abs(scales)[:, None]
+    assert (np.abs(dequantize(w)[:, :4] - ORIGINAL) < step).all()  # rounding is tuned by up to half a step
 
 
 @pytest.mark.parametrize("method", ["auto-round", "auto_round", "intel/auto-round"])

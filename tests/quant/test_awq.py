@@ -36,6 +36,23 @@ def test_groups_by_hand() -> None:  # three inputs in groups of two: codes 1, 2,
     assert dequantize(awq.decode(raw, AwqConfig(2), "m"))[5].tolist() == [1, 2, -24]
 
 
+def test_a_corner_of_a_real_file() -> None:
+    """Four inputs and eight outputs of a q_proj that AutoAWQ 0.2.9 wrote, and its own dequantize_gemm, in float16."""
+    raw = Raw(words([[0x79F87887], [0x8E5A8A73], [0x49BB78B6], [0x57D694E7]]), words([[0x79888776]]), np.array([[
+        0.029541015625, 0.0290679931640625, 0.0261077880859375, 0.0263214111328125, 0.023712158203125,
+        0.023406982421875, 0.029541015625, 0.0251007080078125]], np.float16))
+    theirs = [
+        [0.029541015625, 0.0, 0.0261077880859375, 0.1842041015625, 0.023712158203125, 0.0, -0.029541015625, 0.0],
+        [-0.088623046875, 0.058135986328125, 0.0, -0.0789794921875, 0.0711669921875, 0.1170654296875, 0.0,
+         0.0251007080078125],
+        [0.0, 0.08721923828125, 0.10443115234375, 0.0789794921875, 0.023712158203125, 0.0, -0.029541015625,
+         -0.0753173828125],
+        [0.029541015625, -0.058135986328125, 0.1827392578125, 0.131591796875, -0.0711669921875, -0.04681396484375,
+         0.029541015625, -0.050201416015625]]
+    w = awq.decode(raw, AwqConfig(-1), "m")
+    assert np.array_equal(dequantize(w).astype(np.float16).T, np.array(theirs, np.float16))
+
+
 @given(k=st.integers(1, 70), n=st.sampled_from([8, 24, 64]), group_size=st.sampled_from([-1, 7, 32, 500]),
        seed=st.integers(0, 99))
 def test_agrees_with_the_definition(k: int, n: int, group_size: int, seed: int) -> None:

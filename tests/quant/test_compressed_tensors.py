@@ -17,6 +17,7 @@ from compiler.quant.ir import DenseWeight, QuantWeight, WeightType
 from compiler.quant.packing import pack
 from compiler.quant.reference import dequantize
 from tests.checkpoint.files import write_checkpoint
+from tests.quant.test_auto_round import ORIGINAL
 
 
 def weights(**changed: Any) -> dict[str, Any]:
@@ -89,6 +90,19 @@ def test_plain_by_hand(tmp_path: Path) -> None:
     w = load(tmp_path, settings(group, format="naive-quantized"), **plain(
         m__weight_zero_point=np.array([[-128], [127]], np.int8)))
     assert dequantize(w).tolist() == [[0, 63.5, 64, 127.5], [-127.5, -64, -63.5, 0]]
+
+
+def test_a_corner_of_a_real_file(tmp_path: Path) -> None:
+    """Eight inputs and outputs that llm-compressor wrote (compressed-tensors 0.19.0, round to nearest, asymmetric)."""
+    scale = [0.03129882737994194, 0.02767740935087204, 0.02618815191090107, 0.02826334722340107, 0.02426757849752903,
+             0.02363281324505806, 0.03122558631002903, 0.02814127691090107]
+    packed = [0x88587637, 0x4AA77BA8, 0x7CDCFC89, 0x79A3CA6F, 0x989D48A9, 0xAA8679E9, 0x95628676, 0x99895587]
+    w = load(tmp_path, settings({"weights": weights(symmetric=False)}),
+             m__weight_packed=np.array(packed, np.uint32).view(np.int32)[:, None],
+             m__weight_zero_point=np.array([[0x77978886]], np.uint32).view(np.int32),
+             m__weight_scale=np.array(scale, np.float32)[:, None], m__weight_shape=np.array([8, 8], np.int64))
+    half = np.array(scale)[:, None] * (0.5 + 1e-6)  # round to nearest
+    assert (np.abs(dequantize(w)[:, :4] - ORIGINAL) <= half).all()
 
 
 def test_four_bits_in_bytes_by_hand(tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ def decode(raw: Raw, config: GptqConfig, where: str) -> QuantWeight:
 def _refuse_other_version(codes: NDArray[np.uint8], zero: NDArray[np.int16], config: GptqConfig, where: str) -> None:
     """Raise FormatError when asymmetric zeros make sense only as the other version stores them.
 
-    Weights of a layer add up to next to nothing: over all layers of our samples and small models the mean of code - zero
+    Weights of a layer add up to almost nothing: over all layers of our samples and small models the mean of code - zero
     is within 0.2 at up to 4 bits (0.6 at 8), and the wrong version moves it by 1.
     """
     if config.bits > 4 or codes.size < VERSION_CODES:
