@@ -18,6 +18,7 @@ from schedules.kernel import Packing, TensorSpec
 from schedules.storage import LANES, QUAD, Storage
 
 ROW_PAD = 32  # two lane blocks, so that every kernel can keep at least two weight streams going
+BLOCK_CODES = 1 << 18  # codes packed at a time: the working buffers stay in the second-level cache
 
 
 def blocks(n: int) -> int:
@@ -68,35 +69,53 @@ def _group_packing(letter: str, n: int, geometry: Geometry, dtype: str) -> Packi
     return Packing(f"{letter}_{dtype}_g{geometry.group}", spec, partial(_pack_groups, geometry=geometry, dtype=dtype))
 
 
-def _pad_rows(array: np.ndarray) -> np.ndarray:
-    extra = blocks(array.shape[0]) * LANES - array.shape[0]
-    return np.pad(array, ((0, extra), (0, 0))) if extra else array
-
-
 def _pack_codes(codes: np.ndarray, *, geometry: Geometry, storage: Storage) -> np.ndarray:
-    """The inverse is `unpack_codes`. Padding holds code 0; its activations are 0."""
-    n = codes.shape[0]
+    """The inverse is `unpack_codes`. Padding holds code 0; its activations are 0. Some rows at a time: see BLOCK_CODES.
+
+    Words of four codes move as one: the shifts and masks below keep every field inside its byte.
+    """
+    n, steps = codes.shape[0], geometry.width // storage.inputs
+    packed = np.empty((blocks(n), geometry.spans, steps, storage.vectors, LANES), "<u4")
+    at_once = max(1, BLOCK_CODES // (LANES * geometry.spans * geometry.width))
+    for start in range(0, blocks(n), at_once):
+        part = packed[start : start + at_once]
+        rows = _placed(codes[start * LANES : (start + at_once) * LANES], len(part) * LANES, geometry)
+        quads = rows.view("<u4").reshape(-1, LANES, geometry.spans, steps, storage.quads)
+        if storage.high:
+            lows, high = storage.vectors - 1, quads >> np.uint32(storage.low) & _every_byte(storage.high)
+            part[:, :, :, -1] = _share_bytes(high, storage.high).transpose(0, 2, 3, 1)
+            quads = quads & _every_byte(storage.low)
+        else:
+            lows = storage.vectors
+        low = quads.reshape(*quads.shape[:-1], lows, storage.per_vector)
+        part[:, :, :, :lows] = _share_bytes(low, storage.low).transpose(0, 2, 3, 4, 1)
+    return packed.view(np.uint8).reshape(*packed.shape, QUAD)
+
+
+def _placed(codes: np.ndarray, rows: int, geometry: Geometry) -> np.ndarray:
+    """u8[n, k] -> contiguous u8[rows, spans * width]: inputs where spans want them, missing rows and padding 0."""
+    if geometry.dense and codes.shape[0] == rows:
+        return np.ascontiguousarray(codes)
+    placed = np.zeros((rows, geometry.spans * geometry.width), np.uint8)
+    source = geometry.source.reshape(-1)
     if geometry.dense:
-        placed = _pad_rows(codes)
+        placed[: codes.shape[0]] = codes
     else:
-        source = geometry.source.reshape(-1)
-        placed = _pad_rows(np.where(source >= 0, codes[:, source], 0).astype(np.uint8))
-    steps, lows = geometry.width // storage.inputs, storage.vectors - bool(storage.high)
-    shape = (blocks(n), LANES, geometry.spans, steps, lows, storage.per_vector, QUAD)
-    low = _share_bytes(placed & np.uint8((1 << storage.low) - 1), shape, storage.low)
-    if storage.high:
-        high = _share_bytes(placed >> np.uint8(storage.low), (*shape[:4], 1, storage.quads, QUAD), storage.high)
-        low = np.concatenate([low, high], axis=4)
-    return np.ascontiguousarray(low.transpose(0, 2, 3, 4, 1, 5))
+        placed[: codes.shape[0], source >= 0] = codes[:, source[source >= 0]]
+    return placed
 
 
-def _share_bytes(values: np.ndarray, shape: tuple[int, ...], bits: int) -> np.ndarray:
-    """[.., vectors, fields, 4] -> [.., vectors, 4]: the fields of a byte, first in the lowest bits."""
-    split = values.reshape(shape)
-    byte = split[..., 0, :]
-    for f in range(1, shape[-2]):
-        byte = byte | (split[..., f, :] << np.uint8(bits * f))
-    return byte
+def _every_byte(bits: int) -> np.uint32:
+    """A mask of the lowest bits of all four bytes."""
+    return np.uint32(((1 << bits) - 1) * 0x01010101)
+
+
+def _share_bytes(words: np.ndarray, bits: int) -> np.ndarray:
+    """u32[.., fields] -> u32[..]: the fields of a byte, first in the lowest bits."""
+    shared = words[..., 0]
+    for f in range(1, words.shape[-1]):
+        shared = shared | words[..., f] << np.uint32(bits * f)
+    return shared
 
 
 def unpack_codes(packed: np.ndarray, n: int, geometry: Geometry, storage: Storage) -> np.ndarray:
@@ -119,5 +138,6 @@ def unpack_codes(packed: np.ndarray, n: int, geometry: Geometry, storage: Storag
 
 def _pack_groups(array: np.ndarray, *, geometry: Geometry, dtype: str) -> np.ndarray:
     n = array.shape[0]
-    spread = _pad_rows(array[:, geometry.weight_group]).astype(dtype)
+    spread = np.zeros((blocks(n) * LANES, geometry.spans), dtype)
+    spread[:n] = array[:, geometry.weight_group]
     return np.ascontiguousarray(spread.reshape(blocks(n), LANES, geometry.spans).transpose(0, 2, 1))

@@ -18,6 +18,7 @@ from compiler.errors import CheckpointError, UnsupportedError
 GGUF = ".gguf"
 INDEX_SUFFIX = ".safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+MOST_MAPPED_BYTES = 256 << 20
 MOST_TOKENIZER_BYTES = 256 << 20
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -35,6 +36,7 @@ class Checkpoint:
     metadata: Mapping[str, str]  # of the first file: what the writer says about itself
     tokenizer_files: Callable[[], dict[str, bytes]] = dict
     _maps: dict[Path, mmap.mmap] = field(default_factory=dict, repr=False)
+    _handed: list[int] = field(default_factory=lambda: [0], repr=False)  # bytes since pages were last dropped
 
     def array(self, name: str) -> NDArray[Any]:
         """The tensor as a read-only view of its file. CheckpointError if absent.
@@ -47,7 +49,20 @@ class Checkpoint:
                                   f"Is this the model that config.json describes?")
         if info.file not in self._maps:
             self._maps[info.file] = safetensors.map_file(info.file)
+        self._drop_pages(info.nbytes)
+        safetensors.read_ahead(self._maps[info.file], info)
         return safetensors.view(self._maps[info.file], info)
+
+    def _drop_pages(self, coming: int) -> None:
+        """Keep the mapped files out of this process's memory: after MOST_MAPPED_BYTES, what was read may go.
+
+        Views stay valid: a page that is touched again comes back from the page cache, or from disk.
+        """
+        self._handed[0] += coming
+        if self._handed[0] > MOST_MAPPED_BYTES:
+            self._handed[0] = coming
+            for mapped in self._maps.values():
+                safetensors.drop_pages(mapped)
 
     @property
     def name(self) -> str:

@@ -163,6 +163,8 @@ def join(weights: Sequence[QuantWeight] | Sequence[DenseWeight] | Sequence[Quant
     Raises UnsupportedError unless k, kind, group size, presence of offsets and permutation agree. Scales of float16 and
     float32 meet as float32, which is exact.
     """
+    if len(weights) == 1:
+        return weights[0]
     types = [w.type for w in weights]
     if len({(t.k, t.grid, t.group_size, t.offset) for t in types}) > 1:
         got = ", ".join(f"[{t.n}, {t.k}] {t.grid} with group size {t.group_size}{' and offsets' if t.offset else ''}"
