@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +36,7 @@ from runtime import manifest
 from targets import Target
 
 LIBRARY, WEIGHTS = "model.so", "weights.bin"
+DECODERS = 2  # weights decoded at a time; numpy lets threads run beside each other, and each holds one layer
 CHUNKS = (16, 128)  # prompt tokens a call; the runtime cuts a prompt into these
 ACTIVATIONS = ("int8", "exact")
 
@@ -180,12 +183,25 @@ def _dump(folder: Path | None, name: str, text: Any) -> None:
 
 
 def _packed(inputs: Inputs, lowered: Lowered, advance: Any) -> Iterator[tuple[str, NDArray[Any]]]:
-    """Every graph parameter in its kernel's layout."""
-    for weight in inputs.model.weights:
+    """Every graph parameter in its kernel's layout, in order; the next weights are decoded while one is written."""
+
+    def prepare(weight: Weight) -> list[tuple[str, NDArray[Any]]]:
+        made = []
         for name, array in load_weight(weight, inputs.source):
             packing = lowered.packings.get(name)
-            yield name, array if packing is None else packing.pack(array)
-        advance(1)
+            made.append((name, array if packing is None else packing.pack(array)))
+        return made
+
+    ahead: deque[Future[list[tuple[str, NDArray[Any]]]]] = deque()
+    with ThreadPoolExecutor(DECODERS) as pool:
+        for weight in inputs.model.weights:
+            ahead.append(pool.submit(prepare, weight))
+            if len(ahead) > DECODERS:
+                yield from ahead.popleft().result()
+                advance(1)
+        while ahead:
+            yield from ahead.popleft().result()
+            advance(1)
 
 
 def load_weight(weight: Weight, source: Source) -> Iterator[tuple[str, NDArray[Any]]]:
