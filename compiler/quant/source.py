@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from compiler.errors import CheckpointError, FormatError, UnsupportedError
+from compiler.errors import CheckpointError, FormatError
 from compiler.quant.ir import DENSE_STORAGE, DenseWeight, QuantWeight, WeightType
 from compiler.quant.reference import F32, widen
 
@@ -166,14 +166,6 @@ def refuse_not_finite(values: NDArray[Any], where: str) -> None:
     if bad:
         raise FormatError(f"{where}: {bad} of {values.size} are NaN or infinite. "
                           f"The file is damaged or the quantisation failed: fetch it again, or quantise again.")
-
-
-def refuse_bias(checkpoint: CheckpointView, module: str) -> None:
-    """For a format whose bias() is not written yet. Raises UnsupportedError when a bias is more than zeros."""
-    name = f"{module}.bias"
-    if name in checkpoint.tensors and checkpoint.array(name).any():
-        raise UnsupportedError(f"{checkpoint.tensors[name].file}: {name} is not zero, but quern has no biases in "
-                               f"linear layers yet. Use a model without them.")
 
 
 def spelled(info: TensorView) -> str:

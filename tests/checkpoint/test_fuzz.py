@@ -19,8 +19,9 @@ from tests.checkpoint.files import header, write_raw
 PEAK_BYTES = 4 << 20  # the whole folder has 3 KB; parsing, checking and decoding it must not multiply that by 1000
 Sample = tuple[dict[str, Any], dict[str, np.ndarray]]  # config.json's quantization_config, tensors
 NORM = {"norm.weight": np.ones(32, np.uint16)}
-PACKED = {"l.qweight": np.full((4, 8), 0x76543210, np.int32), "l.qzeros": np.full((1, 1), 0x77777777, np.int32),
-          "l.scales": np.full((1, 8), 0.5, np.float16)}
+PACKED: dict[str, Any] = {
+    "l.qweight": np.full((4, 8), 0x76543210, np.int32), "l.qzeros": np.full((1, 1), 0x77777777, np.int32),
+    "l.scales": np.full((1, 8), 0.5, np.float16)}
 SAMPLES: dict[str, Sample] = {
     "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False,
               "dynamic": {"lm_head": {"bits": 8}, "-:.*x": {}}, "meta": {"quantizer": ["gptqmodel:7"]}},

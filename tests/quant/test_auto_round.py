@@ -14,11 +14,13 @@ from compiler.quant.ir import WeightType
 from compiler.quant.reference import dequantize
 from tests.checkpoint.files import write_checkpoint
 
-GPTQ = {"m.qweight": np.full((8, 16), 0x76543210, np.int32), "m.qzeros": np.full((2, 2), 0x55555555, np.int32),
-        "m.scales": np.ones((2, 16), np.float16)}
+GPTQ: dict[str, Any] = {
+    "m.qweight": np.full((8, 16), 0x76543210, np.int32), "m.qzeros": np.full((2, 2), 0x55555555, np.int32),
+    "m.scales": np.ones((2, 16), np.float16)}
 AWQ = GPTQ | {"m.qweight": np.full((64, 2), 0x76543210, np.int32)}
-EIGHT = {"m.qweight": np.zeros((16, 16), np.int32), "m.qzeros": np.zeros((2, 4), np.int32),
-         "m.scales": np.ones((2, 16), np.float16)}
+EIGHT: dict[str, Any] = {
+    "m.qweight": np.zeros((16, 16), np.int32), "m.qzeros": np.zeros((2, 4), np.int32),
+    "m.scales": np.ones((2, 16), np.float16)}
 
 
 def settings(**changed: Any) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def settings(group: dict[str, Any] | None = None, **changed: Any) -> dict[str, A
     return {"quantization_config": {key: value for key, value in config.items() if value is not ...}}
 
 
-PLAIN = {"format": "int-quantized",
+PLAIN: dict[str, Any] = {"format": "int-quantized",
          "group": {"weights": weights(num_bits=8, strategy="channel", group_size=None)}}
 
 

@@ -66,7 +66,8 @@ def test_biases_are_widened(tmp_path: Path) -> None:
     dense = source(tmp_path, a__weight=np.ones((2, 1), np.float32), a__bias=np.array([0x3F80, 0xC000], np.uint16))
     bias = dense.bias("a")
     assert bias is not None
-    assert (bias.dtype, bias.tolist()) == (np.float32, [1, -2])
+    assert bias.dtype == np.float32
+    assert bias.tolist() == [1, -2]
 
 
 def test_dense_refusals(tmp_path: Path) -> None:
