@@ -117,7 +117,7 @@ class Task:
     """Emits one task: tokens first..first+tile-1 of one kv head. Row r is token r // group, query head r % group of it.
 
     `work` f32[rows, block + 32 + d]: a row's scores or weights, 16 partial sums of weights, the maximum and the factor,
-    then the query times Scores.query_factor. A copy, because tokens lie a power of two apart and would share cache sets.
+    then the query times query_factor. A copy, because tokens lie a power of two apart and would share cache sets.
     """
 
     def __init__(

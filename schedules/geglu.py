@@ -3,7 +3,8 @@
   quern.geglu           gate_up f32[m, 2f] -> f32[m, f]      columns 0..f-1 are the gate, f..2f-1 are up
   quern.geglu_quantize  gate_up f32[m, 2f]; group -> as quern.quantize with k = f
 
-    u = sqrt(2 / pi) * (gate + 0.044715 gate^3);  out = gate * (1 + tanh(u)) / 2 * up = gate / (1 + 2^(-2 u log2 e)) * up
+    u = sqrt(2 / pi) * (gate + 0.044715 gate^3)
+    out = gate * (1 + tanh(u)) / 2 * up = gate / (1 + 2^(-2 u log2 e)) * up
 fp32; the error of the sigmoid is that of schedules.swiglu with 2 |u| in place of |gate|. Method: arXiv:1606.08415.
 """
 

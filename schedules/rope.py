@@ -3,8 +3,8 @@
   quern.rope_append  qkv f32[m, (heads + 2 * kv_heads) * d], rope f32[context, d], span i32[2],
                      k_cache f16|f32[kv_heads, capacity/16, d, 16], v_cache f16|f32[kv_heads, capacity, d];
                      heads, kv_heads, head_dim -> q f32[m, heads * d]; both caches are updated in place
-  quern.rope_append_norm  the same with q_norm, k_norm after span, and eps: q and k are RMS-normed first. A norm's weight
-                     has d values, then each head is normed by itself, or as many as all heads together, then they are.
+  quern.rope_append_norm  the same with q_norm, k_norm after span, and eps: q and k are RMS-normed first. Where a norm's
+                     weight has d values, each head is normed by itself; else all of them together.
 
 Position of row t: p = span[0] + t. rope[p] holds cos of d/2 angles, then their sines. Halves rotate as in GPT-NeoX:
     out[i] = x[i] cos[i] - x[i + d/2] sin[i];  out[i + d/2] = x[i + d/2] cos[i] + x[i] sin[i]

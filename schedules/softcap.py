@@ -1,8 +1,7 @@
-"""Soft-capped logits: no value leaves (-cap, cap), small ones stay as they are.
+"""Soft-capped logits: no value leaves -cap..cap, small ones stay as they are.
 
-  quern.softcap  x f32[m, n]; cap -> f32[m, n]
-
-    out = cap * tanh(x / cap)      fp32, relative error that of vector.tanh2 and two roundings
+quern.softcap  x f32[m, n]; cap -> f32[m, n]     out = cap * tanh(x / cap)
+fp32; relative error that of vector.tanh2 and two roundings.
 """
 
 from __future__ import annotations

@@ -22,7 +22,9 @@ def build(config: Config, describe: Describe, options: Options) -> Model:
     for key in ("hidden_activation", "hidden_act"):  # transformers reads the first, and writes both
         config.string(key, ("gelu_pytorch_tanh",), default="gelu_pytorch_tanh")
     if config.boolean("use_bidirectional_attention", default=False):
-        raise UnsupportedError(f"{config.where('use_bidirectional_attention')} is true, but quern's attention is causal.")
+        raise UnsupportedError(
+            f"{config.where('use_bidirectional_attention')} is true, but quern's attention is causal."
+        )
     config.accept("cache_implementation")  # how transformers stores keys and values
     scale = config.number("query_pre_attn_scalar", 1e-6, 1e6, default=256.0) ** -0.5
     score_cap = config.number("attn_logit_softcapping", 0.0, 1e6, default=0.0)

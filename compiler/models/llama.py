@@ -1,4 +1,4 @@
-"""Llama and what shares its graph: RMSNorm, rotary attention with grouped queries, SwiGLU, biases if config.json says so.
+"""Llama and its like: RMSNorm, rotary attention with grouped queries, SwiGLU, biases where config.json states them.
 
 Source of the arithmetic and of the module names: transformers' LlamaForCausalLM.
 """

@@ -86,7 +86,7 @@ def read_windows(
 
     sliding(layer) decides where there is no layer_types. used=False: a sliding_window that stands there says nothing.
     """
-    window = config.integer("sliding_window", 1, MOST_POSITIONS, default=0) if used else 0
+    window = config.integer("sliding_window", 1, MOST_POSITIONS) if used and config.has("sliding_window") else 0
     config.accept("sliding_window")
     if not config.has("layer_types"):
         config.accept("layer_types")
