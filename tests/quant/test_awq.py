@@ -116,6 +116,8 @@ def test_a_checkpoint(tmp_path: Path) -> None:
     {"version": "GEMM"}, {"version": ...}, {"quant_method": ..., "bits": ..., "group_size": ..., "w_bit": 4,
                                             "q_group_size": 32}, {"q_group_size": 32}, {"sym": False},
     {"modules_to_not_convert": None},
+    {"version": ..., "checkpoint_format": "gemm", "format": "gemm", "method": "awq", "pack_dtype": "int32", "meta": {},
+     "zero_point": ..., "sym": False, "desc_act": False, "lm_head": False},  # GPTQModel
 ])
 def test_older_and_shorter_forms(tmp_path: Path, changed: dict[str, Any]) -> None:
     assert checkpoint(tmp_path, settings(**changed)).load("m").zero.tolist() == [[5, 5]] * 16
@@ -192,6 +194,10 @@ CONFIGS: dict[str, tuple[dict[str, Any], type[UserError], str]] = {
     "version": ({"version": "gemv"}, UnsupportedError,
                 "version is 'gemv', but quern decodes AWQ's gemm layout. Take the model in that form, which most are "
                 "in."),
+    "format": ({"checkpoint_format": "gemv_fast"}, UnsupportedError,
+               "checkpoint_format is 'gemv_fast', but quern decodes AWQ's gemm layout. Take the model in that form, "
+               "which most are in."),
+    "desc_act": ({"desc_act": True}, UnsupportedError, "desc_act is true, but AWQ's gemm layout has no act-order."),
     "bits": ({"bits": 3}, UnsupportedError, "bits is 3, but AWQ's gemm layout has 4 bits. Take the model with those."),
     "group_size": ({"group_size": 0}, FormatError,
                    "group_size must be -1 (one group a row) or at least 1, and the same as q_group_size where both are "

@@ -1,6 +1,6 @@
-"""AWQ tensors in the gemm layout to canonical codes, as AutoAWQ and auto-round write them. Method: arXiv:2306.00978.
+"""AWQ tensors in the gemm layout to canonical codes, as AutoAWQ, auto-round and GPTQModel write them.
 
-4 bits, G = ceil(k / g) groups; words are int32 along n, and nibble i of a word, from the lowest up, holds column
+Method: arXiv:2306.00978. 4 bits, G = ceil(k / g) groups; words are int32 along n, and nibble i of a word, from the lowest up, holds column
 ORDER[i] of the word's eight; nothing is stored minus one.
 qweight i32[k, n/8]    codes
 qzeros  i32[G, n/8]    zeros; auto-round's symmetric files have 8 everywhere
@@ -43,6 +43,7 @@ BLOCK_WORDS = 1 << 17  # words unpacked at a time, so that the working buffers s
 MAX_GROUP_SIZE = 1 << 20
 # How it was quantised, or how a library likes to run it. Which modules are quantised, the tensors themselves say.
 HARMLESS = frozenset({
+    "meta", "lm_head",
     "provider", "autoround_version", "iters", "nsamples", "seqlen", "lr", "minmax_lr", "batch_size", "dataset", "amp",
     "enable_quanted_input", "enable_minmax_tuning", "low_gpu_mem_usage", "to_quant_block_names", "do_fuse",
     "fuse_max_seq_len", "modules_to_fuse", "exllama_config", "backend", "gradient_accumulate_steps", "scale_dtype",
@@ -221,10 +222,15 @@ def _looks_like_gptq(parts: dict[str, TensorView]) -> bool:
 def _read_config(config: ConfigView) -> AwqConfig:
     config.string("quant_method", ["awq"], "awq")
     config.string("data_type", ["int"], "int")
-    version = config.string("version", default="gemm")
-    if version.lower() != "gemm":
-        raise UnsupportedError(f"{config.where('version')} is {version[:40]!r}, but quern decodes AWQ's gemm layout. "
-                               f"Take the model in that form, which most are in.")
+    config.string("method", ["awq"], "awq")
+    config.string("pack_dtype", ["int32"], "int32")
+    if config.boolean("desc_act", False):
+        raise UnsupportedError(f"{config.where('desc_act')} is true, but AWQ's gemm layout has no act-order.")
+    for key in ("version", "format", "checkpoint_format"):  # the last two are GPTQModel's names for it
+        version = config.string(key, default="gemm")
+        if version.lower() != "gemm":
+            raise UnsupportedError(f"{config.where(key)} is {version[:40]!r}, but quern decodes AWQ's gemm layout. "
+                                   f"Take the model in that form, which most are in.")
     for key in ("bits", "w_bit"):
         bits = config.integer(key, 1, 32, GRID.bits)
         if bits != GRID.bits:
@@ -235,7 +241,7 @@ def _read_config(config: ConfigView) -> AwqConfig:
     if size == 0 or len(set(sizes)) > 1:
         raise FormatError(f"{config.where('group_size')} must be -1 (one group a row) or at least 1, and the same as "
                           f"q_group_size where both are given.")
-    zero_point = config.boolean("zero_point", True)
+    zero_point = config.boolean("zero_point", not config.boolean("sym", False))
     if config.boolean("sym", not zero_point) is zero_point:
         raise FormatError(f"{config.where('sym')} and {config.where('zero_point')} contradict each other: a symmetric "
                           f"weight has no zero points. Set both as the file was made.")

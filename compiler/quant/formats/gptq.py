@@ -47,6 +47,7 @@ HARMLESS = frozenset({
     "minmax_lr", "batch_size", "enable_quanted_input", "enable_minmax_tuning", "low_gpu_mem_usage", "amp", "dataset",
     "tokenizer", "block_name_to_quantize", "to_quant_block_names", "modules_in_block_to_quantize",
     "module_name_preceding_first_block", "cache_block_outputs", "disable_exllama", "use_exllama", "use_cuda_fp16",
+    "scale_dtype", "gradient_accumulate_steps", "enable_norm_bias_tuning", "low_cpu_mem_usage", "enable_alg_ext",
     "exllama_config", "max_input_length", "model_seqlen", "pad_token_id", "backend", "lm_head",
 })
 
