@@ -1,7 +1,7 @@
 """AWQ tensors in the gemm layout to canonical codes, as AutoAWQ, auto-round and GPTQModel write them.
 
-Method: arXiv:2306.00978. 4 bits, G = ceil(k / g) groups; words are int32 along n, and nibble i of a word, from the lowest up, holds column
-ORDER[i] of the word's eight; nothing is stored minus one.
+Method: arXiv:2306.00978. 4 bits, G = ceil(k / g) groups; words are int32 along n, and nibble i of a word, counted from
+the lowest, holds column ORDER[i] of its eight; nothing is stored minus one.
 qweight i32[k, n/8]    codes
 qzeros  i32[G, n/8]    zeros; auto-round's symmetric files have 8 everywhere
 scales  f16|bf16|f32[G, n]
