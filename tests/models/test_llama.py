@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from tests.models import oracle
@@ -27,3 +30,16 @@ LLAMA3 = {
 )
 def test_agrees_with_transformers(tmp_path: Path, own: dict[str, Any]) -> None:
     oracle.check(tmp_path, LlamaConfig(**{**oracle.SMALL, **own}), int8="mlp_bias" in own)
+
+
+def test_values_of_another_kind_than_queries(tmp_path: Path) -> None:  # as GGUF files often have them
+    model = oracle.save(tmp_path, LlamaConfig(**oracle.SMALL))
+    file = tmp_path / "model.safetensors"
+    tensors = {n: t.bfloat16() if ".v_proj." in n else t for n, t in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+    model.load_state_dict({n: t.float() for n, t in tensors.items()})
+    ids = np.arange(3, 23)
+    with torch.no_grad():
+        want = model(torch.tensor(ids[None])).logits[0].numpy()
+    got = oracle.logits(oracle.build(tmp_path, "exact"), ids)
+    assert np.abs(got - want).max() <= oracle.TOLERANCE * np.abs(want).max()

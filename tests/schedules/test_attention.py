@@ -45,7 +45,7 @@ def compiled(m: int, heads: int, kv_heads: int, d: int, dtype: str, target, capa
         np.zeros(2, np.int32),
     ]
     outs = [TensorSpec((m, heads * d), "float32")]
-    call = request("quern.attention", args, outs, target, heads=heads, kv_heads=kv_heads, head_dim=d, **own)
+    call = request("quern.attention", args, outs, target, {}, heads=heads, kv_heads=kv_heads, head_dim=d, **own)
     return build(attention.lower, call)
 
 
