@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tvm.script import tirx as T
@@ -27,32 +27,41 @@ def _look_up(table: Table, codes: Any) -> Any:
     return values[0]
 
 
-def _byte(words: Any, b: int) -> Any:
-    """Byte b of every 32-bit lane, sign-extended."""
-    up, down = T.broadcast(T.int32(24 - 8 * b), VECTOR), T.broadcast(T.int32(24), VECTOR)
-    return T.shift_right(T.shift_left(words, up), down)
+def dot(
+    vector: int,
+    look_up: Callable[[Table, Any], Any],
+    storage: Storage,
+    table: Table | None,
+    acc: Any,
+    w: Sequence[Any],
+    a: Sequence[Any],
+) -> Any:
+    """`step` for vectors of any length and any way to look up. Little-endian: byte b of a lane is bits 8b..8b+7."""
+
+    def splat(value: Any) -> Any:
+        return T.broadcast(value, vector)
+
+    def field(words: Any, place: int, bits: int) -> Any:
+        return T.bitwise_and(T.shift_right(words, splat(T.uint32(place))), splat(T.uint32((1 << bits) - 1)))
+
+    words = [T.reinterpret(f"uint32x{vector}", v) for v in w]
+    ready: list[Any] = []  # whole codes or levels, a byte each
+    if table is not None or storage.high:
+        ready = [codes if table is None else look_up(table, codes) for codes in unpack(storage, w, vector)]
+    for f, quad in enumerate(a):
+        for b in range(QUAD):
+            up = T.int32(24 - 8 * b)  # shifted up by this and down by 24, byte b is sign-extended
+            if ready:  # a level is signed, and a code of two planes has at most 6 bits
+                signed = T.shift_left(T.reinterpret(f"int32x{vector}", ready[f]), splat(up))
+                weight = T.shift_right(signed, splat(T.int32(24)))
+            else:
+                place = 8 * b + f % storage.per_vector * storage.low
+                weight = T.Cast(f"int32x{vector}", field(words[f // storage.per_vector], place, storage.low))
+            activation = T.shift_right(T.shift_left(quad, up), T.int32(24))
+            acc = acc + weight * splat(activation)
+    return acc
 
 
 def step(storage: Storage, table: Table | None, acc: Any, w: Sequence[Any], a: Sequence[Any]) -> Any:
-    """See schedules.isa.Isa. Little-endian: byte b of a lane is bits 8b..8b+7."""
-    words = [T.reinterpret(f"uint32x{VECTOR}", vector) for vector in w]
-
-    def field(vector: Any, place: int, bits: int) -> Any:
-        shifted = T.shift_right(vector, T.broadcast(T.uint32(place), VECTOR))
-        return T.bitwise_and(shifted, T.broadcast(T.uint32((1 << bits) - 1), VECTOR))
-
-    looked_up = [] if table is None else [_look_up(table, codes) for codes in unpack(storage, w, VECTOR)]
-    for f, quad in enumerate(a):
-        for b in range(QUAD):
-            if table is not None:
-                weight = _byte(T.reinterpret(f"int32x{VECTOR}", looked_up[f]), b)
-            else:
-                place = 8 * b + f % storage.per_vector * storage.low
-                codes = field(words[f // storage.per_vector], place, storage.low)
-                if storage.high:
-                    above = field(words[-1], 8 * b + f * storage.high, storage.high)
-                    codes = T.bitwise_or(codes, T.shift_left(above, T.broadcast(T.uint32(storage.low), VECTOR)))
-                weight = T.Cast(f"int32x{VECTOR}", codes)
-            activation = T.shift_right(T.shift_left(quad, T.int32(24 - 8 * b)), T.int32(24))  # sign-extends byte b
-            acc = acc + weight * T.broadcast(activation, VECTOR)
-    return acc
+    """See schedules.isa.Isa."""
+    return dot(VECTOR, _look_up, storage, table, acc, w, a)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -19,7 +21,7 @@ def order(k: int) -> np.ndarray:
     return np.random.default_rng(k).permutation(k).astype(np.int32)
 
 
-def inputs(name: str, m: int, k: int) -> tuple[list[np.ndarray], dict[str, float]]:
+def inputs(name: str, m: int, k: int) -> tuple[list[np.ndarray], dict[str, Any]]:
     """Arguments and attributes of a producer of rows of k."""
     rng = np.random.default_rng(5)
     if name == "rms_norm":
