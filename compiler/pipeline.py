@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +18,7 @@ from compiler import models
 from compiler.checkpoint import Checkpoint, open_checkpoint
 from compiler.codegen import bundle, chat_format, link, tokenizer_files, weights_file
 from compiler.codegen.build import Compiled, compile_module
-from compiler.errors import ConfigError, FormatError, UnsupportedError
+from compiler.errors import CheckpointError, ConfigError, UnsupportedError
 from compiler.graph.weights import Constant, Linear, Table, Vector, Weight
 from compiler.models import Model
 from compiler.passes.fuse_quantize import FuseQuantize
@@ -34,6 +36,7 @@ from runtime import manifest
 from targets import Target
 
 LIBRARY, WEIGHTS = "model.so", "weights.bin"
+DECODERS = 2  # weights decoded at a time; numpy lets threads run beside each other, and each holds one layer
 CHUNKS = (16, 128)  # prompt tokens a call; the runtime cuts a prompt into these
 ACTIVATIONS = ("int8", "exact")
 
@@ -66,7 +69,7 @@ class Inputs:
     format: str
     model: Model
     source: Source
-    tokenizer: Path | None
+    tokenizer: Mapping[str, bytes] | None
 
 
 def build(model_dir: Path, request: Request, report: Reporter) -> manifest.Manifest:
@@ -85,13 +88,15 @@ def import_checkpoint(model_dir: Path, request: Request) -> Inputs:
     checkpoint = open_checkpoint(model_dir)
     source = open_source(checkpoint)
     model = models.build(checkpoint.config, source.describe, model_options(request))
+    refuse_other_biases(model, source)
     _refuse_unused(checkpoint, source, model)
     _refuse_idle_options(checkpoint, source, model, request)
-    tokenizer_files.check(checkpoint.path, model.vocab_size)
+    tokenizer = checkpoint.tokenizer_files()
+    tokenizer_files.check(tokenizer, model.vocab_size, checkpoint.path)
     quantization = checkpoint.config.data.get("quantization_config") or {}
     kind = str(quantization.get("quant_method", "dense"))
     model = replace(model, eos=_end_tokens(checkpoint, model))
-    return Inputs(checkpoint.path.resolve().name, kind, model, source, checkpoint.path)
+    return Inputs(checkpoint.name, kind, model, source, tokenizer)
 
 
 def _refuse_unused(checkpoint: Checkpoint, source: Source, model: Model) -> None:
@@ -141,6 +146,17 @@ def model_options(request: Request) -> models.Options:
         linear=lambda weight: quantised(request.bits, request.group_size, weight),
         head=lambda weight: quantised(request.head, None, weight),
     )
+
+
+def refuse_other_biases(model: Model, source: Source) -> None:
+    """Raise UnsupportedError for a linear layer whose checkpoint adds a bias that the graph does not."""
+    for weight in model.weights:
+        for module in weight.sources if isinstance(weight, Linear) and not weight.bias else ():
+            if source.bias(module) is not None:
+                raise UnsupportedError(
+                    f"{module} has a bias that is not zero, but with this config.json {model.type} has none there. "
+                    f"The checkpoint belongs to another architecture, or attention_bias or mlp_bias is missing."
+                )
 
 
 def compile_inputs(inputs: Inputs, request: Request, report: Reporter) -> manifest.Manifest:
@@ -201,12 +217,25 @@ def _dump(folder: Path | None, name: str, text: Any) -> None:
 
 
 def _packed(inputs: Inputs, lowered: Lowered, advance: Any) -> Iterator[tuple[str, NDArray[Any]]]:
-    """Every graph parameter in its kernel's layout."""
-    for weight in inputs.model.weights:
+    """Every graph parameter in its kernel's layout, in order; the next weights are decoded while one is written."""
+
+    def prepare(weight: Weight) -> list[tuple[str, NDArray[Any]]]:
+        made = []
         for name, array in load_weight(weight, inputs.source):
             packing = lowered.packings.get(name)
-            yield name, array if packing is None else packing.pack(array)
-        advance(1)
+            made.append((name, array if packing is None else packing.pack(array)))
+        return made
+
+    ahead: deque[Future[list[tuple[str, NDArray[Any]]]]] = deque()
+    with ThreadPoolExecutor(DECODERS) as pool:
+        for weight in inputs.model.weights:
+            ahead.append(pool.submit(prepare, weight))
+            if len(ahead) > DECODERS:
+                yield from ahead.popleft().result()
+                advance(1)
+        while ahead:
+            yield from ahead.popleft().result()
+            advance(1)
 
 
 def load_weight(weight: Weight, source: Source) -> Iterator[tuple[str, NDArray[Any]]]:
@@ -214,41 +243,56 @@ def load_weight(weight: Weight, source: Source) -> Iterator[tuple[str, NDArray[A
     if isinstance(weight, Constant):
         yield weight.name, weight.values
     elif isinstance(weight, Vector):
-        vector = source.vector(weight.source)
-        if len(vector) != weight.n:
-            raise FormatError(
-                f"{weight.source}: has {len(vector)} values, but config.json makes it {weight.n}. "
-                f"The configuration belongs to another checkpoint, or was edited."
-            )
-        yield weight.name, vector
+        yield weight.name, _norm(weight, source)
     elif isinstance(weight, Table):
-        yield weight.name, _dense(source.load(weight.source)).values
+        yield from _parameters(weight.name, weight.name, source.load(weight.source))
     else:
+        if weight.bias:
+            yield f"{weight.name}.bias", _bias(weight, source)
         loaded = _as_asked(join([source.load(module) for module in weight.sources]), weight)
-        if isinstance(loaded, DenseWeight):
-            yield f"{weight.name}.weight", loaded.values
-        else:
-            yield f"{weight.name}.codes", loaded.codes
-            yield f"{weight.name}.scale", loaded.scale
-            yield f"{weight.name}.zero", loaded.zero
+        yield from _parameters(weight.name, f"{weight.name}.weight", loaded)
+
+
+def _parameters(name: str, dense: str, weight: QuantWeight | DenseWeight) -> Iterator[tuple[str, NDArray[Any]]]:
+    """A matrix by the names that compiler/graph/build.py gives its parameters; `dense` for one that has no codes."""
+    if isinstance(weight, DenseWeight):
+        yield dense, weight.values
+        return
+    yield f"{name}.codes", weight.codes
+    yield f"{name}.scale", weight.scale
+    if weight.offset is not None:
+        yield f"{name}.offset", weight.offset
+    elif not weight.type.table:
+        yield f"{name}.zero", weight.zero
+    if weight.permutation is not None:
+        yield f"{name}.permutation", weight.permutation
+
+
+def _norm(weight: Vector, source: Source) -> NDArray[np.float32]:
+    """A norm's weight with its constants folded in, each a rounding to fp32 at most."""
+    values = source.vector(weight.source)
+    if values.shape != (weight.n,):
+        raise CheckpointError(
+            f"{weight.source} has {values.size} values, but config.json's widths need {weight.n}. "
+            f"The configuration belongs to another checkpoint, or was edited."
+        )
+    values = values if weight.plus == 0 else values + np.float32(weight.plus)
+    return values if weight.times == 1 else values * np.float32(weight.times)
+
+
+def _bias(weight: Linear, source: Source) -> NDArray[np.float32]:
+    """The biases of all sources, one after another; none is zeros."""
+    parts = [source.bias(module) for module in weight.sources]
+    filled = [np.zeros(n, np.float32) if b is None else b for b, n in zip(parts, weight.rows, strict=True)]
+    return np.concatenate(filled)
 
 
 def _as_asked(loaded: QuantWeight | DenseWeight, weight: Linear) -> QuantWeight | DenseWeight:
-    if isinstance(loaded, QuantWeight) and loaded.permutation is not None:
-        raise UnsupportedError(
-            f"{weight.sources[0]}: was quantised in act-order (desc_act), which quern's kernels do not permute yet. "
-            f"Quantise it with desc_act = false, or take such a checkpoint."
-        )
     if isinstance(loaded, DenseWeight) and not weight.type.dense:
         bits = 8 if weight.type.bits == 8 else 4
         return rtn.quantize(loaded, bits, weight.type.group_size, where=weight.sources[0])
-    assert loaded.type == weight.type, (loaded.type, weight.type)
-    return loaded
-
-
-def _dense(loaded: QuantWeight | DenseWeight) -> DenseWeight:
-    if isinstance(loaded, QuantWeight):
-        raise UnsupportedError("Quantised embeddings are not supported yet: take a checkpoint with dense ones.")
+    wanted = weight.type if weight.type.order else replace(weight.type, order=loaded.type.order)
+    assert loaded.type == wanted, (loaded.type, wanted)
     return loaded
 
 
@@ -277,6 +321,7 @@ def _manifest(
             "bits": linears[0].bits,
             "group_size": linears[0].group_size,
             "activations": request.activations,
+            "checkpoint_activations": None if linears[0].activations == "any" else linears[0].activations,
             "head_bits": linears[-1].bits,
         },
         target=manifest.Target(target.name, target.arch, target.triple, target.mcpu, target.cpuinfo, target.glibc),

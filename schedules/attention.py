@@ -1,17 +1,21 @@
 """Causal attention over the cache, for one token or many, any number of query heads a kv head.
 
   quern.attention  q f32[m, heads * d], k_cache f16|f32[kv_heads, capacity/16, d, 16],
-                   v_cache f16|f32[kv_heads, capacity, d], span i32[2]; heads, kv_heads, head_dim -> f32[m, heads * d]
+                   v_cache f16|f32[kv_heads, capacity, d], span i32[2];
+                   heads, kv_heads, head_dim, scale = 1/sqrt(d), softcap = 0, window = 0 -> f32[m, heads * d]
 
-Row t sees positions 0..span[0] + t; scores are scaled by 1/sqrt(d). Rows t >= span[1] are padding: what they get is not
-defined. All arithmetic is fp32, the caches are storage only.
+Row t, at position p = span[0] + t, sees positions 0..p, or with a window the `window` positions up to p. A score is
+s = scale * q.k, with a soft cap softcap * tanh(s / softcap) (arXiv:2408.00118). 0 means none, and costs nothing. Rows
+t >= span[1] are padding: what they get is not defined. All arithmetic is fp32, the caches are storage only.
 
 One task has one kv head and a tile of tokens; every (token, query head) of it is a row, so a key or value is loaded
 once for all rows. It walks the context in blocks of `block` positions (online softmax, arXiv:2205.14135, in base 2):
   scores   row x 16 positions: the blocked k cache gives 16 keys' element d as one vector, so no sum crosses lanes
   softmax  new maximum, weights 2^(score - maximum), and the factor 2^(old - new) for what is summed so far
   values   out = out * factor + weights x V, the accumulators `out` itself
-Scores live for one block only, so memory does not grow with the context.
+Scores live for one block only, so memory does not grow with the context. Blocks that lie before the window of all rows
+are skipped. A row that sees nothing of its first blocks gathers weights 2^0 there, and drops them when its first real
+score brings the factor 2^(MASKED - score) = 0.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from schedules import vector
-from schedules.kernel import Kernel, Request
+from schedules.kernel import Kernel, Request, spelled
 from schedules.vector import LANES, LOG2_E, Expr
 
 MASKED = -1e30  # below any score of finite fp16 keys; 2^(MASKED - maximum) is exactly 0
@@ -34,6 +38,26 @@ MASKED = -1e30  # below any score of finite fp16 keys; 2^(MASKED - maximum) is e
 ACCUMULATORS = {512: (8, 8, 16, 16), 256: (5, 4, 8, 4), 128: (5, 2, 5, 4)}
 CACHE_LINE_BYTES = 64
 BLOCK_BYTES = 16384  # keys of a block: half of a small L1; values take the other half
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What becomes of a product q.k: scaled, capped when `softcap` is not 0, masked before the window when that is."""
+
+    scale: float
+    softcap: float
+    window: int
+
+    @property
+    def name(self) -> str:
+        """Part of the kernel's name."""
+        cap = f"_cap{spelled(self.softcap)}" if self.softcap else ""
+        return f"x{spelled(self.scale)}{cap}" + (f"_w{self.window}" if self.window else "")
+
+    @property
+    def query_factor(self) -> float:
+        """What queries are multiplied by, so that a product is the exponent of 2 that comes next."""
+        return LOG2_E * self.scale * (2 / self.softcap if self.softcap else 1)
 
 
 @dataclass(frozen=True)
@@ -93,11 +117,20 @@ class Task:
     """Emits one task: tokens first..first+tile-1 of one kv head. Row r is token r // group, query head r % group of it.
 
     `work` f32[rows, block + 32 + d]: a row's scores or weights, 16 partial sums of weights, the maximum and the factor,
-    then the query times log2(e) / sqrt(d). A copy, because tokens lie a power of two apart and would share cache sets.
+    then the query times query_factor. A copy, because tokens lie a power of two apart and would share cache sets.
     """
 
-    def __init__(self, chosen: Plan, group: int, d: int, buffers: tuple[Any, Any, Any, Any], head: Expr, first: Expr):
-        self.plan, self.group, self.d, self.head, self.first = chosen, group, d, head, first
+    def __init__(
+        self,
+        chosen: Plan,
+        scores: Scores,
+        group: int,
+        d: int,
+        buffers: tuple[Any, Any, Any, Any],
+        head: Expr,
+        first: Expr,
+    ):
+        self.plan, self.scores, self.group, self.d, self.head, self.first = chosen, scores, group, d, head, first
         self.q, self.keys, self.values, self.out = buffers
         self.rows = chosen.tile * group
         self.line = CACHE_LINE_BYTES // (2 if self.keys.ty.dtype == "float16" else 4)
@@ -117,7 +150,10 @@ class Task:
         """Attention over positions 0..visible-1 for tokens whose first one has position `start`."""
         with T.serial(self.rows) as r:
             self._clear(r)
-        with T.serial((visible + (self.plan.block - 1)) // self.plan.block) as i:
+        seen: Expr = T.int32(0)  # first block that some row sees
+        if self.scores.window:
+            seen = vector.hold(T.max(start - (self.scores.window - 1), T.int32(0)) // self.plan.block, 1, "int32")
+        with T.serial(seen, (visible + (self.plan.block - 1)) // self.plan.block) as i:
             base = i * self.plan.block
             count = vector.hold(T.min(visible - base, T.int32(self.plan.block)), 1, "int32")
             vectors = vector.hold((count + (LANES - 1)) // LANES, 1, "int32")
@@ -134,12 +170,11 @@ class Task:
     def _clear(self, r: Expr) -> None:
         """Nothing seen yet; the query scaled."""
         token, column = self.place(r)
-        scale = LOG2_E / self.d**0.5
         T.buffer_store(self.work, T.float32(MASKED), [r, self.maximum])
         vector.store(self.work, vector.splat(0.0, LANES), r, self.sums, lanes=LANES)
         for c, lanes in vector.pieces(self.d):
             vector.store(self.out, vector.splat(0.0, lanes), token, column + c, lanes=lanes)
-            scaled = vector.load(self.q, token, column + c, lanes=lanes) * vector.splat(scale, lanes)
+            scaled = vector.load(self.q, token, column + c, lanes=lanes) * vector.splat(self.scores.query_factor, lanes)
             vector.store(self.work, scaled, r, self.query + c, lanes=lanes)
 
     def _divide(self, r: Expr) -> None:
@@ -170,8 +205,13 @@ class Task:
         position = T.ramp(base + j * LANES, 1, LANES)
         for r in group:
             score = reduce(add, [vector.load(sums[r, a], 0, 0, lanes=LANES) for a in range(chains)])
-            seen = position <= vector.splat(start + r // self.group, LANES)
-            vector.store(self.work, T.Select(seen, score, vector.splat(MASKED, LANES)), r, j * LANES, lanes=LANES)
+            if self.scores.softcap:
+                score = vector.tanh2(score, LANES) * vector.splat(self.scores.softcap * LOG2_E, LANES)
+            own, masked = start + r // self.group, vector.splat(MASKED, LANES)
+            if self.scores.window:
+                score = T.Select(position > vector.splat(own - self.scores.window, LANES), score, masked)
+            score = T.Select(position <= vector.splat(own, LANES), score, masked)
+            vector.store(self.work, score, r, j * LANES, lanes=LANES)
 
     def _softmax(self, r: Expr, vectors: Expr) -> None:
         """Row r's scores to weights; its maximum, sums and factor."""
@@ -242,7 +282,12 @@ def lower(request: Request) -> Kernel:
     m, capacity, group = q_spec.shape[0], v_spec.shape[1], heads // kv_heads
     chosen = plan(request, m, group, d, 2 if k_spec.dtype == "float16" else 4)
     tiles = m // chosen.tile
-    name = f"attention_{k_spec.dtype}_m{m}_h{heads}_kv{kv_heads}_d{d}_c{capacity}_{chosen.name}"
+    scores = Scores(
+        float(request.attrs.get("scale", d**-0.5)),
+        float(request.attrs.get("softcap", 0)),
+        int(request.attrs.get("window", 0)),
+    )
+    name = f"attention_{k_spec.dtype}_m{m}_h{heads}_kv{kv_heads}_d{d}_c{capacity}_{scores.name}_{chosen.name}"
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_attr({"tirx.noalias": True, "global_symbol": name})
         q = T.arg("q", T.buffer((m, heads * d), "float32", layout=None))
@@ -263,7 +308,8 @@ def lower(request: Request) -> Kernel:
                 with T.If(first < span[1]), T.Then():
                     head = vector.hold(i // tiles, 1, "int32")
                     visible = vector.hold(span[0] + T.min(first + chosen.tile, span[1]), 1, "int32")
-                    Task(chosen, group, d, (q, keys, values, out), head, first).emit(span[0] + first, visible)
+                    task = Task(chosen, scores, group, d, (q, keys, values, out), head, first)
+                    task.emit(span[0] + first, visible)
     return Kernel(name, builder.get())
 
 

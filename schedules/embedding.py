@@ -1,6 +1,6 @@
-"""Rows of the embedding table, one a token, widened to fp32.
+"""Rows of the embedding table, one a token, widened to fp32 and multiplied by a constant.
 
-  quern.embedding  ids i32[m], table f16 | bf16 bits in u16 | f32 [vocab, d] -> f32[m, d]
+  quern.embedding  ids i32[m], table f16 | bf16 bits in u16 | f32 [vocab, d]; scale -> f32[m, d]
 ids must lie in 0..vocab-1: the runtime checks them, the kernel does not.
 """
 
@@ -10,15 +10,15 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from schedules import vector
-from schedules.kernel import Kernel, Request
+from schedules.kernel import Kernel, Request, spelled
 from schedules.vector import Expr
 
 
 def lower(request: Request) -> Kernel:
     """One copy loop a token; tokens in parallel."""
     ids, table = request.args
-    (m,), (vocab, d) = ids.shape, table.shape
-    name = f"embedding_{table.dtype}_m{m}_v{vocab}_d{d}"
+    (m,), (vocab, d), scale = ids.shape, table.shape, float(request.attrs.get("scale", 1.0))
+    name = f"embedding_{table.dtype}_m{m}_v{vocab}_d{d}" + (f"_x{spelled(scale)}" if scale != 1 else "")
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_attr({"tirx.noalias": True, "global_symbol": name})
         id_of = T.arg("ids", T.buffer((m,), "int32", layout=None))
@@ -31,7 +31,10 @@ def lower(request: Request) -> Kernel:
                 row = T.bind(id_of[t])
 
                 def copy(offset: Expr, lanes: int) -> None:
-                    vector.store(out, vector.load(rows, row, offset, lanes=lanes), t, offset, lanes=lanes)
+                    value = vector.load(rows, row, offset, lanes=lanes)
+                    if scale != 1:
+                        value = value * vector.splat(scale, lanes)
+                    vector.store(out, value, t, offset, lanes=lanes)
 
                 vector.sweep(d, copy)
     return Kernel(name, builder.get())

@@ -35,6 +35,7 @@ class Request:
     """One operator call as the graph states it: tensors in, tensors out, attributes, and the target to run on.
 
     `args` and `outs` keep the operator's documented order. `knobs` overrides a schedule's default decisions by name.
+    `table`: the real number each code stands for, when that is not the code itself.
     """
 
     op: str
@@ -43,6 +44,7 @@ class Request:
     attrs: Mapping[str, int | float | str]
     target: Target
     knobs: Mapping[str, int] = field(default_factory=dict)
+    table: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,11 @@ class Kernel:
 
 
 Lower = Callable[[Request], Kernel]
+
+
+def spelled(number: float) -> str:
+    """A float attribute as part of a kernel's name, with more digits than fp32 has."""
+    return f"{number:.8e}".replace("-", "m").replace("+", "p").replace(".", "_")
 
 
 def lowerings() -> dict[str, Lower]:

@@ -1,12 +1,16 @@
-"""Linear layers on fp32 activations: the exact path for integer weights, and weights that were never quantised.
+"""Linear layers on fp32 activations: the exact path for quantised weights, and weights that were never quantised.
 
     out[m, n] = (residual[m, n] +) sum_k w[n, k] * x[m, k]
 
 Weights become fp32 as they are read. Integer codes: w = scale * (code - zero); the difference is exact, a span is
-summed first and scaled once. Dense weights: float16, or bfloat16 bits in uint16, or float32.
+summed first and scaled once; a table grid's values alike. With an offset every weight is made whole before it is
+multiplied, w = scale * code + offset: the sums of both parts would be large and cancel. Dense weights: float16, or
+bfloat16 bits in uint16, or float32.
 Operators (arguments in order; *_residual has residual f32[m, n] last):
-  quern.linear_exact   x f32[m, k], codes u8[n, k], scale f16|f32[n, groups], zero i16[n, groups]; bits, group
-                       -> f32[m, n]
+  quern.linear_exact         x f32[m, k], codes u8[n, k], scale f16|f32[n, groups], zero i16[n, groups]; bits, group
+                             -> f32[m, n]
+  quern.linear_exact_offset  offset f32[n, groups] instead of zero
+  quern.linear_exact_table   neither; grid, bits, group; the request's table has the values of the codes
   quern.linear_dense   x f32[m, k], weight f16|u16|f32[n, k] -> f32[m, n]
 Layout: schedules.packed for codes; dense weights lie as [blocks, k, 16 rows].
 """
@@ -20,10 +24,12 @@ import numpy as np
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
+from schedules import storage as storages
+from schedules import vector
 from schedules.geometry import Geometry
-from schedules.isa import LANES, QUAD, fields
 from schedules.kernel import Kernel, Packing, Request, TensorSpec
-from schedules.packed import blocks, code_packing, scale_packing, stored_bits, zero_dtype, zero_packing
+from schedules.packed import affine_of, blocks, weight_packings
+from schedules.storage import LANES, QUAD, Storage
 
 TOKENS = 4  # accumulators per row block, so that a weight read once serves several tokens of a prompt
 CHAINS = 4  # dense: partial sums by k modulo this, the same for every m, so that a prompt equals its single tokens
@@ -67,18 +73,27 @@ def _store(n: int, row: Any, vb: Any, acc: Any, t: int, base: Any, out: Any) -> 
             T.buffer_store(out, value if base is None else base[row, column] + value, [row, column])
 
 
-def _exact(m: int, n: int, geometry: Geometry, bits: int, scale_dtype: str, residual: bool) -> Any:
-    nb, spans, width, count = blocks(n), geometry.spans, geometry.width, fields(bits)
-    steps, tokens = width // (QUAD * count), _tokens_at_once(m, TOKENS)
-    mask = T.broadcast(T.uint32((1 << bits) - 1), LANES)
+def _exact(
+    m: int,
+    n: int,
+    geometry: Geometry,
+    storage: Storage,
+    scale_dtype: str,
+    residual: bool,
+    affine: str,
+    table: tuple[float, ...] | None,
+) -> Any:
+    nb, spans, width = blocks(n), geometry.spans, geometry.width
+    steps, tokens = width // storage.inputs, _tokens_at_once(m, TOKENS)
     lanes = T.ramp(0, 1, LANES)
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_attr({"tirx.noalias": True, "global_symbol": "main"})
             x = T.arg("x", T.buffer((m, geometry.k), "float32"))
-            codes = T.arg("codes", T.buffer((nb, spans, steps, LANES, QUAD), "uint8"))
+            codes = T.arg("codes", T.buffer((nb, spans, steps, storage.vectors, LANES, QUAD), "uint8"))
             scale = T.arg("scale", T.buffer((nb, spans, LANES), scale_dtype))
-            zero = T.arg("zero", T.buffer((nb, spans, LANES), zero_dtype(bits)))
+            zero = T.arg("zero", T.buffer((nb, spans, LANES), "uint8")) if affine == "zero" else None
+            offset = T.arg("offset", T.buffer((nb, spans, LANES), "float32")) if affine == "offset" else None
             base = T.arg("residual", T.buffer((m, n), "float32")) if residual else None
             out = T.arg("out", T.buffer((m, n), "float32"))
 
@@ -95,27 +110,46 @@ def _exact(m: int, n: int, geometry: Geometry, bits: int, scale_dtype: str, resi
                 with T.serial(0, spans) as s:
                     for t in range(tokens):
                         T.buffer_store(part, T.broadcast(T.float32(0), LANES), [t, lanes])
-                    centre = T.bind(T.Cast(f"int32x{LANES}", zero[vb, s, lanes]))
+                    factor = T.bind(T.Cast(f"float32x{LANES}", scale[vb, s, lanes]))
+                    centre = T.bind(T.Cast(f"int32x{LANES}", zero[vb, s, lanes])) if zero is not None else None
+                    least = T.bind(offset[vb, s, lanes]) if offset is not None else None
                     with T.serial(0, steps) as j:
-                        words = T.bind(
-                            T.reinterpret(f"uint32x{LANES}", codes.vload([vb, s, j, 0, 0], f"uint8x{LANES * QUAD}"))
-                        )
-                        for h in range(count):
+                        stored = [codes.vload([vb, s, j, v, 0, 0], "uint8x64") for v in range(storage.vectors)]
+                        words = [T.bind(T.reinterpret(f"uint32x{LANES}", vector)) for vector in stored]
+                        for f in range(storage.quads):
                             for b in range(QUAD):
-                                shift = T.broadcast(T.uint32(8 * b + bits * h), LANES)
-                                code = T.Cast(f"int32x{LANES}", T.bitwise_and(T.shift_right(words, shift), mask))
-                                weight = T.bind(T.Cast(f"float32x{LANES}", code - centre))
-                                place = h * (width // count) + j * QUAD + b
+                                code = T.Cast(f"int32x{LANES}", _code(storage, words, f, b))
+                                if table is not None:
+                                    weight = T.bind(vector.look_up(table, code, LANES))
+                                elif centre is not None:
+                                    weight = T.bind(T.Cast(f"float32x{LANES}", code - centre))
+                                else:
+                                    weight = T.bind(T.Cast(f"float32x{LANES}", code) * factor + least)
+                                place = j * storage.inputs + f * QUAD + b
                                 for t in range(tokens):
                                     value = T.broadcast(activation(row + t, s, place), LANES)
                                     T.buffer_store(part, part[t, lanes] + weight * value, [t, lanes])
-                    factor = T.bind(T.Cast(f"float32x{LANES}", scale[vb, s, lanes]))
                     for t in range(tokens):
-                        T.buffer_store(acc, acc[t, lanes] + part[t, lanes] * factor, [t, lanes])
+                        scaled = part[t, lanes] if offset is not None else part[t, lanes] * factor
+                        T.buffer_store(acc, acc[t, lanes] + scaled, [t, lanes])
 
             with T.sblock("root"):
                 _rows_in_parallel(m, n, tokens, accumulate, base, out)
     return builder.get()
+
+
+def _code(storage: Storage, words: list[Any], f: int, b: int) -> Any:
+    """Codes of byte b in quad f: u32 vector of a lane each."""
+
+    def field(vector: Any, place: int, bits: int) -> Any:
+        mask = T.broadcast(T.uint32((1 << bits) - 1), LANES)
+        return T.bitwise_and(T.shift_right(vector, T.broadcast(T.uint32(8 * b + place), LANES)), mask)
+
+    low = field(words[f // storage.per_vector], f % storage.per_vector * storage.low, storage.low)
+    if not storage.high:
+        return low
+    high = field(words[-1], f * storage.high, storage.high)
+    return T.bitwise_or(low, T.shift_left(high, T.broadcast(T.uint32(storage.low), LANES)))
 
 
 def _to_float(value: Any, dtype: str) -> Any:
@@ -167,18 +201,17 @@ def _pack_dense(weight: np.ndarray) -> np.ndarray:
 
 
 def lower_exact(request: Request) -> Kernel:
-    """Integer weights, fp32 activations."""
-    bits, group = stored_bits(int(request.attrs["bits"])), int(request.attrs["group"])
+    """Quantised weights, fp32 activations."""
     (m, k), (n, _) = request.args[0].shape, request.args[1].shape
-    geometry, scale_dtype, residual = Geometry(k, group), request.args[2].dtype, request.op.endswith("_residual")
+    geometry, scale_dtype = Geometry(k, int(request.attrs["group"])), request.args[2].dtype
+    affine, residual = affine_of(request.op), request.op.endswith("_residual")
+    storage = storages.choose(int(request.attrs["bits"]), geometry.width)
+    kind = request.attrs.get("grid", storage.name)
+    tail = ("_offset" if affine == "offset" else "") + ("_residual" if residual else "")
     return Kernel(
-        name=f"linear_w{bits}a32_m{m}_n{n}_k{k}_g{group}_s{scale_dtype[5:]}{'_residual' if residual else ''}",
-        func=_exact(m, n, geometry, bits, scale_dtype, residual),
-        packings={
-            1: code_packing(n, geometry, bits),
-            2: scale_packing(n, geometry, scale_dtype),
-            3: zero_packing(n, geometry, bits),
-        },
+        name=f"linear_{kind}a32_m{m}_n{n}_k{k}_g{geometry.group}_s{scale_dtype[5:]}{tail}",
+        func=_exact(m, n, geometry, storage, scale_dtype, residual, affine, request.table),
+        packings=weight_packings(1, n, geometry, storage, scale_dtype, affine),
     )
 
 
@@ -195,9 +228,9 @@ def lower_dense(request: Request) -> Kernel:
     )
 
 
+EXACT = [f"quern.linear_exact{affine}{tail}" for affine in ("", "_offset", "_table") for tail in ("", "_residual")]
 LOWERS = {
-    "quern.linear_exact": lower_exact,
-    "quern.linear_exact_residual": lower_exact,
+    **dict.fromkeys(EXACT, lower_exact),
     "quern.linear_dense": lower_dense,
     "quern.linear_dense_residual": lower_dense,
 }

@@ -1,14 +1,17 @@
-"""Integer linear layers: packed 4- or 8-bit weights, int8 activations, one fp32 scale per (row, span).
+"""Integer linear layers: packed 2- to 8-bit weights, int8 activations, one fp32 scale per (row, span).
 
     out[m, n] = (residual[m, n] +) sum over spans s of
                 ascale[m, s] * scale[n, s] * (sum_i code[n, s, i] * q[m, s, i] - zero[n, s] * asum[m, s])
+                (+ offset[n, s] * asum[m, s] * ascale[m, s])
 
-The zero point meets the span's activation sum, so the inner loop sees unsigned codes only. One workload in plain TIR,
-one template; the instruction set is a `tensorize` away (schedules.isa). Layout: schedules.packed.
-Operators (arguments in order):
-  quern.linear_int8           q i8[m, spans, 2, width / 2], ascale f32[m, spans], asum i32[m, spans],
-                              codes u8[n, k], scale f16|f32[n, groups], zero i16[n, groups]; bits, group -> f32[m, n]
-  quern.linear_int8_residual  the same, then residual f32[m, n]
+The zero point meets the span's activation sum, so the inner loop sees unsigned codes only. On a table grid a code
+stands for its int8 level, round(127 * value / largest value), and the scale for 127ths of it. One workload in plain
+TIR, one template; the instruction set is a `tensorize` away (schedules.isa). Layout: schedules.packed.
+Operators (arguments in order), each also as *_residual with residual f32[m, n] at the end:
+  quern.linear_int8         q i8[m, spans, width], ascale f32[m, spans], asum i32[m, spans],
+                            codes u8[n, k], scale f16|f32[n, groups], zero i16[n, groups]; bits, group -> f32[m, n]
+  quern.linear_int8_offset  offset f32[n, groups] instead of zero
+  quern.linear_int8_table   neither; grid, bits, group; the request's table has the values of the codes
 """
 
 from __future__ import annotations
@@ -16,63 +19,92 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import tvm
 from tvm import s_tir
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from schedules import isa as isas
+from schedules import storage as storages
 from schedules.geometry import Geometry
-from schedules.isa import LANES, QUAD, fields
 from schedules.kernel import Kernel, Request
-from schedules.packed import blocks, code_packing, scale_packing, stored_bits, zero_dtype, zero_packing
+from schedules.packed import affine_of, blocks, weight_packings
+from schedules.storage import LANES, QUAD, Storage, Table
 
-CODES, SCALE, ZERO = 3, 4, 5  # argument positions of the weight
+CODES, SCALE = 3, 4  # argument positions of the weight; its zero or offset is next
+LEVEL_MAX = 127
 ROOMY_L1D_KIB = 48
 
 
-def workload(m: int, n: int, geometry: Geometry, bits: int, scale_dtype: str, residual: bool) -> Any:
-    """The layer in plain TIR: blocks `dot` (int32 per span), `scale` (fp32 over spans), `store` (residual, padding)."""
-    nb, spans, width, count = blocks(n), geometry.spans, geometry.width, fields(bits)
-    steps, half = width // (QUAD * count), width // 2
-    quads = half // QUAD
+def int8_levels(values: tuple[float, ...]) -> tuple[Table, float]:
+    """(level of every code, value of one level): what integer kernels take for a table grid, half to even."""
+    table = np.array(values, np.float32)
+    largest = np.abs(table).max()
+    levels = np.rint(table.astype(np.float64) * (LEVEL_MAX / float(largest)))
+    return tuple(int(v) for v in levels), float(largest / np.float32(LEVEL_MAX))
+
+
+def workload(
+    m: int,
+    n: int,
+    geometry: Geometry,
+    storage: Storage,
+    scale_dtype: str,
+    residual: bool,
+    affine: str = "zero",
+    levels: tuple[Table, float, int] | None = None,
+) -> Any:
+    """The layer in plain TIR: blocks `dot` (int32 per span), `scale` (fp32 over spans), `store` (residual, padding).
+
+    affine: "zero", "offset" or "table". levels: table of the instruction set, value of one level, level of zero.
+    """
+    nb, spans, width, quads = blocks(n), geometry.spans, geometry.width, storage.quads
+    steps, inputs = width // storage.inputs, storage.inputs
+    table, unit, middle = levels or (None, 1.0, 0)
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_attr({"tirx.noalias": True, "global_symbol": "main"})
-            q = T.arg("q", T.buffer((m, spans, 2, half), "int8"))
+            q = T.arg("q", T.buffer((m, spans, width), "int8"))
             ascale = T.arg("ascale", T.buffer((m, spans), "float32"))
             asum = T.arg("asum", T.buffer((m, spans), "int32"))
-            codes = T.arg("codes", T.buffer((nb, spans, steps, LANES, QUAD), "uint8"))
+            codes = T.arg("codes", T.buffer((nb, spans, steps, storage.vectors, LANES, QUAD), "uint8"))
             scale = T.arg("scale", T.buffer((nb, spans, LANES), scale_dtype))
-            zero = T.arg("zero", T.buffer((nb, spans, LANES), zero_dtype(bits)))
+            zero = T.arg("zero", T.buffer((nb, spans, LANES), "uint8")) if affine == "zero" else None
+            offset = T.arg("offset", T.buffer((nb, spans, LANES), "float32")) if affine == "offset" else None
             base = T.arg("residual", T.buffer((m, n), "float32")) if residual else None
             out = T.arg("out", T.buffer((m, n), "float32"))
             with T.sblock("root"):
                 total = T.sblock_alloc_buffer((m, nb, spans, LANES), "int32")
                 acc = T.sblock_alloc_buffer((m, nb, LANES), "float32")
-                by_field = (count,) if count > 1 else ()
-                with T.grid(m, nb, spans, steps, *by_field, LANES, QUAD) as (im, ib, s, j, *h, i, b):
+                by_quad = (quads,) if quads > 1 else ()
+                with T.grid(m, nb, spans, steps, *by_quad, LANES, QUAD) as (im, ib, s, j, *f, i, b):
                     with T.sblock("dot"):
-                        kinds = "SSSR" + "R" * len(h) + "SR"
-                        vm, vb, vs, vj, *vh, vi, vq = T.axis.remap(kinds, [im, ib, s, j, *h, i, b])
+                        kinds = "SSSR" + "R" * len(f) + "SR"
+                        vm, vb, vs, vj, *vf, vi, vq = T.axis.remap(kinds, [im, ib, s, j, *f, i, b])
                         with T.init():
                             T.buffer_store(total, T.int32(0), [vm, vb, vs, vi])
-                        code = codes[vb, vs, vj, vi, vq]
-                        for f in vh:
-                            shift = T.Cast("uint8", f * bits)
-                            code = T.bitwise_and(T.shift_right(code, shift), T.uint8((1 << bits) - 1))
-                        side = vh[0] if vh else T.floordiv(vj, quads)
-                        place = (vj if vh else T.floormod(vj, quads)) * QUAD + vq
-                        product = T.Cast("int32", code) * T.Cast("int32", q[vm, vs, side, place])
+                        quad = vf[0] if vf else 0
+                        code = storages.code(storage, quad, lambda v: codes[vb, vs, vj, v, vi, vq])
+                        activation = T.Cast("int32", q[vm, vs, vj * inputs + quad * QUAD + vq])
+                        product = storages.level(table, code) * activation
                         T.buffer_store(total, total[vm, vb, vs, vi] + product, [vm, vb, vs, vi])
                 with T.grid(m, nb, spans, LANES) as (im, ib, s, i):
                     with T.sblock("scale"):
                         vm, vb, vs, vi = T.axis.remap("SSRS", [im, ib, s, i])
                         with T.init():
                             T.buffer_store(acc, T.float32(0), [vm, vb, vi])
-                        centred = total[vm, vb, vs, vi] - T.Cast("int32", zero[vb, vs, vi]) * asum[vm, vs]
-                        factor = T.Cast("float32", scale[vb, vs, vi]) * ascale[vm, vs]
-                        T.buffer_store(acc, acc[vm, vb, vi] + T.Cast("float32", centred) * factor, [vm, vb, vi])
+                        centred = total[vm, vb, vs, vi]
+                        if zero is not None:
+                            centred = centred - T.Cast("int32", zero[vb, vs, vi]) * asum[vm, vs]
+                        elif middle:
+                            centred = centred - T.int32(middle) * asum[vm, vs]
+                        by_token = ascale[vm, vs] if table is None else ascale[vm, vs] * T.float32(unit)
+                        factor = T.Cast("float32", scale[vb, vs, vi]) * by_token
+                        value = T.Cast("float32", centred) * factor
+                        if offset is not None:
+                            value = value + offset[vb, vs, vi] * (T.Cast("float32", asum[vm, vs]) * ascale[vm, vs])
+                        T.buffer_store(acc, acc[vm, vb, vi] + value, [vm, vb, vi])
                 with T.grid(m, nb, LANES) as (im, ib, i):
                     with T.sblock("store"):
                         vm, vb, vi = T.axis.remap("SSS", [im, ib, i])
@@ -90,14 +122,16 @@ def _largest_divisor(of: int, most: int) -> int:
     return next(d for d in range(min(of, most), 0, -1) if of % d == 0)
 
 
-def default_knobs(m: int, n: int, geometry: Geometry, bits: int, isa: isas.Isa, l1d_kib: int | None) -> dict[str, int]:
+def default_knobs(
+    m: int, n: int, geometry: Geometry, storage: Storage, isa: isas.Isa, l1d_kib: int | None
+) -> dict[str, int]:
     """The template's stated default for a shape: the ISA's measured choice, cut down to what divides the shape.
 
     Row blocks lie a power of two apart, so their lines meet in few sets of the first-level cache. Prefetching eight
     streams into 32 KiB threw out what was still needed (19 against 26 GB/s on Zen 4); into the second level it did
     not. With 48 KiB (Sapphire Rapids) the first level was the better place.
     """
-    steps = geometry.width // (QUAD * fields(bits))
+    steps = geometry.width // storage.inputs
     gemm = "gemm_" if m > 1 else ""
     return {
         "row_blocks": _largest_divisor(blocks(n), isa.KNOBS[f"{gemm}row_blocks"]),
@@ -151,30 +185,33 @@ def template(sch: Any, intrinsic: str, knobs: Mapping[str, Any], aligned: bool) 
 
 def lower(request: Request) -> Kernel:
     """Workload, default or requested knobs, and this target's best instruction set."""
-    bits, group = stored_bits(int(request.attrs["bits"])), int(request.attrs["group"])
+    group, affine = int(request.attrs["group"]), affine_of(request.op)
     m, (n, k) = request.args[0].shape[0], request.args[CODES].shape
     scale_dtype = request.args[SCALE].dtype
     residual = request.op.endswith("_residual")
     geometry = Geometry(k, group)
+    storage = storages.choose(int(request.attrs["bits"]), geometry.width)
     isa = isas.choose(request.target)
-    knobs = default_knobs(m, n, geometry, bits, isa, request.target.l1d_kib_per_core) | dict(request.knobs)
-    sch = s_tir.Schedule(tvm.IRModule({"main": workload(m, n, geometry, bits, scale_dtype, residual)}))
+    knobs = default_knobs(m, n, geometry, storage, isa, request.target.l1d_kib_per_core) | dict(request.knobs)
+    levels = None
+    if request.table is not None:
+        signed, unit = int8_levels(request.table)
+        levels = (tuple(v + isa.TABLE_ZERO for v in signed), unit, isa.TABLE_ZERO)
+    sch = s_tir.Schedule(
+        tvm.IRModule({"main": workload(m, n, geometry, storage, scale_dtype, residual, affine, levels)})
+    )
     template(
         sch,
-        isas.register(isa.NAME, bits, knobs["prefetch_bytes"], knobs["prefetch_level"]),
+        isas.register(isa.NAME, storage, levels and levels[0], knobs["prefetch_bytes"], knobs["prefetch_level"]),
         knobs,
         aligned=n == blocks(n) * LANES,
     )
-    name = f"linear_w{bits}a8_{isa.NAME}_m{m}_n{n}_k{k}_g{group}_s{scale_dtype[5:]}{'_residual' if residual else ''}"
-    return Kernel(
-        name=name,
-        func=sch.mod["main"],
-        packings={
-            CODES: code_packing(n, geometry, bits),
-            SCALE: scale_packing(n, geometry, scale_dtype),
-            ZERO: zero_packing(n, geometry, bits),
-        },
-    )
+    kind = request.attrs.get("grid", storage.name)
+    tail = ("_offset" if affine == "offset" else "") + ("_residual" if residual else "")
+    name = f"linear_{kind}a8_{isa.NAME}_m{m}_n{n}_k{k}_g{group}_s{scale_dtype[5:]}{tail}"
+    return Kernel(name, sch.mod["main"], weight_packings(CODES, n, geometry, storage, scale_dtype, affine))
 
 
-LOWERS = {"quern.linear_int8": lower, "quern.linear_int8_residual": lower}
+LOWERS = {
+    f"quern.linear_int8{affine}{tail}": lower for affine in ("", "_offset", "_table") for tail in ("", "_residual")
+}

@@ -1,10 +1,9 @@
 """The packed layout all integer kernels on x86 and the generic one share.
 
-W u8[blocks, spans, width * bits / 32, 16, 4]   16 rows side by side, 4 consecutive inputs of a row in one 32-bit lane
-                                                bits 4: low nibble = first half of the span, high nibble = second half
-                                                2- and 3-bit codes are stored in 4 bits, 6-bit codes in 8
+W u8[blocks, spans, steps, vectors, 16, 4]      16 rows side by side, 4 consecutive inputs of a row in one 32-bit lane;
+                                                how many inputs a step has and how codes share bytes: schedules.storage
 S f16|f32[blocks, spans, 16]                    scale of the row in that span (repeated when a weight group has parts)
-Z u8[blocks, spans, 16] (4 bits), i16 (8)       zero point
+Z u8[blocks, spans, 16]                         zero point, or F f32[blocks, spans, 16], the offset
 Spans and their padding: schedules.geometry. Rows are padded to a multiple of ROW_PAD with scale 0.
 """
 
@@ -15,15 +14,11 @@ from functools import partial
 import numpy as np
 
 from schedules.geometry import Geometry
-from schedules.isa import LANES, QUAD, fields
 from schedules.kernel import Packing, TensorSpec
+from schedules.storage import LANES, QUAD, Storage
 
 ROW_PAD = 32  # two lane blocks, so that every kernel can keep at least two weight streams going
-
-
-def stored_bits(bits: int) -> int:
-    """Bits a code takes in W: kernels know fields of 4 and 8, and a narrower code fits into the next one."""
-    return 4 if bits <= 4 else 8
+BLOCK_CODES = 1 << 18  # codes packed at a time: the working buffers stay in the second-level cache
 
 
 def blocks(n: int) -> int:
@@ -31,59 +26,110 @@ def blocks(n: int) -> int:
     return -(-n // ROW_PAD) * (ROW_PAD // LANES)
 
 
-def zero_dtype(bits: int) -> str:
-    """Storage of zero points."""
-    return "uint8" if bits <= 4 else "int16"
-
-
-def code_packing(n: int, geometry: Geometry, bits: int) -> Packing:
+def code_packing(n: int, geometry: Geometry, storage: Storage) -> Packing:
     """codes u8[n, k] -> W."""
-    steps = geometry.width // (QUAD * fields(bits))
-    spec = TensorSpec((blocks(n), geometry.spans, steps, LANES, QUAD), "uint8")
-    return Packing(f"w{bits}_g{geometry.group}", spec, partial(_pack_codes, geometry=geometry, bits=bits))
+    steps = geometry.width // storage.inputs
+    spec = TensorSpec((blocks(n), geometry.spans, steps, storage.vectors, LANES, QUAD), "uint8")
+    pack = partial(_pack_codes, geometry=geometry, storage=storage)
+    return Packing(f"{storage.name}_g{geometry.group}", spec, pack)
 
 
 def scale_packing(n: int, geometry: Geometry, dtype: str) -> Packing:
     """scale [n, groups] -> S."""
+    return _group_packing("s", n, geometry, dtype)
+
+
+def zero_packing(n: int, geometry: Geometry) -> Packing:
+    """zero i16[n, groups] -> Z; a zero is below 256."""
+    return _group_packing("z", n, geometry, "uint8")
+
+
+def offset_packing(n: int, geometry: Geometry) -> Packing:
+    """offset f32[n, groups] -> F."""
+    return _group_packing("f", n, geometry, "float32")
+
+
+def affine_of(op: str) -> str:
+    """What stands behind the scale in an operator's arguments: "zero", "offset", or "table" for neither."""
+    return next((kind for kind in ("offset", "table") if f"_{kind}" in op), "zero")
+
+
+def weight_packings(
+    first: int, n: int, geometry: Geometry, storage: Storage, scale: str, affine: str
+) -> dict[int, Packing]:
+    """Layouts of codes, scale, and zero or offset, which are the arguments from `first` on."""
+    found = {first: code_packing(n, geometry, storage), first + 1: scale_packing(n, geometry, scale)}
+    if affine != "table":
+        found[first + 2] = (offset_packing if affine == "offset" else zero_packing)(n, geometry)
+    return found
+
+
+def _group_packing(letter: str, n: int, geometry: Geometry, dtype: str) -> Packing:
     spec = TensorSpec((blocks(n), geometry.spans, LANES), dtype)
-    return Packing(f"s_{dtype}_g{geometry.group}", spec, partial(_pack_groups, geometry=geometry, dtype=dtype))
+    return Packing(f"{letter}_{dtype}_g{geometry.group}", spec, partial(_pack_groups, geometry=geometry, dtype=dtype))
 
 
-def zero_packing(n: int, geometry: Geometry, bits: int) -> Packing:
-    """zero i16[n, groups] -> Z."""
-    dtype = zero_dtype(bits)
-    spec = TensorSpec((blocks(n), geometry.spans, LANES), dtype)
-    return Packing(f"z_{dtype}_g{geometry.group}", spec, partial(_pack_groups, geometry=geometry, dtype=dtype))
+def _pack_codes(codes: np.ndarray, *, geometry: Geometry, storage: Storage) -> np.ndarray:
+    """The inverse is `unpack_codes`. Padding holds code 0; its activations are 0. Some rows at a time: see BLOCK_CODES.
+
+    Words of four codes move as one: the shifts and masks below keep every field inside its byte.
+    """
+    n, steps = codes.shape[0], geometry.width // storage.inputs
+    packed = np.empty((blocks(n), geometry.spans, steps, storage.vectors, LANES), "<u4")
+    at_once = max(1, BLOCK_CODES // (LANES * geometry.spans * geometry.width))
+    for start in range(0, blocks(n), at_once):
+        part = packed[start : start + at_once]
+        rows = _placed(codes[start * LANES : (start + at_once) * LANES], len(part) * LANES, geometry)
+        quads = rows.view("<u4").reshape(-1, LANES, geometry.spans, steps, storage.quads)
+        if storage.high:
+            lows, high = storage.vectors - 1, quads >> np.uint32(storage.low) & _every_byte(storage.high)
+            part[:, :, :, -1] = _share_bytes(high, storage.high).transpose(0, 2, 3, 1)
+            quads = quads & _every_byte(storage.low)
+        else:
+            lows = storage.vectors
+        low = quads.reshape(*quads.shape[:-1], lows, storage.per_vector)
+        part[:, :, :, :lows] = _share_bytes(low, storage.low).transpose(0, 2, 3, 4, 1)
+    return packed.view(np.uint8).reshape(*packed.shape, QUAD)
 
 
-def _pad_rows(array: np.ndarray) -> np.ndarray:
-    extra = blocks(array.shape[0]) * LANES - array.shape[0]
-    return np.pad(array, ((0, extra), (0, 0))) if extra else array
-
-
-def _pack_codes(codes: np.ndarray, *, geometry: Geometry, bits: int) -> np.ndarray:
-    """The inverse is `unpack_codes`. Padding holds code 0; its activations are 0."""
-    n = codes.shape[0]
+def _placed(codes: np.ndarray, rows: int, geometry: Geometry) -> np.ndarray:
+    """u8[n, k] -> contiguous u8[rows, spans * width]: inputs where spans want them, missing rows and padding 0."""
+    if geometry.dense and codes.shape[0] == rows:
+        return np.ascontiguousarray(codes)
+    placed = np.zeros((rows, geometry.spans * geometry.width), np.uint8)
+    source = geometry.source.reshape(-1)
     if geometry.dense:
-        placed = _pad_rows(codes)
+        placed[: codes.shape[0]] = codes
     else:
-        source = geometry.source.reshape(-1)
-        placed = _pad_rows(np.where(source >= 0, codes[:, source], 0).astype(np.uint8))
-    count = fields(bits)
-    steps = geometry.width // (QUAD * count)
-    split = placed.reshape(blocks(n), LANES, geometry.spans, count, steps, QUAD)
-    word = split[:, :, :, 0]
-    for h in range(1, count):
-        word = word | (split[:, :, :, h] << (bits * h))
-    return np.ascontiguousarray(word.transpose(0, 2, 3, 1, 4))
+        placed[: codes.shape[0], source >= 0] = codes[:, source[source >= 0]]
+    return placed
 
 
-def unpack_codes(packed: np.ndarray, n: int, geometry: Geometry, bits: int) -> np.ndarray:
+def _every_byte(bits: int) -> np.uint32:
+    """A mask of the lowest bits of all four bytes."""
+    return np.uint32(((1 << bits) - 1) * 0x01010101)
+
+
+def _share_bytes(words: np.ndarray, bits: int) -> np.ndarray:
+    """u32[.., fields] -> u32[..]: the fields of a byte, first in the lowest bits."""
+    shared = words[..., 0]
+    for f in range(1, words.shape[-1]):
+        shared = shared | words[..., f] << np.uint32(bits * f)
+    return shared
+
+
+def unpack_codes(packed: np.ndarray, n: int, geometry: Geometry, storage: Storage) -> np.ndarray:
     """W -> codes u8[n, k]: proves that packing loses nothing."""
-    count = fields(bits)
-    mask = (1 << bits) - 1
-    parts = np.stack([(packed >> (bits * h)) & mask for h in range(count)], axis=2)  # blocks, spans, h, steps, 16, 4
-    rows = parts.transpose(0, 4, 1, 2, 3, 5).reshape(blocks(n) * LANES, geometry.spans * geometry.width)
+    quads = []
+    for f in range(storage.quads):
+        low = packed[:, :, :, f // storage.per_vector] >> np.uint8(f % storage.per_vector * storage.low)
+        code = low & np.uint8((1 << storage.low) - 1)
+        if storage.high:
+            high = (packed[:, :, :, -1] >> np.uint8(f * storage.high)) & np.uint8((1 << storage.high) - 1)
+            code = code | (high << np.uint8(storage.low))
+        quads.append(code)
+    stacked = np.stack(quads, axis=3)  # blocks, spans, steps, quads, 16, 4
+    rows = stacked.transpose(0, 4, 1, 2, 3, 5).reshape(blocks(n) * LANES, geometry.spans * geometry.width)
     source = geometry.source.reshape(-1)
     codes = np.zeros((n, geometry.k), np.uint8)
     codes[:, source[source >= 0]] = rows[:n, source >= 0]
@@ -92,5 +138,6 @@ def unpack_codes(packed: np.ndarray, n: int, geometry: Geometry, bits: int) -> n
 
 def _pack_groups(array: np.ndarray, *, geometry: Geometry, dtype: str) -> np.ndarray:
     n = array.shape[0]
-    spread = _pad_rows(array[:, geometry.weight_group]).astype(dtype)
+    spread = np.zeros((blocks(n) * LANES, geometry.spans), dtype)
+    spread[:n] = array[:, geometry.weight_group]
     return np.ascontiguousarray(spread.reshape(blocks(n), LANES, geometry.spans).transpose(0, 2, 1))

@@ -1,6 +1,8 @@
 """fp32 activations to int8, one scale a span of at most 128 inputs (schedules.geometry).
 
-  quern.quantize  x f32[m, k]; group -> q i8[m, spans, 2, width / 2], scale f32[m, spans], sum i32[m, spans]
+  quern.quantize           x f32[m, k]; group -> q i8[m, spans, width], scale f32[m, spans], sum i32[m, spans]
+  quern.quantize_permuted  x f32[m, k], permutation i32[k]; group -> the same of x[:, permutation]
+  quern.gather             x f32[m, k], permutation i32[k] -> x[:, permutation] f32[m, k]
 
     amax = max |x| over the span;  scale = amax / 127;  q = round_half_even(x * (127 / amax));  sum = sum of q
 All in fp32 with one rounding an operation, so the result equals numpy's float32 bit for bit on every ISA. |q| <= 127
@@ -74,16 +76,13 @@ class QuantizedRows:
     def __init__(self, m: int, geometry: Geometry):
         self.geometry = geometry
         spans, width = geometry.spans, geometry.width
-        self.halves = T.arg("q", T.buffer((m, spans, 2, width // 2), "int8", layout=None))
+        self.q = T.arg("q", T.buffer((m, spans, width), "int8", layout=None))
         self.scale = T.arg("scale", T.buffer((m, spans), "float32", layout=None))
         self.sum = T.arg("sum", T.buffer((m, spans), "int32", layout=None))
-        halves = self.halves[0:m, 0:spans, 0:2, 0 : width // 2]
-        self.regions = [halves, self.scale[0:m, 0:spans], self.sum[0:m, 0:spans]]
+        self.regions = [self.q[0:m, 0:spans, 0:width], self.scale[0:m, 0:spans], self.sum[0:m, 0:spans]]
 
     def emit(self, t: Expr, value: Value) -> None:
         """Quantise row t; each value is asked for once."""
-        shape = (self.halves.shape[0], self.geometry.spans, self.geometry.width)
-        self.q = T.decl_buffer(shape, "int8", data=self.halves.data, layout=None)
         for run in runs(self.geometry):
             with T.serial(run.spans) as i:
                 start = run.start + i * run.stride
@@ -121,20 +120,48 @@ def declare(m: int, k: int, group: int | None) -> Rows | QuantizedRows:
     return Rows(m, k) if group is None else QuantizedRows(m, Geometry(k, group))
 
 
+class Order:
+    """Parameter of a kernel that makes permuted rows: permutation i32[k]; place k of a row is input permutation[k]."""
+
+    def __init__(self, k: int):
+        self.permutation = T.arg("permutation", T.buffer((k,), "int32", layout=None))
+        self.regions = [self.permutation[0:k]]
+
+    def at(self, k: Expr, lanes: int) -> Expr:
+        """Inputs of `lanes` places from k on."""
+        return vector.hold(self.permutation[vector.at(k, lanes)], lanes, "int32")
+
+
+class Straight:
+    """Rows as they are: no parameter, place k is input k."""
+
+    regions: tuple[Expr, ...] = ()
+
+    def at(self, k: Expr, lanes: int) -> Expr:
+        """Neighbours."""
+        return vector.at(k, lanes)
+
+
+def order(request: Request, k: int) -> Order | Straight:
+    """The permutation parameter of *_permuted operators; it stands behind all other tensor arguments."""
+    return Order(k) if request.op.endswith(("_permuted", ".gather")) else Straight()
+
+
 def lower(request: Request) -> Kernel:
     """Tokens in parallel; the spans of a token one after another."""
-    (m, k), group = request.args[0].shape, int(request.attrs["group"])
-    name = f"quantize_m{m}_k{k}_g{group}"
+    (m, k), group = request.args[0].shape, request.attrs.get("group")
+    name = f"{request.op.partition('.')[2]}_m{m}_k{k}" + (f"_g{group}" if group else "")
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_attr({"tirx.noalias": True, "global_symbol": name})
         x = T.arg("x", T.buffer((m, k), "float32", layout=None))
-        out = declare(m, k, group)
+        places = order(request, k)
+        out = declare(m, k, int(group) if group else None)
         with T.sblock("quantize"):
-            T.reads(x[0:m, 0:k])
+            T.reads(x[0:m, 0:k], *places.regions)
             T.writes(*out.regions)
             with vector.tokens(m) as t:
-                out.emit(t, lambda k, lanes: vector.load(x, t, k, lanes=lanes))
+                out.emit(t, lambda k, lanes: x[t, places.at(k, lanes)])
     return Kernel(name, builder.get())
 
 
-LOWERS = {"quern.quantize": lower}
+LOWERS = {"quern.quantize": lower, "quern.quantize_permuted": lower, "quern.gather": lower}

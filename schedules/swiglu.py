@@ -1,7 +1,8 @@
-"""SwiGLU's elementwise half, alone or with the quantisation that follows it.
+"""SwiGLU's elementwise half, alone or with the quantisation that follows it; and the frame of its kin (geglu.py).
 
   quern.swiglu           gate_up f32[m, 2f] -> f32[m, f]      columns 0..f-1 are the gate, f..2f-1 are up
   quern.swiglu_quantize  gate_up f32[m, 2f]; group -> as quern.quantize with k = f
+  quern.swiglu_quantize_permuted  gate_up, permutation i32[f]; group: quantises the permuted row
 
     out = gate / (1 + 2^(-gate * log2 e)) * up
 fp32. Relative error of the sigmoid: 2^(...) carries |gate| * 2^-23 (rounding of the exponent) + vector.EXP2_ERROR.
@@ -11,6 +12,8 @@ Both operators make the same fp32 values, so the fused one equals quern.quantize
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
@@ -19,32 +22,44 @@ from schedules.kernel import Kernel, Request
 from schedules.vector import Expr
 
 
-def _silu(gate: Expr, lanes: int) -> Expr:
-    """gate * sigmoid(gate)."""
-    exponent = T.min(gate * vector.splat(-vector.LOG2_E, lanes), vector.splat(127.0, lanes))
+def sigmoid_times(gate: Expr, exponent: Expr, lanes: int) -> Expr:
+    """gate / (1 + 2^exponent)."""
+    exponent = T.min(exponent, vector.splat(127.0, lanes))
     return gate / (vector.splat(1.0, lanes) + vector.exp2(exponent, lanes))
 
 
-def lower(request: Request) -> Kernel:
-    """One pass over a token's row. Tokens in parallel."""
+def _silu(gate: Expr, lanes: int) -> Expr:
+    """gate * sigmoid(gate)."""
+    return sigmoid_times(gate, gate * vector.splat(-vector.LOG2_E, lanes), lanes)
+
+
+def gated(request: Request, kind: str, activation: Callable[[Expr, int], Expr]) -> Kernel:
+    """activation(gate) * up, in one pass over a token's row. Tokens in parallel."""
     (m, columns), group = request.args[0].shape, request.attrs.get("group")
     f = columns // 2
-    name = f"swiglu_m{m}_f{f}" + (f"_quantize_g{group}" if group else "")
+    name = f"{request.op.partition('.')[2]}_m{m}_f{f}" + (f"_g{group}" if group else "")
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_attr({"tirx.noalias": True, "global_symbol": name})
         gate_up = T.arg("gate_up", T.buffer((m, 2 * f), "float32", layout=None))
+        places = quantize.order(request, f)
         out = quantize.declare(m, f, int(group) if group else None)
-        with T.sblock("swiglu"):
-            T.reads(gate_up[0:m, 0 : 2 * f])
+        with T.sblock(kind):
+            T.reads(gate_up[0:m, 0 : 2 * f], *places.regions)
             T.writes(*out.regions)
             with vector.tokens(m) as t:
 
                 def value(k: Expr, lanes: int) -> Expr:
-                    gate = vector.hold(vector.load(gate_up, t, k, lanes=lanes), lanes)
-                    return _silu(gate, lanes) * vector.load(gate_up, t, f + k, lanes=lanes)
+                    place = places.at(k, lanes)
+                    gate = vector.hold(gate_up[t, place], lanes)
+                    return activation(gate, lanes) * gate_up[t, place + f]
 
                 out.emit(t, value)
     return Kernel(name, builder.get())
 
 
-LOWERS = {"quern.swiglu": lower, "quern.swiglu_quantize": lower}
+def lower(request: Request) -> Kernel:
+    """SwiGLU."""
+    return gated(request, "swiglu", _silu)
+
+
+LOWERS = {"quern.swiglu": lower, "quern.swiglu_quantize": lower, "quern.swiglu_quantize_permuted": lower}

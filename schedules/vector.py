@@ -6,7 +6,7 @@ LLVM intrinsics are used, so one kernel text serves all targets. All of it emits
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tvm import tirx
@@ -19,6 +19,7 @@ Expr = Any  # tvm has no types for mypy
 # error), constant term held at 1 so that 2^0 is exact. Max relative error 9.2e-8, and 1.7e-7 once rounded to fp32.
 EXP2 = (0.001326472731307149, 0.009671512991189957, 0.05550733581185341, 0.24022242426872253, 0.6931470036506653)
 EXP2_ERROR = 1.7e-7
+TANH2_ERROR = 1.2e-6  # 2^f - 1 = f * p(f) is off by 9.2e-8 / f for small f; measured 9.4e-7, at arguments near 0.05
 LOG2_E = 1.4426950408889634
 
 
@@ -122,14 +123,47 @@ def exp2(x: Expr, lanes: int) -> Expr:
 
     x = n + f with n the nearest integer: 2^f from the polynomial, n added to its exponent bits.
     """
-    x = hold(T.max(x, splat(-127.0, lanes)), lanes)
-    whole = hold(intrinsic("llvm.roundeven", x, lanes=lanes), lanes)
-    f = hold(x - whole, lanes)
+    whole, f = _split(T.max(x, splat(-127.0, lanes)), lanes)
     power = splat(EXP2[0], lanes)
     for coefficient in (*EXP2[1:], 1.0):
         power = power * f + splat(coefficient, lanes)
+    return _times_power(power, whole, lanes)
+
+
+def tanh2(x: Expr, lanes: int) -> Expr:
+    """(2^x - 1) / (2^x + 1), which is tanh(x ln 2 / 2); relative error TANH2_ERROR, near 0 as well.
+
+    2^x - 1 = (2^n - 1) + 2^n * f * p(f): no difference of near numbers. From |x| = 60 on the result is 1 or -1.
+    """
+    whole, f = _split(T.min(T.max(x, splat(-60.0, lanes)), splat(60.0, lanes)), lanes)
+    slope = splat(EXP2[0], lanes)
+    for coefficient in EXP2[1:]:
+        slope = slope * f + splat(coefficient, lanes)
+    power = hold(_times_power(splat(1.0, lanes), whole, lanes), lanes)
+    less_one = hold((power - splat(1.0, lanes)) + power * (slope * f), lanes)
+    return less_one / (less_one + splat(2.0, lanes))
+
+
+def _split(x: Expr, lanes: int) -> tuple[Expr, Expr]:
+    """Nearest integer of x, still as fp32, and what is left: within [-0.5, 0.5]."""
+    x = hold(x, lanes)
+    whole = hold(intrinsic("llvm.roundeven", x, lanes=lanes), lanes)
+    return whole, hold(x - whole, lanes)
+
+
+def _times_power(x: Expr, whole: Expr, lanes: int) -> Expr:
+    """x * 2^whole, by adding to the exponent bits."""
     exponent = T.shift_left(T.Cast(kind("int32", lanes), whole), splat(T.int32(23), lanes))
-    return T.reinterpret(kind("float32", lanes), T.reinterpret(kind("int32", lanes), power) + exponent)
+    return T.reinterpret(kind("float32", lanes), T.reinterpret(kind("int32", lanes), x) + exponent)
+
+
+def look_up(table: Sequence[float], code: Expr, lanes: int) -> Expr:
+    """fp32 values of int32 codes 0..15: a tree of choices, one level of it a bit of the code. Works on every target."""
+    values = [splat(float(number), lanes) for number in table]
+    for bit in range(4):
+        chosen = T.bitwise_and(code, splat(T.int32(1 << bit), lanes)) != splat(T.int32(0), lanes)
+        values = [T.Select(chosen, one, zero) for zero, one in zip(values[0::2], values[1::2], strict=True)]
+    return values[0]
 
 
 def pieces(n: int, widest: int = LANES) -> Iterator[tuple[int, int]]:

@@ -28,7 +28,9 @@ LAW: dict[str, set[str]] = {
     "compiler.errors": set(),
     "compiler.progress": {"rich"},
     "compiler.checkpoint": {"numpy"},
+    "compiler.checkpoint.hub": {"compiler.checkpoint", "huggingface_hub"},  # optional: only where a model is an id
     "compiler.quant": {"numpy"},
+    "compiler.quant.patterns": {"compiler.quant", "numpy", "re2"},
     "compiler.quantize": {"compiler.checkpoint", "compiler.models", "compiler.quant", "numpy", "scipy", "torch"},
     "compiler.graph": {"compiler.quant.ir", "numpy", "tvm"},
     "compiler.models": {"compiler.checkpoint.config", "compiler.graph", "compiler.quant.ir", "tvm"},

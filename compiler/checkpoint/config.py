@@ -56,7 +56,7 @@ class Config:
     @classmethod
     def of(cls, data: Mapping[str, Any], file: Path | str, prefix: str = "") -> Config:
         """A Config over a parsed JSON object; prefix is its dotted place in the file ("rope_parameters.")."""
-        entries = {key: Entry(value, f"{file}: {prefix}{key[:LONGEST_NAME]}") for key, value in data.items()}
+        entries = {key: Entry(value, f"{file}: {prefix}{_name(key)}") for key, value in data.items()}
         return cls(entries, f"{file}: {prefix}")
 
     @property
@@ -80,7 +80,7 @@ class Config:
     def where(self, key: str) -> str:
         """"FILE: section.key", to start a message with."""
         entry = self._entries.get(key)
-        return entry.where if entry else f"{self._home}{key}"
+        return entry.where if entry else f"{self._home}{_name(key)}"
 
     def integer(self, key: str, low: int, high: int, default: int | _Required = REQUIRED) -> int:
         """An integer from low to high, both included."""
@@ -136,7 +136,7 @@ class Config:
             self._refuse(key, "an object")
         if key not in self._sections:
             where = self.where(key)
-            entries = {child: Entry(item, f"{where}.{child[:LONGEST_NAME]}") for child, item in value.items()}
+            entries = {child: Entry(item, f"{where}.{_name(child)}") for child, item in value.items()}
             self._sections[key] = Config(entries, f"{where}.")
         return self._sections[key]
 
@@ -194,13 +194,25 @@ def read_optional(file: Path) -> Config | None:
 
 
 def _merge(parts: list[Config]) -> Config:
-    """All keys of all parts. null gives way to a value; two different values become a conflict a getter reports."""
+    """All keys of all parts. null gives way to a value; two different values become a conflict a getter reports.
+
+    Letter case makes no difference: AutoAWQ writes "gemm" into one file and "GEMM" into the other.
+    """
     entries: dict[str, Entry] = {}
     for part in parts:
         for key, entry in part._entries.items():
             known = entries.get(key)
             if known is None or known.value is None:
                 entries[key] = entry
-            elif entry.value is not None and entry.value != known.value and known.conflict is None:
+            elif entry.value is not None and not _same(entry.value, known.value) and known.conflict is None:
                 entries[key] = Entry(known.value, known.where, (entry.where, entry.value))
     return Config(entries, parts[0]._home)
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a == b or (isinstance(a, str) and isinstance(b, str) and a.lower() == b.lower())
+
+
+def _name(key: str) -> str:
+    """A key as a message shows it: not too long, and on one line."""
+    return key[:LONGEST_NAME].replace("\n", "\\n")

@@ -1,43 +1,76 @@
-"""A checkpoint folder: which files hold the tensors (one file, or shards with an index), and the tensors by name."""
+"""A checkpoint: which files hold the tensors (one file, shards with an index, or GGUF), and the tensors by name."""
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
-from compiler.checkpoint import safetensors, strict_json
+from compiler.checkpoint import gguf_file, gguf_model, gguf_tokenizer, safetensors, strict_json
 from compiler.checkpoint.config import Config, read_config, read_optional
 from compiler.checkpoint.safetensors import TensorInfo
 from compiler.checkpoint.strict_json import shown
 from compiler.errors import CheckpointError, UnsupportedError
 
+GGUF = ".gguf"
 INDEX_SUFFIX = ".safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+MOST_MAPPED_BYTES = 256 << 20
+MOST_TOKENIZER_BYTES = 256 << 20
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened folder. Opening reads headers only; `array` maps a file when one of its tensors is first asked for."""
+    """An opened folder or GGUF file. Opening reads headers only; `array` maps a file when first asked for a tensor.
+
+    tokenizer_files: name -> content of tokenizer.json and what belongs to it, as far as the checkpoint has them.
+    """
 
     path: Path
     config: Config
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]  # of the first file: what the writer says about itself
+    tokenizer_files: Callable[[], dict[str, bytes]] = dict
     _maps: dict[Path, mmap.mmap] = field(default_factory=dict, repr=False)
+    _handed: list[int] = field(default_factory=lambda: [0], repr=False)  # bytes since pages were last dropped
 
     def array(self, name: str) -> NDArray[Any]:
-        """The tensor as a read-only view of its file; bfloat16 comes as uint16 bits. CheckpointError if absent."""
+        """The tensor as a read-only view of its file. CheckpointError if absent.
+
+        bfloat16 comes as uint16 bits; GGUF's block formats come as u8[..., bytes of a row].
+        """
         info = self.tensors.get(name)
         if info is None:
             raise CheckpointError(f"{self.path} has no tensor {shown(name)}. "
                                   f"Is this the model that config.json describes?")
         if info.file not in self._maps:
             self._maps[info.file] = safetensors.map_file(info.file)
+        self._drop_pages(info.nbytes)
+        safetensors.read_ahead(self._maps[info.file], info)
         return safetensors.view(self._maps[info.file], info)
+
+    def _drop_pages(self, coming: int) -> None:
+        """Keep the mapped files out of this process's memory: after MOST_MAPPED_BYTES, what was read may go.
+
+        Views stay valid: a page that is touched again comes back from the page cache, or from disk.
+        """
+        self._handed[0] += coming
+        if self._handed[0] > MOST_MAPPED_BYTES:
+            self._handed[0] = coming
+            for mapped in self._maps.values():
+                safetensors.drop_pages(mapped)
+
+    @property
+    def name(self) -> str:
+        """What people call it: the folder's name, the file's, or that of the repository in a Hugging Face cache."""
+        path = self.path.resolve() if self.path.is_dir() else self.path
+        if path.parent.name == "snapshots" and path.parents[1].name.startswith("models--"):
+            return path.parents[1].name.rpartition("--")[2]
+        return path.name.removesuffix(GGUF)
 
     def optional_json(self, name: str) -> Config | None:
         """Another JSON file of the folder (generation_config.json ...), or None where there is none."""
@@ -45,11 +78,20 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
-    """Open a folder with config.json and safetensors files. Raises a UserError that says what is wrong or missing."""
+    """Open a folder with config.json and safetensors files, or with one GGUF file, or that file itself.
+
+    Raises a UserError that says what is wrong or missing.
+    """
     folder = Path(path)
+    if folder.suffix == GGUF and not folder.is_dir():
+        return _open_gguf(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder. Give the folder that holds config.json and the .safetensors "
-                              f"files.")
+                              f"files, or a .gguf file.")
+    if not _visible(folder, "*.safetensors") and (found := _visible(folder, f"*{GGUF}")):
+        if len(found) > 1:
+            raise CheckpointError(f"{folder} has {len(found)} {GGUF} files ({_some(found)}). Give one of the files.")
+        return _open_gguf(found[0])
     config = read_config(folder)
     index = _find_index(folder)
     if index is not None:
@@ -58,7 +100,32 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         tensors, metadata = safetensors.read_header(_find_single(folder))
     if not tensors:
         raise CheckpointError(f"{folder} holds no tensors. Fetch the checkpoint again.")
-    return Checkpoint(folder, config, tensors, metadata)
+    return Checkpoint(folder, config, tensors, metadata, lambda: _tokenizer_files(folder))
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    """One GGUF file: its metadata stands for config.json and for the tokenizer's files."""
+    file = gguf_file.read(path)
+    config, tensors = gguf_model.convert(file)
+    return Checkpoint(path, config, tensors, {}, lambda: gguf_tokenizer.files(file.metadata, str(path)))
+
+
+def _tokenizer_files(folder: Path) -> dict[str, bytes]:
+    found = {}
+    for path in (folder / name for name in TOKENIZER_FILES):
+        if path.is_file():
+            if path.stat().st_size > MOST_TOKENIZER_BYTES:
+                raise CheckpointError(f"{path}: is {path.stat().st_size >> 20} MiB, but a tokenizer has at most "
+                                      f"{MOST_TOKENIZER_BYTES >> 20}.")
+            try:
+                found[path.name] = path.read_bytes()
+            except OSError as problem:
+                raise CheckpointError(f"{path}: {problem.strerror}. Check that it may be read.") from None
+    return found
+
+
+def _some(paths: list[Path]) -> str:
+    return ", ".join(p.name for p in paths[:4]) + (", ..." if len(paths) > 4 else "")
 
 
 def _visible(folder: Path, pattern: str) -> list[Path]:
@@ -79,8 +146,7 @@ def _find_single(folder: Path) -> Path:
     if folder / "model.safetensors" in found:
         return folder / "model.safetensors"
     if len(found) > 1:
-        names = ", ".join(p.name for p in found[:4]) + (", ..." if len(found) > 4 else "")
-        raise CheckpointError(f"{folder} has {len(found)} .safetensors files ({names}) and no index. Add "
+        raise CheckpointError(f"{folder} has {len(found)} .safetensors files ({_some(found)}) and no index. Add "
                               f"model{INDEX_SUFFIX}, or keep only the file that holds the model.")
     if not found:
         raise _no_tensors(folder)
@@ -97,8 +163,6 @@ def _no_tensors(folder: Path) -> CheckpointError | UnsupportedError:
             f"{folder} has its weights in {pickles[0]} only. That is a Python pickle, which can run any code when it "
             f"is read, so quern does not read it. Convert it where you trust it: load the model with transformers and "
             f"save_pretrained(folder, safe_serialization=True), or take the safetensors form of the same model.")
-    if any(folder.glob("*.gguf")):
-        return UnsupportedError(f"{folder} holds a GGUF file. quern reads safetensors: take that form of the model.")
     return CheckpointError(f"{folder} has no .safetensors file. Check that the checkpoint was copied whole.")
 
 

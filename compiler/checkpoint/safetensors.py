@@ -75,12 +75,30 @@ def map_file(path: Path) -> mmap.mmap:
         raise CheckpointError(f"{path} cannot be mapped into memory: {problem}.") from None
 
 
+def read_ahead(mapped: mmap.mmap, info: TensorInfo) -> None:
+    """Ask for the tensor's pages all at once: one long read, where touching them would make many short ones."""
+    start = info.offset // mmap.PAGESIZE * mmap.PAGESIZE
+    if info.nbytes and hasattr(mmap, "MADV_WILLNEED"):
+        mapped.madvise(mmap.MADV_WILLNEED, start, info.offset + info.nbytes - start)
+
+
+def drop_pages(mapped: mmap.mmap) -> None:
+    """Take the mapping's pages out of the process; they stay in the page cache while memory is plenty."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
+
+
 def view(mapped: mmap.mmap, info: TensorInfo) -> NDArray[Any]:
-    """The tensor as a read-only array on the mapping, no copy. bfloat16 comes as uint16 bits, float8 as uint8."""
+    """The tensor as a read-only array on the mapping, no copy. bfloat16 comes as uint16 bits, float8 as uint8.
+
+    A dtype that is none of safetensors' is one of GGUF's block formats: u8[..., bytes of a row].
+    """
     flat = np.frombuffer(mapped, np.uint8, info.nbytes, info.offset) if info.nbytes else np.empty(0, np.uint8)
-    flat = flat.view(STORAGE[info.dtype])
     flat.flags.writeable = False
-    return flat.reshape(info.shape)
+    if info.dtype in STORAGE:
+        return flat.view(STORAGE[info.dtype]).reshape(info.shape)
+    rows = math.prod(info.shape[:-1])
+    return flat.reshape(*info.shape[:-1], info.nbytes // rows if rows else 0)
 
 
 def _metadata(path: Path, value: Any) -> dict[str, str]:

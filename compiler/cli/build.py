@@ -22,7 +22,10 @@ def _positive(text: str) -> int:
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
     parser.add_argument(
-        "--model", type=Path, default=DEFAULT_MODEL, metavar="DIR", help="checkpoint folder (default: the demo model)"
+        "--model",
+        default=str(DEFAULT_MODEL),
+        metavar="MODEL",
+        help="checkpoint folder, .gguf file, or Hugging Face model org/name[@revision] (default: the demo model)",
     )
     parser.add_argument(
         "--target", default="native", metavar="NAME", help="device to build for (default: this machine); see `targets`"
@@ -67,6 +70,7 @@ def run(options: argparse.Namespace) -> int:
     report = Reporter(quiet=options.quiet or options.json)
     report.line(f"Building {options.out} for {target.name}")
     from compiler import pipeline
+    from compiler.checkpoint import hub
 
     request = pipeline.Request(
         out=options.out,
@@ -79,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
         dump_ir=options.dump_ir,
     )
     signal.signal(signal.SIGTERM, _terminate)  # so that `kill` cleans up as Ctrl-C does
-    made = pipeline.build(options.model, request, report)
+    made = pipeline.build(hub.resolve(options.model), request, report)
     if options.json:
         stages = [{"stage": s.title, "seconds": round(s.seconds, 3), "bytes": s.bytes} for s in report.stages]
         summary = {

@@ -7,7 +7,7 @@ wrapping is read off; a second, longer conversation must then come out the same,
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import jinja2
@@ -20,9 +20,9 @@ MOST_BYTES = 1 << 20
 Message = dict[str, str]
 
 
-def derive(folder: Path) -> tuple[ChatFormat | None, str]:
-    """The turn format of the checkpoint in `folder`, or None, with a line for the user either way."""
-    template, specials = _read(folder)
+def derive(files: Mapping[str, bytes]) -> tuple[ChatFormat | None, str]:
+    """The turn format from a tokenizer's files by name, or None, with a line for the user either way."""
+    template, specials = _read(files)
     if template is None:
         return None, "no chat template: chat continues plain text"
     try:
@@ -31,21 +31,21 @@ def derive(folder: Path) -> tuple[ChatFormat | None, str]:
         return None, f"chat template does more than wrap turns ({str(error)[:80]}): chat continues plain text"
 
 
-def _read(folder: Path) -> tuple[str | None, dict[str, str]]:
-    config_file, template_file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-    config: dict[str, Any] = {}
+def _read(files: Mapping[str, bytes]) -> tuple[str | None, dict[str, str]]:
+    config_file, template_file = files.get("tokenizer_config.json", b""), files.get("chat_template.jinja", b"")
     try:
-        if config_file.is_file() and config_file.stat().st_size <= MOST_BYTES:
-            config = json.loads(config_file.read_text(encoding="utf-8"))
-        if template_file.is_file() and template_file.stat().st_size <= MOST_BYTES:
-            return template_file.read_text(encoding="utf-8"), _specials(config)
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{config_file}: cannot be read: {error}. Fetch the checkpoint again.") from None
+        config = json.loads(config_file.decode("utf-8")) if 0 < len(config_file) <= MOST_BYTES else {}
+        if 0 < len(template_file) <= MOST_BYTES:
+            return template_file.decode("utf-8"), _specials(config)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"The checkpoint's tokenizer_config.json cannot be read: {error}. Fetch it again."
+        ) from None
     template = config.get("chat_template") if isinstance(config, dict) else None
     return (template if isinstance(template, str) else None), _specials(config)
 
 
-def _specials(config: dict[str, Any]) -> dict[str, str]:
+def _specials(config: Any) -> dict[str, str]:
     """bos_token, eos_token and their like; each is a string or an object with `content`."""
     found = {}
     for key in ("bos_token", "eos_token", "pad_token", "unk_token"):

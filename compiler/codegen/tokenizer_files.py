@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from compiler.errors import CheckpointError
 
 NAME = "tokenizer.json"
 COPIED = (NAME, "tokenizer_config.json")
-MOST_BYTES = 256 << 20
 
 
-def check(folder: Path, vocab_size: int) -> None:
-    """Raise CheckpointError unless `folder` has a tokenizer.json that loads and whose ids all fit the model."""
+def check(files: Mapping[str, bytes], vocab_size: int, where: Path) -> None:
+    """Raise CheckpointError unless there is a tokenizer.json that loads and whose ids all fit the model."""
     from tokenizers import Tokenizer
 
-    path = folder / NAME
-    if not path.is_file():
+    if NAME not in files:
         raise CheckpointError(
-            f"{folder}: has no {NAME}, which the device needs to turn text into tokens. Fetch it with the checkpoint; "
+            f"{where}: has no {NAME}, which the device needs to turn text into tokens. Fetch it with the checkpoint; "
             f"for a sentencepiece tokenizer.model, save the tokenizer once with transformers' save_pretrained."
         )
-    if path.stat().st_size > MOST_BYTES:
-        raise CheckpointError(
-            f"{path}: is {path.stat().st_size >> 20} MiB, but a tokenizer has at most {MOST_BYTES >> 20}."
-        )
+    path = where / NAME if where.is_dir() else where
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_str(files[NAME].decode("utf-8"))
     except Exception as error:  # the library raises plain Exception for every kind of damage
         raise CheckpointError(f"{path}: is not a tokenizer: {str(error)[:200]}. Fetch the checkpoint again.") from None
     ids = tokenizer.get_vocab(with_added_tokens=True).values()
@@ -37,8 +32,8 @@ def check(folder: Path, vocab_size: int) -> None:
         )
 
 
-def copy(folder: Path, out: Path) -> None:
-    """Copy what the runtime reads."""
+def copy(files: Mapping[str, bytes], out: Path) -> None:
+    """Write what the runtime reads."""
     for name in COPIED:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, out / name)
+        if name in files:
+            (out / name).write_bytes(files[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import tvm
@@ -10,6 +11,7 @@ from tvm import relax
 from compiler.graph import ops
 from compiler.graph.kv_cache import KvCache
 from compiler.graph.weights import STORAGE, Linear, Table, Vector
+from compiler.quant.ir import WeightType
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,21 @@ class FunctionInfo:
     tokens: int
     inputs: tuple[str, ...]
     shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """How one layer attends. scale: None is 1/sqrt(head_dim); softcap and window: 0 is none.
+
+    norms: RMS norms of q and k before rotation, whose weights have head_dim values or one for each column.
+    """
+
+    heads: int
+    scale: float | None = None
+    softcap: float = 0.0
+    window: int = 0
+    norms: tuple[Vector, Vector] | None = None
+    norm_eps: float = 0.0
 
 
 @dataclass
@@ -78,50 +95,98 @@ class Function:
         info = FunctionInfo(self._name, self.tokens, tuple(names), ops.shape_of(result.ty))
         self._graph.functions.append(info)
 
-    def embedding(self, table: Table) -> relax.Var:
-        """Rows of `table` for the ids."""
+    def embedding(self, table: Table, scale: float = 1.0) -> relax.Var:
+        """Rows of `table` for the ids, times `scale`. A quantised table stays in its codes."""
+        if not table.type.dense:
+            assert not table.type.permuted, table
+            return self._coded("embedding_quantized", [self.ids()], table.name, table.type, times=scale)
         rows = self.argument(table.name, (table.type.n, table.type.k), STORAGE[table.type.grid])
-        return self._emit("embedding", [self.ids(), rows], (self.tokens, table.type.k))
+        return self._emit("embedding", [self.ids(), rows], (self.tokens, table.type.k), scale=scale)
 
     def rms_norm(self, x: relax.Var, weight: Vector, eps: float) -> relax.Var:
         """x / sqrt(mean(x^2) + eps) * weight."""
-        return self._emit(
-            "rms_norm", [x, self.argument(weight.name, (weight.n,), "float32")], ops.shape_of(x.ty), eps=eps
-        )
+        return self._emit("rms_norm", [x, self.vector(weight)], ops.shape_of(x.ty), eps=eps)
+
+    def vector(self, weight: Vector) -> relax.Var:
+        """The weight of a norm."""
+        return self.argument(weight.name, (weight.n,), "float32")
 
     def linear(self, x: relax.Var, weight: Linear) -> relax.Var:
-        """x W^T with exact activations; a pass decides whether they are quantised."""
+        """x W^T, plus the bias if there is one. Activations are exact; a pass decides whether they are quantised."""
+        product = self._product(x, weight)
+        if not weight.bias:
+            return product
+        bias = self.argument(f"{weight.name}.bias", (weight.type.n,), "float32")
+        return self._emit("add_bias", [product, bias], ops.shape_of(product.ty))
+
+    def linears(self, x: relax.Var, weights: Sequence[Linear]) -> relax.Var:
+        """The columns of several linear layers on one x, side by side."""
+        joined, *others = (self.linear(x, weight) for weight in weights)
+        for other in others:
+            columns = ops.shape_of(joined.ty)[1] + ops.shape_of(other.ty)[1]
+            joined = self._emit("concat", [joined, other], (self.tokens, columns))
+        return joined
+
+    def _product(self, x: relax.Var, weight: Linear) -> relax.Var:
         n, k, name = weight.type.n, weight.type.k, weight.name
         out = (self.tokens, n)
         if weight.type.dense:
             return self._emit(
                 "linear_dense", [x, self.argument(f"{name}.weight", (n, k), STORAGE[weight.type.grid])], out
             )
-        groups = weight.type.groups
-        codes = self.argument(f"{name}.codes", (n, k), "uint8")
-        scale = self.argument(f"{name}.scale", (n, groups), weight.type.scale)
-        zero = self.argument(f"{name}.zero", (n, groups), "int16")
-        return self._emit(
-            "linear_exact", [x, codes, scale, zero], out, bits=weight.type.bits, group=weight.type.group_size
-        )
+        if weight.type.permuted:
+            x = self._emit("gather", [x, self.argument(f"{name}.permutation", (k,), "int32")], ops.shape_of(x.ty))
+        return self._coded("linear_exact", [x], name, weight.type)
 
-    def attention(self, qkv: relax.Var, rope: relax.Var, cache: KvCache, layer: int, heads: int) -> relax.Var:
-        """Rotate q and k, append k and v to the layer's cache, attend to everything up to each token."""
+    def _coded(self, op: str, x: list[relax.Var], name: str, kind: WeightType, **attrs: ops.Attr) -> relax.Var:
+        """`op` on a weight in codes: as it is with a zero, or its variant with an offset or a table."""
+        args = [*x, self.argument(f"{name}.codes", (kind.n, kind.k), "uint8")]
+        args.append(self.argument(f"{name}.scale", (kind.n, kind.groups), kind.scale))
+        attrs = {"bits": kind.bits, "group": kind.group_size, **attrs}
+        out = (self.tokens, kind.n if op.startswith("linear") else kind.k)
+        if kind.table:
+            return self._emit(f"{op}_table", args, out, grid=kind.grid, **attrs)
+        if kind.offset:
+            args.append(self.argument(f"{name}.offset", (kind.n, kind.groups), "float32"))
+            return self._emit(f"{op}_offset", args, out, **attrs)
+        args.append(self.argument(f"{name}.zero", (kind.n, kind.groups), "int16"))
+        return self._emit(op, args, out, **attrs)
+
+    def attention(self, qkv: relax.Var, rope: relax.Var, cache: KvCache, layer: int, how: Attention) -> relax.Var:
+        """Norm q and k if asked, rotate them, append k and v to the layer's cache, attend to what each token sees."""
         k_cache = self.argument(f"layers.{layer}.k", cache.key_shape, cache.dtype)
         v_cache = self.argument(f"layers.{layer}.v", cache.value_shape, cache.dtype)
-        sizes = {"heads": heads, "kv_heads": cache.kv_heads, "head_dim": cache.head_dim}
-        out = (self.tokens, heads * cache.head_dim)
-        appended = self._emit("rope_append", [qkv, rope, self.span(), k_cache, v_cache], out, **sizes)
+        sizes = {"heads": how.heads, "kv_heads": cache.kv_heads, "head_dim": cache.head_dim}
+        out = (self.tokens, how.heads * cache.head_dim)
+        if how.norms is None:
+            appended = self._emit("rope_append", [qkv, rope, self.span(), k_cache, v_cache], out, **sizes)
+        else:
+            norms = [self.vector(norm) for norm in how.norms]
+            args = [qkv, rope, self.span(), *norms, k_cache, v_cache]
+            appended = self._emit("rope_append_norm", args, out, **sizes, eps=how.norm_eps)
         q, keys, values = (self._bb.emit(relax.TupleGetItem(appended, i)) for i in range(3))
-        return self._emit("attention", [q, keys, values, self.span()], out, **sizes)
+        attrs = {
+            "scale": cache.head_dim**-0.5 if how.scale is None else how.scale,
+            "softcap": how.softcap,
+            "window": how.window if how.window < cache.capacity else 0,
+        }
+        return self._emit("attention", [q, keys, values, self.span()], out, **sizes, **attrs)
 
     def swiglu(self, gate_up: relax.Var) -> relax.Var:
         """silu(gate) * up; gate is the first half of the columns."""
         return self._emit("swiglu", [gate_up], (self.tokens, ops.shape_of(gate_up.ty)[1] // 2))
 
+    def geglu(self, gate_up: relax.Var) -> relax.Var:
+        """gelu(gate) * up, GELU by tanh."""
+        return self._emit("geglu", [gate_up], (self.tokens, ops.shape_of(gate_up.ty)[1] // 2))
+
+    def softcap(self, x: relax.Var, cap: float) -> relax.Var:
+        """cap * tanh(x / cap)."""
+        return self._emit("softcap", [x], ops.shape_of(x.ty), cap=cap)
+
     def add(self, residual: relax.Var, x: relax.Var) -> relax.Var:
         """residual + x."""
         return self._emit("add", [residual, x], ops.shape_of(x.ty))
 
-    def _emit(self, name: str, args: list[relax.Var], out: tuple[int, ...], **attrs: int | float) -> relax.Var:
+    def _emit(self, name: str, args: list[relax.Var], out: tuple[int, ...], **attrs: ops.Attr) -> relax.Var:
         return self._bb.emit(ops.make(name, args, attrs, [ops.tensor(out, "float32")]))

@@ -1,7 +1,7 @@
 """The operators a graph is made of. `SIGNATURES` is the whole vocabulary; schedules/ says what each computes.
 
 In Relax an operator is a call of the external function "quern.NAME": tensor arguments first, then its attributes as
-prim values, in the order of its signature. Operators that write their arguments use `call_inplace_packed`.
+prim values or strings, in the order of its signature. Operators that write their arguments use `call_inplace_packed`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import tvm
 from tvm import relax
 
 PREFIX = "quern."
+Attr = int | float | str
 
 
 @dataclass(frozen=True)
@@ -25,24 +26,51 @@ class Signature:
     inplace: tuple[str, ...] = ()
 
 
-_QUANTISED = ("q", "ascale", "asum")
-_CODES = ("codes", "scale", "zero")
+def _linears(path: str, x: tuple[str, ...]) -> dict[str, Signature]:
+    """Linear layers with quantised weights: with a zero, an offset or a table's values; each with a residual or not."""
+    found = {}
+    for affine, kind in (("zero", ""), ("offset", "_offset"), (None, "_table")):
+        weight = ("codes", "scale", affine) if affine else ("codes", "scale")
+        attrs = ("bits", "group") if affine else ("grid", "bits", "group")
+        for tail in ((), ("residual",)):
+            found["_".join((f"linear_{path}{kind}", *tail))] = Signature((*x, *weight, *tail), attrs)
+    return found
+
+
 SIGNATURES: dict[str, Signature] = {
-    "embedding": Signature(("ids", "table")),
+    "embedding": Signature(("ids", "table"), ("scale",)),
+    "embedding_quantized": Signature(("ids", "codes", "scale", "zero"), ("bits", "group", "times")),
+    "embedding_quantized_offset": Signature(("ids", "codes", "scale", "offset"), ("bits", "group", "times")),
+    "embedding_quantized_table": Signature(("ids", "codes", "scale"), ("grid", "bits", "group", "times")),
     "rms_norm": Signature(("x", "weight"), ("eps",)),
     "rms_norm_quantize": Signature(("x", "weight"), ("eps", "group")),
+    "rms_norm_quantize_permuted": Signature(("x", "weight", "permutation"), ("eps", "group")),
     "quantize": Signature(("x",), ("group",)),
+    "quantize_permuted": Signature(("x", "permutation"), ("group",)),
     "swiglu": Signature(("gate_up",)),
     "swiglu_quantize": Signature(("gate_up",), ("group",)),
+    "swiglu_quantize_permuted": Signature(("gate_up", "permutation"), ("group",)),
+    "geglu": Signature(("gate_up",)),
+    "geglu_quantize": Signature(("gate_up",), ("group",)),
+    "geglu_quantize_permuted": Signature(("gate_up", "permutation"), ("group",)),
     "rope_append": Signature(
         ("qkv", "rope", "span", "k_cache", "v_cache"), ("heads", "kv_heads", "head_dim"), ("k_cache", "v_cache")
     ),
-    "attention": Signature(("q", "k_cache", "v_cache", "span"), ("heads", "kv_heads", "head_dim")),
+    "rope_append_norm": Signature(
+        ("qkv", "rope", "span", "q_norm", "k_norm", "k_cache", "v_cache"),
+        ("heads", "kv_heads", "head_dim", "eps"),
+        ("k_cache", "v_cache"),
+    ),
+    "attention": Signature(
+        ("q", "k_cache", "v_cache", "span"), ("heads", "kv_heads", "head_dim", "scale", "softcap", "window")
+    ),
     "add": Signature(("residual", "x")),
-    "linear_exact": Signature(("x", *_CODES), ("bits", "group")),
-    "linear_exact_residual": Signature(("x", *_CODES, "residual"), ("bits", "group")),
-    "linear_int8": Signature((*_QUANTISED, *_CODES), ("bits", "group")),
-    "linear_int8_residual": Signature((*_QUANTISED, *_CODES, "residual"), ("bits", "group")),
+    "add_bias": Signature(("x", "bias")),
+    "concat": Signature(("first", "second")),
+    "softcap": Signature(("x",), ("cap",)),
+    "gather": Signature(("x", "permutation")),
+    **_linears("exact", ("x",)),
+    **_linears("int8", ("q", "ascale", "asum")),
     "linear_dense": Signature(("x", "weight")),
     "linear_dense_residual": Signature(("x", "weight", "residual")),
 }
@@ -57,7 +85,7 @@ class Op:
 
     name: str
     args: tuple[relax.Expr, ...]
-    attrs: Mapping[str, int | float]
+    attrs: Mapping[str, Attr]
     results: tuple[relax.TensorType, ...]
 
     @property
@@ -72,13 +100,13 @@ def tensor(shape: Sequence[int], dtype: str) -> relax.TensorType:
 
 
 def make(
-    name: str, args: Sequence[relax.Expr], attrs: Mapping[str, int | float], outs: Sequence[relax.Type]
+    name: str, args: Sequence[relax.Expr], attrs: Mapping[str, Attr], outs: Sequence[relax.Type]
 ) -> relax.Call:
     """The call. `outs` are its fresh results; tensors updated in place follow them in the result tuple."""
     signature = SIGNATURES[name]
     assert len(args) == len(signature.args), f"{name} takes {signature.args}"
     assert tuple(attrs) == signature.attrs, f"{name} has attributes {signature.attrs}, got {tuple(attrs)}"
-    values = [relax.prim_value(tvm.tirx.const(v, "int64" if isinstance(v, int) else "float64")) for v in attrs.values()]
+    values = [_value(v) for v in attrs.values()]
     written = [signature.args.index(arg) for arg in signature.inplace]
     types = [*outs, *(args[i].ty for i in written)]
     if written:
@@ -102,12 +130,20 @@ def match(expr: object) -> Op | None:
     if signature is None:
         return None
     tensors, values = expr.args[1 : 1 + len(signature.args)], expr.args[1 + len(signature.args) :]
-    attrs = {key: _number(value) for key, value in zip(signature.attrs, values, strict=True)}
+    attrs = {key: _attr(value) for key, value in zip(signature.attrs, values, strict=True)}
     types = expr.ty_args if len(expr.ty_args) > 1 else _fields(expr.ty_args[0])
     return Op(name, tuple(tensors), attrs, tuple(types))
 
 
-def _number(value: Any) -> int | float:
+def _value(attr: Attr) -> relax.Expr:
+    if isinstance(attr, str):
+        return tvm.ir.StringImm(attr)
+    return relax.prim_value(tvm.tirx.const(attr, "int64" if isinstance(attr, int) else "float64"))
+
+
+def _attr(value: Any) -> Attr:
+    if isinstance(value, tvm.ir.StringImm):
+        return str(value.value)
     number = value.value if hasattr(value, "value") else value
     while not isinstance(number, int | float):
         number = number.value

@@ -14,17 +14,21 @@ from compiler.quant.ir import WeightType
 class Linear:
     """y = x W^T. Rows of all `sources` (checkpoint modules that read the same x) one below the other.
 
-    Graph parameters: NAME.codes, NAME.scale, NAME.zero for integer grids, NAME.weight for dense ones.
+    Graph parameters of a quantised one: NAME.codes, NAME.scale, then NAME.offset if it has offsets or NAME.zero if its
+    grid is no table, and NAME.permutation if it is permuted; NAME.weight of a dense one; NAME.bias if there is a bias.
+    `rows` counts the rows of each source.
     """
 
     name: str
     sources: tuple[str, ...]
     type: WeightType
+    rows: tuple[int, ...]
+    bias: bool = False
 
 
 @dataclass(frozen=True)
 class Table:
-    """A dense matrix read row by row (embeddings). Graph parameter: NAME."""
+    """A matrix read row by row (embeddings). Graph parameters: NAME if dense, else as a Linear's."""
 
     name: str
     source: str
@@ -33,11 +37,13 @@ class Table:
 
 @dataclass(frozen=True)
 class Vector:
-    """A float32 vector of n values (a norm's weight). Graph parameter: NAME."""
+    """A float32 vector of n values (a norm's weight): (source + plus) * times. Graph parameter: NAME."""
 
     name: str
     source: str
     n: int
+    plus: float = 0.0
+    times: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)

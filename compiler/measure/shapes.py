@@ -81,6 +81,9 @@ class RandomSource:
         scale = (random.uniform(0.5, 1.5, (kind.n, kind.groups)) / spread).astype(np.float16)
         return QuantWeight(codes, scale, np.full(scale.shape, middle, np.int16), kind.grid, kind.group_size)
 
+    def bias(self, module: str) -> F32 | None:
+        """None: made models have no biases."""
+
     def vector(self, name: str) -> F32:
         """Norm weights of one."""
         return np.ones(self._config["hidden_size"], np.float32)

@@ -52,7 +52,8 @@ def weight_bytes_per_token(bundle: Bundle) -> int:
     for name in bundle.manifest.functions["decode"].inputs:
         if name in sizes:
             weight = sizes[name]
-            total += weight.nbytes // weight.shape[0] if name in ("embedding", "rope") else weight.nbytes
+            by_row = name.partition(".")[0] in ("embedding", "rope")
+            total += weight.nbytes // weight.shape[0] if by_row else weight.nbytes
     return total
 
 

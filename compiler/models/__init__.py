@@ -2,6 +2,7 @@
 
 A file has `build(config, describe, options) -> Model`: it reads the configuration, checks every tensor's shape from
 headers alone, and writes the graph. It knows checkpoint module names; it knows no quantisation format and no target.
+What several share lies in the folder decoder/.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Model:
 
 def known() -> list[str]:
     """Every model_type that has a file here."""
-    return sorted(info.name for info in pkgutil.iter_modules(__path__))
+    return sorted(info.name for info in pkgutil.iter_modules(__path__) if not info.ispkg)
 
 
 def build(config: Config, describe: Describe, options: Options) -> Model:

@@ -12,6 +12,7 @@ from compiler.errors import UnsupportedError
 from compiler.graph import ops
 from compiler.graph.ops import Op
 from compiler.passes.rewrite import Context, rewrite
+from compiler.quant.grids import GRIDS
 from schedules.kernel import Kernel, Packing, Request, TensorSpec, Unsupported, lowerings
 from targets import Target
 
@@ -82,6 +83,7 @@ def _request(op: Op, target: Target) -> Request:
         outs=tuple(_spec(t) for t in fresh),
         attrs=dict(op.attrs),
         target=target,
+        table=GRIDS[str(op.attrs["grid"])].values if "grid" in op.attrs else None,
     )
 
 

@@ -1,10 +1,11 @@
 """The one form every weight has after decoding: canonical codes, or dense values. Nothing downstream knows a format.
 
-Letters: n = output features, k = input features, g = group size. Always w = scale * (grid[code] - zero), with the scale
-and zero of the row and of group k // g; the last group is short when g does not divide k.
+Letters: n = output features, k = input features, g = group size. Always w = scale * (grid[code] - zero) + offset, with
+the scale, zero and offset of the row and of group k // g; the last group is short when g does not divide k.
 """
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, overload
@@ -18,13 +19,18 @@ from compiler.quant.grids import GRIDS
 DENSE_STORAGE: dict[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16), "float32": np.dtype(np.float32),
 }
+ACTIVATIONS = ("any", "int8-token", "int8-static")
 
 
 @dataclass(frozen=True)
 class WeightType:
-    """Shape and kind of a weight [n, k]. grid is "int4", "int8"... or a dense dtype name, which has group_size 0.
+    """Shape and kind of a weight [n, k]. grid is "int4", "nf4"... or a dense dtype name, which has group_size 0.
 
     scale is the element type of the scales, float16 or float32; it says nothing of a dense weight.
+    offset: there is a float32 offset a group. permuted: inputs must be gathered first (act-order); `order` is then the
+    digest of the permutation (`order_digest`), or "" when only reading the data would tell.
+    activations: what the weight was made for: "any", or where the checkpoint quantises activations itself "int8-token"
+    (a scale a token, found at run time) or "int8-static" (one stored scale). A remark: it changes no arithmetic.
     """
 
     n: int
@@ -32,6 +38,10 @@ class WeightType:
     grid: str
     group_size: int
     scale: str = "float16"
+    offset: bool = False
+    permuted: bool = False
+    activations: str = "any"
+    order: str = ""
 
     def __post_init__(self) -> None:
         assert min(self.n, self.k) > 0, self
@@ -39,11 +49,20 @@ class WeightType:
         assert (self.group_size == 0) == self.dense, self
         assert self.group_size <= self.k, self
         assert self.scale in ("float16", "float32"), self
+        assert self.activations in ACTIVATIONS, self
+        assert self.permuted or not self.order, self
+        assert not (self.dense and (self.offset or self.permuted)), self
+        assert not (self.offset and self.table), self
 
     @property
     def dense(self) -> bool:
         """True when values are stored as they are."""
         return self.grid in DENSE_STORAGE
+
+    @property
+    def table(self) -> bool:
+        """True when codes stand for the values of a table."""
+        return not self.dense and GRIDS[self.grid].values is not None
 
     @property
     def bits(self) -> int:
@@ -55,13 +74,21 @@ class WeightType:
         """Scales per row; 0 when dense."""
         return 0 if self.dense else -(-self.k // self.group_size)
 
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Weights of equal kind may be joined along n. A permutation of unknown order equals no other."""
+        order = object() if self.permuted and not self.order else self.order
+        return (self.k, self.grid, self.group_size, self.offset, self.permuted, order)
+
 
 @dataclass(frozen=True, eq=False)
 class QuantWeight:
     """codes u8[n, k], scale f16|f32[n, groups], zero i16[n, groups], groups = ceil(k / group_size).
 
     permutation (act-order): None, or i32[k] where stored column j holds original input permutation[j]; whoever
-    multiplies must gather x[permutation] first. Codes and zeros are below the grid's number of levels, scales finite.
+    multiplies must gather x[permutation] first. offset: None, or f32[n, groups] added to every weight of the group.
+    Codes and zeros are below the grid's number of levels, scales and offsets finite. zero is 0 on table grids and where
+    there is an offset.
     """
 
     codes: NDArray[np.uint8]
@@ -70,6 +97,8 @@ class QuantWeight:
     grid: str
     group_size: int
     permutation: NDArray[np.int32] | None = None
+    offset: NDArray[np.float32] | None = None
+    activations: str = "any"
 
     def __post_init__(self) -> None:
         assert self.grid in GRIDS, f"unknown grid {self.grid!r}"
@@ -81,6 +110,11 @@ class QuantWeight:
         assert self.zero.dtype == np.int16, self.zero.dtype
         assert self.scale.shape == self.zero.shape == want, (self.scale.shape, self.zero.shape, want)
         levels = GRIDS[self.grid].levels
+        if self.offset is not None:
+            assert self.offset.dtype == np.float32 and self.offset.shape == want, (self.offset.dtype, self.offset.shape)
+            assert np.isfinite(self.offset).all(), "an offset is not finite"
+        if self.offset is not None or GRIDS[self.grid].values is not None:
+            assert not self.zero.any(), "a table grid or an offset leaves no zero point"
         assert levels == 256 or int(self.codes.max()) < levels, f"a code is not below {levels}"
         assert not (self.zero.astype(np.uint16) >= levels).any(), f"a zero is outside 0..{levels - 1}"
         assert np.isfinite(self.scale).all(), "a scale is not finite"
@@ -92,7 +126,10 @@ class QuantWeight:
     def type(self) -> WeightType:
         """Shape and kind."""
         n, k = self.codes.shape
-        return WeightType(n, k, self.grid, self.group_size, str(self.scale.dtype))
+        permuted = self.permutation is not None
+        order = "" if self.permutation is None else order_digest(self.permutation)
+        return WeightType(n, k, self.grid, self.group_size, str(self.scale.dtype), self.offset is not None, permuted,
+                          self.activations, order)
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,12 +160,15 @@ def join(weights: Sequence[QuantWeight] | Sequence[DenseWeight] | Sequence[Quant
          ) -> QuantWeight | DenseWeight:
     """One weight with the rows of all, in order: q, k, v or gate, up read the same x.
 
-    Raises UnsupportedError unless k, kind, group size and permutation agree. Scales of float16 and float32 meet as
-    float32, which is exact.
+    Raises UnsupportedError unless k, kind, group size, presence of offsets and permutation agree. Scales of float16 and
+    float32 meet as float32, which is exact.
     """
+    if len(weights) == 1:
+        return weights[0]
     types = [w.type for w in weights]
-    if len({(t.k, t.grid, t.group_size) for t in types}) > 1:
-        got = ", ".join(f"[{t.n}, {t.k}] {t.grid} with group size {t.group_size}" for t in types)
+    if len({(t.k, t.grid, t.group_size, t.offset) for t in types}) > 1:
+        got = ", ".join(f"[{t.n}, {t.k}] {t.grid} with group size {t.group_size}{' and offsets' if t.offset else ''}"
+                        for t in types)
         raise UnsupportedError(f"Weights that share an input must be joined, but these differ in kind: {got}. "
                                f"Quantise them alike.")
     dense = [w for w in weights if isinstance(w, DenseWeight)]
@@ -139,11 +179,18 @@ def join(weights: Sequence[QuantWeight] | Sequence[DenseWeight] | Sequence[Quant
     if not all(_same_order(first.permutation, w.permutation) for w in quantised):
         raise UnsupportedError("Weights that share an input must be joined, but the act-orders of these differ. "
                                "Quantise them with one order, or with desc_act = false.")
+    offsets = [w.offset for w in quantised if w.offset is not None]
     return QuantWeight(
         np.concatenate([w.codes for w in quantised]),
         np.concatenate([w.scale for w in quantised]),
         np.concatenate([w.zero for w in quantised]),
-        first.grid, first.group_size, first.permutation)
+        first.grid, first.group_size, first.permutation,
+        np.concatenate(offsets) if offsets else None, first.activations)
+
+
+def order_digest(permutation: NDArray[np.int32]) -> str:
+    """A short name of a permutation: equal digests mean equal permutations."""
+    return hashlib.blake2s(np.ascontiguousarray(permutation, "<i4").tobytes(), digest_size=12).hexdigest()
 
 
 def _same_order(a: NDArray[np.int32] | None, b: NDArray[np.int32] | None) -> bool:

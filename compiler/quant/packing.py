@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 FIELD_BITS = (2, 3, 4, 8)
-BLOCK_CODES = 1 << 18  # codes unpacked at a time: the working buffers (about 2 MiB) stay in cache
+BLOCK_CODES = 1 << 19  # codes unpacked at a time: the working buffers stay in cache
 
 
 def words_for(count: int, bits: int) -> int | None:
@@ -31,9 +31,16 @@ def unpack(words: NDArray[np.int32], bits: int, axis: int) -> NDArray[np.uint8]:
     rows = moved.reshape(-1, moved.shape[-1]) if moved.ndim != 2 else moved
     out = np.empty((rows.shape[0], count), np.uint8)
     step = max(1, BLOCK_CODES // max(1, count))
+    turned = rows.strides[0] < rows.strides[1]
     for start in range(0, rows.shape[0], step):
-        block = np.ascontiguousarray(rows[start:start + step]).view(np.uint8)
-        out[start:start + step].view("<u4")[:] = _spread(_quads(block, bits), bits)
+        part = rows[start:start + step]
+        if turned:  # gather whole lines first: turning 4096 words that lie 16 KiB apart, one by one, takes twice as long
+            part = np.ascontiguousarray(part.T).T
+        block = np.ascontiguousarray(part).view(np.uint8)
+        if bits == 4:
+            _split_nibbles(block, out[start:start + step].view("<u2"))
+        else:
+            out[start:start + step].view("<u4")[:] = _spread(_quads(block, bits), bits)
     return np.moveaxis(out.reshape(*moved.shape[:-1], count), -1, axis)
 
 
@@ -47,6 +54,13 @@ def pack(codes: NDArray[np.uint8], bits: int, axis: int) -> NDArray[np.int32]:
     stream = np.unpackbits(moved[..., None], axis=-1, count=bits, bitorder="little").reshape(*moved.shape[:-1], -1)
     words = np.packbits(stream, axis=-1, bitorder="little").view("<i4").astype(np.int32, copy=False)
     return np.ascontiguousarray(np.moveaxis(words, -1, axis))
+
+
+def _split_nibbles(block: NDArray[np.uint8], pairs: NDArray[np.uint16]) -> None:
+    """Each byte -> its low nibble, then its high one, in the two bytes of a u16: the common case, in four passes."""
+    np.copyto(pairs, block)
+    pairs |= pairs << np.uint16(4)
+    pairs &= np.uint16(0x0F0F)
 
 
 def _quads(block: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from compiler.quant.grids import GRIDS
 from compiler.quant.ir import DenseWeight, QuantWeight
 
 F32 = NDArray[np.float32]
@@ -19,15 +20,18 @@ QMAX = 127  # activations use -127..127, so that -q always exists
 
 
 def dequantize(w: QuantWeight | DenseWeight) -> F32:
-    """f32[n, k] in the order of the original inputs: scale * (code - zero), or the dense values.
+    """f32[n, k] in the order of the original inputs: scale * (grid[code] - zero) + offset, or the dense values.
 
-    With a float16 scale the result is exact: 11 bits of scale times at most 9 bits of difference fit float32's 24.
+    One float32 rounding an operation. On an integer grid with a float16 scale and no offset the result is exact: 11
+    bits of scale times at most 9 bits of difference fit float32's 24.
     """
     if isinstance(w, DenseWeight):
         return widen(w.values, w.dtype)
     group = np.arange(w.type.k) // w.group_size
     zero = w.zero[:, group].astype(np.float32)
-    stored = w.scale.astype(np.float32)[:, group] * (w.codes.astype(np.float32) - zero)
+    stored = w.scale.astype(np.float32)[:, group] * (GRIDS[w.grid].table[w.codes] - zero)
+    if w.offset is not None:
+        stored += w.offset[:, group]
     if w.permutation is None:
         return stored
     out = np.empty_like(stored)
@@ -57,21 +61,37 @@ def quantize_activations(x: F32, source: I64) -> tuple[NDArray[np.int8], F32, ND
     return q, amax / np.float32(QMAX), q.sum(axis=2, dtype=np.int32)
 
 
+def integer_form(w: QuantWeight) -> tuple[NDArray[np.int16], NDArray[np.float32]]:
+    """(integers i16[n, k], scale f32[n, groups]) that the integer path multiplies with: w ~ scale * (integer - zero).
+
+    Codes on an integer grid. A table grid becomes int8 levels of `unit`: the only place where weights lose anything.
+    """
+    grid = GRIDS[w.grid]
+    scale = w.scale.astype(np.float32)
+    if grid.values is None:
+        return w.codes.astype(np.int16), scale
+    return grid.int8_levels[w.codes].astype(np.int16), scale * grid.unit
+
+
 def matmul_int8(x: F32, w: QuantWeight, source: I64, weight_group: I64) -> F32:
     """x[m, k] times w[n, k] transposed, with int8 activations: f32[m, n].
 
-    y = sum over spans of scale_x * scale_w * (q . codes - zero * sum): the dot products are exact integers, the sum
-    over spans is taken in float64 and rounded once, so a float32 kernel may differ by its own rounding only.
+    y = sum over spans of scale_x * (scale_w * (q . integers - zero * sum) + offset * sum): dot products and sums are
+    exact integers, the sum over spans is taken in float64 and rounded once, so a float32 kernel may differ by its own
+    rounding only.
     """
     if w.permutation is not None:
         x = x[:, w.permutation]
     q, scale, total = quantize_activations(x, source)
-    codes = np.where(source >= 0, w.codes[:, source], 0).astype(np.float64)
+    integers, wscale = integer_form(w)
+    codes = np.where(source >= 0, integers[:, source], 0).astype(np.float64)
     y = np.zeros((x.shape[0], w.type.n))
     for span, group in enumerate(weight_group):
         dot = q[:, span].astype(np.float64) @ codes[:, span].T
         dot -= np.outer(total[:, span], w.zero[:, group])
-        y += np.outer(scale[:, span].astype(np.float64), w.scale[:, group].astype(np.float64)) * dot
+        y += np.outer(scale[:, span].astype(np.float64), wscale[:, group].astype(np.float64)) * dot
+        if w.offset is not None:
+            y += np.outer(scale[:, span].astype(np.float64) * total[:, span], w.offset[:, group].astype(np.float64))
     return y.astype(np.float32)
 
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from compiler.errors import CheckpointError, FormatError, UnsupportedError
+from compiler.errors import CheckpointError, FormatError
 from compiler.quant.ir import DENSE_STORAGE, DenseWeight, QuantWeight, WeightType
 from compiler.quant.reference import F32, widen
 
@@ -64,6 +64,9 @@ class ConfigView(Protocol):
     def string(self, key: str, choices: Collection[str] = ..., default: str = ...) -> str:
         """A string, one of choices."""
 
+    def strings(self, key: str, default: tuple[str, ...] = ...) -> tuple[str, ...]:
+        """A list of strings."""
+
     def section(self, key: str) -> ConfigView:
         """A nested object."""
 
@@ -100,10 +103,13 @@ class Source(Protocol):
         """Whether there is such a weight matrix."""
 
     def describe(self, module: str) -> WeightType:
-        """Its shape and kind, from headers alone."""
+        """Its shape and kind, from headers and, where inputs are permuted, the (short) tensor that says how."""
 
     def load(self, module: str) -> QuantWeight | DenseWeight:
         """The weight itself. Reads this module's tensors and no others."""
+
+    def bias(self, module: str) -> F32 | None:
+        """f32[n] that the linear layer adds to its output, or None where there is none, or nothing but zeros."""
 
     def vector(self, name: str) -> F32:
         """A one-dimensional tensor as float32, by module ("model.norm") or by tensor name ("model.norm.weight")."""
@@ -125,12 +131,41 @@ def read_vector(checkpoint: CheckpointView, name: str) -> F32:
     return values
 
 
-def refuse_bias(checkpoint: CheckpointView, module: str) -> None:
-    """auto-gptq writes an all-zero bias on every linear. Raises UnsupportedError when one is more than that."""
+def read_bias(checkpoint: CheckpointView, module: str, n: int) -> F32 | None:
+    """NAME.bias as f32[n], or None where there is none. auto-gptq writes one on every linear layer, all zero: None too.
+
+    Raises FormatError unless it is a finite vector of n dense numbers.
+    """
     name = f"{module}.bias"
-    if name in checkpoint.tensors and checkpoint.array(name).any():
-        raise UnsupportedError(f"{checkpoint.tensors[name].file}: {name} is not zero, but quern has no biases in "
-                               f"linear layers yet. Use a model without them.")
+    if name not in checkpoint.tensors:
+        return None
+    info = checkpoint.tensors[name]
+    if info.shape != (n,):
+        raise FormatError(f"{info.file}: {name} is {spelled(info)}, but the weight of {module} has {n} rows, and each "
+                          f"needs one number. The file is damaged, or from another model: fetch it again.")
+    values = read_vector(checkpoint, name)
+    return np.ascontiguousarray(values) if values.any() else None
+
+
+def scale_type(checkpoint: CheckpointView, name: str) -> str:
+    """The element type that `read_scales` gives: float16 stays, bfloat16 and float32 become float32."""
+    return "float16" if checkpoint.tensors[name].dtype == "float16" else "float32"
+
+
+def read_scales(checkpoint: CheckpointView, name: str) -> NDArray[Any]:
+    """Scales as float16 or float32, exactly as stored. Raises FormatError unless all are finite."""
+    info = checkpoint.tensors[name]
+    scales = widen(checkpoint.array(name), info.dtype) if info.dtype == "bfloat16" else checkpoint.array(name)
+    refuse_not_finite(scales, f"{info.file}: {name}")
+    return scales
+
+
+def refuse_not_finite(values: NDArray[Any], where: str) -> None:
+    """Raise FormatError when a scale is NaN or infinite."""
+    bad = int(values.size - np.isfinite(values).sum())
+    if bad:
+        raise FormatError(f"{where}: {bad} of {values.size} are NaN or infinite. "
+                          f"The file is damaged or the quantisation failed: fetch it again, or quantise again.")
 
 
 def spelled(info: TensorView) -> str:

@@ -2,32 +2,35 @@
 
 All files implement the same description (`describe`), so one template serves every instruction set. A file states
 `NAME`, `NEEDS` (LLVM feature names), `RANK` (higher wins), `KNOBS` (its measured defaults), `VECTOR` (32-bit lanes of
-one register) and `step`, the few instructions that are really its own.
+one register), `TABLE_ZERO` and `step`, the few instructions that are really its own.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+import zlib
 from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from tvm import tirx
 from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T
 
+from schedules import storage as storages
+from schedules.storage import LANES, QUAD, Storage, Table
+
 if TYPE_CHECKING:
     from targets import Target
-
-LANES = 16  # output features a dot product works on at once
-QUAD = 4  # consecutive inputs that lie side by side in one 32-bit lane
 
 
 class Isa(Protocol):
     """What a file in this folder offers.
 
-    step(bits, acc, w, a) -> acc + dot: acc i32 vector [VECTOR]; w u8 vector [4 * VECTOR], 4 consecutive stored bytes a
-    lane; a: one i32 scalar per field of a byte (low bits first), the 4 int8 activations that meet that field.
+    step(storage, table, acc, w, a) -> acc + dot: acc i32 vector [VECTOR]; w: storage.vectors u8 vectors [4 * VECTOR];
+    a: storage.quads i32 scalars of 4 int8 activations each. With a table, codes stand for their level in it, which
+    already includes TABLE_ZERO: 128 where the instructions want unsigned levels, 0 where they take signed ones.
     """
 
     NAME: str
@@ -35,9 +38,10 @@ class Isa(Protocol):
     RANK: int
     KNOBS: dict[str, int]
     VECTOR: int
+    TABLE_ZERO: int
 
     @staticmethod
-    def step(bits: int, acc: Any, w: Any, a: Sequence[Any]) -> Any:
+    def step(storage: Storage, table: Table | None, acc: Any, w: Sequence[Any], a: Sequence[Any]) -> Any:
         """The dot product, as said above."""
 
 
@@ -47,116 +51,105 @@ def choose(target: Target) -> Isa:
     return max((isa for isa in found if all(target.has(f) for f in isa.NEEDS)), key=lambda isa: isa.RANK)
 
 
-def fields(bits: int) -> int:
-    """Codes per stored byte."""
-    return 8 // bits
-
-
 def broadcast_quad(a: Any, lanes: int) -> Any:
     """i32 scalar holding 4 int8 -> int8 vector of the same 4 repeated `lanes` times."""
     return T.reinterpret(f"int8x{QUAD * lanes}", T.broadcast(a, lanes))
 
 
-def field(w: Any, bits: int, index: int, lanes: int) -> Any:
-    """Codes of one field of every byte in u8 vector w[4 * lanes]; the top field needs no mask."""
-    width = QUAD * lanes
-    shifted = w if index == 0 else T.shift_right(w, T.broadcast(T.uint8(bits * index), width))
-    last = index == fields(bits) - 1
-    return shifted if last else T.bitwise_and(shifted, T.broadcast(T.uint8((1 << bits) - 1), width))
+def broadcast_table(table: Table, lanes: int) -> Any:
+    """16 levels repeated over an int8 vector [4 * lanes]: what a byte shuffle looks codes up in."""
+    words = [int.from_bytes(bytes(v & 255 for v in table[i : i + 4]), "little", signed=True) for i in range(0, 16, 4)]
+    values = [T.int32(words[i % 4]) for i in range(lanes)]
+    return T.reinterpret(f"int8x{QUAD * lanes}", tirx.Shuffle(values, list(range(lanes))))
+
+
+def describe(storage: Storage, table: Table | None) -> Any:
+    """C i32[16] += level(W u8[vectors, 16, 4]) . A i8[inputs]: a step as schedules.storage has it."""
+    return _describe_byte() if storage.quads == 1 else _describe(storage, table)
 
 
 @cache
-def describe(bits: int) -> Any:
-    """C i32[16] += W u8[16, 4] . A i8[fields, 4]: field h of a byte, low bits first, meets row h (8 bits: A i8[4])."""
-    count = fields(bits)
-    mask = (1 << bits) - 1
-
+def _describe_byte() -> Any:
     @T.prim_func(s_tir=True)
     def whole(a: T.handle, w: T.handle, c: T.handle) -> None:
         A = T.match_buffer(a, (QUAD,), "int8", offset_factor=4)
-        W = T.match_buffer(w, (LANES, QUAD), "uint8", offset_factor=64)
+        W = T.match_buffer(w, (1, LANES, QUAD), "uint8", offset_factor=64)
         C = T.match_buffer(c, (LANES,), "int32", offset_factor=16)
         with T.sblock("root"):
-            T.reads(C[0:LANES], W[0:LANES, 0:QUAD], A[0:QUAD])
+            T.reads(C[0:LANES], W[0, 0:LANES, 0:QUAD], A[0:QUAD])
             T.writes(C[0:LANES])
             for i, b in T.grid(LANES, QUAD):
                 with T.sblock("dot"):
                     vi, vb = T.axis.remap("SR", [i, b])
-                    C[vi] = C[vi] + T.Cast("int32", W[vi, vb]) * T.Cast("int32", A[vb])
+                    C[vi] = C[vi] + T.Cast("int32", W[0, vi, vb]) * T.Cast("int32", A[vb])
+
+    return whole
+
+
+@cache
+def _describe(storage: Storage, table: Table | None) -> Any:
+    inputs, vectors = storage.inputs, storage.vectors
+
+    def value(W: Any, f: Any, i: Any, b: Any) -> Any:
+        return storages.level(table, storages.code(storage, f, lambda v: W[v, i, b]))
 
     @T.prim_func(s_tir=True)
     def split(a: T.handle, w: T.handle, c: T.handle) -> None:
-        A = T.match_buffer(a, (count, QUAD), "int8", offset_factor=4, strides=[T.int32(), 1])
-        W = T.match_buffer(w, (LANES, QUAD), "uint8", offset_factor=64)
+        A = T.match_buffer(a, (inputs,), "int8", offset_factor=4)
+        W = T.match_buffer(w, (vectors, LANES, QUAD), "uint8", offset_factor=64)
         C = T.match_buffer(c, (LANES,), "int32", offset_factor=16)
         with T.sblock("root"):
-            T.reads(C[0:LANES], W[0:LANES, 0:QUAD], A[0:count, 0:QUAD])
+            T.reads(C[0:LANES], W[0:vectors, 0:LANES, 0:QUAD], A[0:inputs])
             T.writes(C[0:LANES])
-            for h, i, b in T.grid(count, LANES, QUAD):
+            for f, i, b in T.grid(storage.quads, LANES, QUAD):
                 with T.sblock("dot"):
-                    vh, vi, vb = T.axis.remap("RSR", [h, i, b])
-                    C[vi] = C[vi] + T.Cast(
-                        "int32", T.bitwise_and(T.shift_right(W[vi, vb], T.Cast("uint8", vh * bits)), T.uint8(mask))
-                    ) * T.Cast("int32", A[vh, vb])
-
-    return whole if count == 1 else split
-
-
-def _implement(isa: Isa, bits: int, prefetch_bytes: int, prefetch_level: int) -> Any:
-    """The description in this ISA's instructions; prefetch_bytes > 0 asks for weights that far ahead, into a cache."""
-    count = fields(bits)
-    vector = isa.VECTOR
-    acc_type, w_type = f"int32x{vector}", f"uint8x{QUAD * vector}"
-
-    def half(index: Any, C: Any, W: Any, quads: Sequence[Any]) -> Any:
-        acc, w = C.vload([index * vector], acc_type), W.vload([index * vector, 0], w_type)
-        return isa.step(bits, acc, w, [T.reinterpret("int32", quad) for quad in quads])
-
-    def prefetch(W: Any) -> Any:
-        ahead = T.tvm_access_ptr(T.type_annotation("uint8"), W.data, W.elem_offset + prefetch_bytes, 64, 1)
-        locality = T.int32(4 - prefetch_level)  # LLVM: 3 = keep in all levels, 2 = from the second on
-        return T.call_llvm_intrin("", "llvm.prefetch.p0", ahead, T.int32(0), locality, T.int32(1))  # read, data
-
-    if count == 1:
-
-        @T.prim_func(s_tir=True)
-        def whole(a: T.handle, w: T.handle, c: T.handle) -> None:
-            A = T.match_buffer(a, (QUAD,), "int8", offset_factor=4)
-            W = T.match_buffer(w, (LANES, QUAD), "uint8", offset_factor=64)
-            C = T.match_buffer(c, (LANES,), "int32", offset_factor=16)
-            with T.sblock("root"):
-                T.reads(C[0:LANES], W[0:LANES, 0:QUAD], A[0:QUAD])
-                T.writes(C[0:LANES])
-                if prefetch_bytes > 0:
-                    T.evaluate(prefetch(W))
-                for i in T.unroll(LANES // vector):
-                    C[T.ramp(i * vector, 1, vector)] = half(i, C, W, [A.vload([0], "int8x4")])
-
-        return whole
-
-    @T.prim_func(s_tir=True)
-    def split(a: T.handle, w: T.handle, c: T.handle) -> None:
-        stride = T.int32()
-        A = T.match_buffer(a, (count, QUAD), "int8", offset_factor=4, strides=[stride, 1])
-        W = T.match_buffer(w, (LANES, QUAD), "uint8", offset_factor=64)
-        C = T.match_buffer(c, (LANES,), "int32", offset_factor=16)
-        with T.sblock("root"):
-            T.reads(C[0:LANES], W[0:LANES, 0:QUAD], A[0:count, 0:QUAD])
-            T.writes(C[0:LANES])
-            if prefetch_bytes > 0:
-                T.evaluate(prefetch(W))
-            for i in T.unroll(LANES // vector):
-                C[T.ramp(i * vector, 1, vector)] = half(i, C, W, [A.vload([h, 0], "int8x4") for h in range(count)])
+                    vf, vi, vb = T.axis.remap("RSR", [f, i, b])
+                    C[vi] = C[vi] + value(W, vf, vi, vb) * T.Cast("int32", A[vf * QUAD + vb])
 
     return split
 
 
+def _implement(isa: Isa, storage: Storage, table: Table | None, prefetch_bytes: int, prefetch_level: int) -> Any:
+    """The description in this ISA's instructions; prefetch_bytes > 0 asks for weights that far ahead, into a cache."""
+    inputs, vectors, quads, vector = storage.inputs, storage.vectors, storage.quads, isa.VECTOR
+    acc_type, w_type = f"int32x{vector}", f"uint8x{QUAD * vector}"
+
+    def part(index: Any, C: Any, W: Any, A: Any) -> Any:
+        w = [W.vload([v, index * vector, 0], w_type) for v in range(vectors)]
+        a = [T.reinterpret("int32", A.vload([f * QUAD], "int8x4")) for f in range(quads)]
+        return isa.step(storage, table, C.vload([index * vector], acc_type), w, a)
+
+    def prefetch(W: Any, v: Any) -> Any:
+        element = W.elem_offset + (v * LANES * QUAD + prefetch_bytes)
+        ahead = T.tvm_access_ptr(T.type_annotation("uint8"), W.data, element, 64, 1)
+        locality = T.int32(4 - prefetch_level)  # LLVM: 3 = keep in all levels, 2 = from the second on
+        return T.call_llvm_intrin("", "llvm.prefetch.p0", ahead, T.int32(0), locality, T.int32(1))  # read, data
+
+    @T.prim_func(s_tir=True)
+    def implementation(a: T.handle, w: T.handle, c: T.handle) -> None:
+        A = T.match_buffer(a, (inputs,), "int8", offset_factor=4)
+        W = T.match_buffer(w, (vectors, LANES, QUAD), "uint8", offset_factor=64)
+        C = T.match_buffer(c, (LANES,), "int32", offset_factor=16)
+        with T.sblock("root"):
+            T.reads(C[0:LANES], W[0:vectors, 0:LANES, 0:QUAD], A[0:inputs])
+            T.writes(C[0:LANES])
+            if prefetch_bytes > 0:
+                for v in T.unroll(vectors):
+                    T.evaluate(prefetch(W, v))
+            for i in T.unroll(LANES // vector):
+                C[T.ramp(i * vector, 1, vector)] = part(i, C, W, A)
+
+    return implementation
+
+
 @cache
-def register(name: str, bits: int, prefetch_bytes: int, prefetch_level: int = 1) -> str:
+def register(
+    name: str, storage: Storage, table: Table | None, prefetch_bytes: int, prefetch_level: int = 1
+) -> str:
     """Name under which TVM's `tensorize` finds the implementation of the instruction set called `name`."""
     isa = cast(Isa, importlib.import_module(f"{__name__}.{name}"))
-    intrinsic = f"quern_dot_w{bits}_{name}_pf{prefetch_bytes}_l{prefetch_level}"
-    TensorIntrin.register(
-        intrinsic, describe(bits), _implement(isa, bits, prefetch_bytes, prefetch_level), override=True
-    )
+    looked_up = "" if table is None else f"_t{zlib.crc32(bytes(v & 255 for v in table)):08x}"
+    intrinsic = f"quern_dot_{storage.name}{looked_up}_{name}_pf{prefetch_bytes}_l{prefetch_level}"
+    made = _implement(isa, storage, table, prefetch_bytes, prefetch_level)
+    TensorIntrin.register(intrinsic, describe(storage, table), made, override=True)
     return intrinsic

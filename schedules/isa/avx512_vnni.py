@@ -1,6 +1,7 @@
 """AVX512-VNNI: VPDPBUSD multiplies 64 unsigned codes by 64 signed activations and adds them four by four, at once.
 
-Exact: a product is at most 255 * 127, and thousands of them stay far below 2**31.
+Exact: a product is at most 255 * 127, and thousands of them stay far below 2**31. Table grids: VPSHUFB turns 64 codes
+into unsigned levels (level + 128), and the 128 leaves through the activation sum like any zero point.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from schedules.isa import broadcast_quad, field
+from schedules.isa import broadcast_quad, broadcast_table
+from schedules.storage import Storage, Table, unpack
 
 NAME = "avx512_vnni"
 NEEDS = ("avx512f", "avx512bw", "avx512vl", "avx512vnni")
 RANK = 30
 VECTOR = 16
+TABLE_ZERO = 128
 KNOBS = {
     "row_blocks": 8,
     "unroll": 16,
@@ -26,10 +29,14 @@ KNOBS = {
 }
 
 
-def step(bits: int, acc: Any, w: Any, a: Sequence[Any]) -> Any:
+def step(storage: Storage, table: Table | None, acc: Any, w: Sequence[Any], a: Sequence[Any]) -> Any:
     """See schedules.isa.Isa."""
-    for h, quad in enumerate(a):
+    for codes, quad in zip(unpack(storage, w, VECTOR), a, strict=True):
+        if table is not None:
+            codes = T.call_llvm_pure_intrin(
+                "int8x64", "llvm.x86.avx512.pshuf.b.512", broadcast_table(table, VECTOR), codes
+            )
         acc = T.call_llvm_pure_intrin(
-            "int32x16", "llvm.x86.avx512.vpdpbusd.512", acc, field(w, bits, h, VECTOR), broadcast_quad(quad, VECTOR)
+            "int32x16", "llvm.x86.avx512.vpdpbusd.512", acc, codes, broadcast_quad(quad, VECTOR)
         )
     return acc

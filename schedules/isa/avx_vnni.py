@@ -7,12 +7,14 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from schedules.isa import broadcast_quad, field
+from schedules.isa import broadcast_quad, broadcast_table
+from schedules.storage import Storage, Table, unpack
 
 NAME = "avx_vnni"
 NEEDS = ("avx2", "avxvnni")
 RANK = 20
 VECTOR = 8
+TABLE_ZERO = 128
 KNOBS = {
     "row_blocks": 4,
     "unroll": 16,
@@ -23,10 +25,12 @@ KNOBS = {
 }
 
 
-def step(bits: int, acc: Any, w: Any, a: Sequence[Any]) -> Any:
+def step(storage: Storage, table: Table | None, acc: Any, w: Sequence[Any], a: Sequence[Any]) -> Any:
     """See schedules.isa.Isa."""
-    for h, quad in enumerate(a):
+    for codes, quad in zip(unpack(storage, w, VECTOR), a, strict=True):
+        if table is not None:
+            codes = T.call_llvm_pure_intrin("int8x32", "llvm.x86.avx2.pshuf.b", broadcast_table(table, VECTOR), codes)
         acc = T.call_llvm_pure_intrin(
-            "int32x8", "llvm.x86.avx512.vpdpbusd.256", acc, field(w, bits, h, VECTOR), broadcast_quad(quad, VECTOR)
+            "int32x8", "llvm.x86.avx512.vpdpbusd.256", acc, codes, broadcast_quad(quad, VECTOR)
         )
     return acc

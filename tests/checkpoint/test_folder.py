@@ -116,9 +116,6 @@ def test_refuses_folders_without_tensors(tmp_path: Path) -> None:
     assert refusal(tmp_path) == f"{tmp_path} holds no tensors. Fetch the checkpoint again."
     (tmp_path / "model.safetensors").unlink()
     assert refusal(tmp_path) == (f"{tmp_path} has no .safetensors file. Check that the checkpoint was copied whole.")
-    (tmp_path / "m.gguf").touch()
-    assert refusal(tmp_path, UnsupportedError) == (
-        f"{tmp_path} holds a GGUF file. quern reads safetensors: take that form of the model.")
     (tmp_path / "pytorch_model.bin").touch()
     assert refusal(tmp_path, UnsupportedError) == (
         f"{tmp_path} has its weights in pytorch_model.bin only. That is a Python pickle, which can run any code when "
@@ -132,6 +129,6 @@ def test_refuses_folders_without_tensors(tmp_path: Path) -> None:
 
 def test_refuses_what_is_not_a_checkpoint_folder(tmp_path: Path) -> None:
     assert refusal(tmp_path / "no") == (f"{tmp_path / 'no'} is not a folder. Give the folder that holds config.json "
-                                        f"and the .safetensors files.")
+                                        f"and the .safetensors files, or a .gguf file.")
     assert refusal(tmp_path) == (f"{tmp_path / 'config.json'}: No such file or directory. "
                                  f"Check that the checkpoint was copied whole.")

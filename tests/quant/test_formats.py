@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from compiler.checkpoint import open_checkpoint
-from compiler.errors import CheckpointError, FormatError, UnsupportedError
+from compiler.errors import CheckpointError, FormatError
 from compiler.quant import formats
 from compiler.quant.formats import Format, open_source
 from compiler.quant.ir import DenseWeight, WeightType
@@ -23,7 +23,7 @@ def source(folder: Path, config: dict[str, Any] | None = None, **tensors: Any) -
 
 def test_every_file_of_the_folder_is_a_format() -> None:
     files = {path.stem for path in Path(formats.__file__).parent.glob("*.py")} - {"__init__"}
-    assert {format_.name for format_ in formats.formats()} == files >= {"dense", "gptq"}
+    assert {format_.name.replace("-", "_") for format_ in formats.formats()} == files >= {"dense", "gptq"}
 
 
 def test_no_format_claims_it(tmp_path: Path) -> None:
@@ -58,12 +58,24 @@ def test_dense_weights_are_views_of_the_file(tmp_path: Path) -> None:
     assert (b.dtype, b.values.tolist()) == ("bfloat16", [[0x3F80]])
     assert not a.values.flags.owndata
     assert dense.vector("norm").tolist() == [1.5]
+    assert dense.bias("a") is None
+    assert dense.bias("b") is None
+
+
+def test_biases_are_widened(tmp_path: Path) -> None:
+    dense = source(tmp_path, a__weight=np.ones((2, 1), np.float32), a__bias=np.array([0x3F80, 0xC000], np.uint16))
+    bias = dense.bias("a")
+    assert bias is not None
+    assert bias.dtype == np.float32
+    assert bias.tolist() == [1, -2]
 
 
 def test_dense_refusals(tmp_path: Path) -> None:
     dense = source(tmp_path, i__weight=np.ones((2, 2), np.int8), e__weight=np.ones((0, 2), np.float32),
-                   b__weight=np.ones((2, 2), np.float16), b__bias=np.ones(2, np.float16),
-                   nan__weight=np.array([np.nan], np.float32))
+                   b__weight=np.ones((2, 2), np.float16), b__bias=np.ones(3, np.float16),
+                   c__weight=np.ones((1, 2), np.float16), c__bias=np.array([np.inf], np.float32),
+                   nan__weight=np.array([np.nan], np.float32), q__qweight=np.ones((1, 1), np.int32),
+                   q__scales=np.ones((1, 1), np.float16))
     file = tmp_path / "model.safetensors"
     need = ("but a dense weight needs two dimensions and one of float16, bfloat16, float32. If it is quantised, "
             "config.json must say how.")
@@ -71,9 +83,9 @@ def test_dense_refusals(tmp_path: Path) -> None:
         ("i", FormatError, f"{file}: i.weight is int8[2, 2], {need}"),
         ("e", FormatError, f"{file}: e.weight is float32[0, 2], {need}"),
         ("nan", FormatError, f"{file}: nan.weight is float32[1], {need}"),
-        ("b", UnsupportedError, f"{file}: b.bias is not zero, but quern has no biases in linear layers yet. Use a "
-                                f"model without them."),
         ("x", CheckpointError, f"{tmp_path} has no tensor 'x.weight'. Is this the model that config.json describes?"),
+        ("q", CheckpointError, f"{tmp_path} has no tensor 'q.weight', but 'q.qweight', 'q.scales'. If another tool "
+                               f"quantised it, config.json must name its quant_method."),
     ):
         with pytest.raises(kind) as error:
             dense.load(module)
@@ -87,4 +99,12 @@ def test_dense_refusals(tmp_path: Path) -> None:
     ):
         with pytest.raises(kind) as error:
             dense.vector(name)
+        assert str(error.value) == message
+    for module, message in (
+        ("b", f"{file}: b.bias is float16[3], but the weight of b has 2 rows, and each needs one number. The file is "
+              f"damaged, or from another model: fetch it again."),
+        ("c", f"{file}: c.bias has values that are not finite. The file is damaged: fetch it again."),
+    ):
+        with pytest.raises(FormatError) as error:
+            dense.bias(module)
         assert str(error.value) == message

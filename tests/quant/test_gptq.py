@@ -124,6 +124,22 @@ def test_refuses_values_that_cannot_be() -> None:
         "FILE: m.g_idx: group 0 has 8 inputs, but group_size 4 needs 4. group_size is wrong, or the file is damaged.")
 
 
+@pytest.mark.parametrize(("version", "message"), [
+    (1, "read as 'gptq', weights are -1.00 steps on average, as 'gptq_v2' +0.00"),
+    (2, "read as 'gptq_v2', weights are +1.00 steps on average, as 'gptq' +0.00"),
+])
+def test_refuses_zeros_that_only_the_other_version_stores(version: int, message: str) -> None:
+    zero = np.tile(np.array([6, 7, 9, 10], np.uint8), 32)  # outputs differ: an asymmetric weight
+    codes = zero + np.tile(np.array([[0], [1], [2], [3], [253], [254], [255], [0]], np.uint8), (16, 1))  # adds up to 0
+    stored = zero if version == 1 else zero - 1  # what the other version writes
+    scales = np.ones((1, 128), np.float16)
+    data = Raw(pack(codes, 4, 0), pack(stored[None], 4, 1), scales)
+    assert decode_error(data, GptqConfig(4, -1, False, version)) == (
+        f"FILE: m.qzeros: {message}, and they should be near 0. checkpoint_format is wrong: 'gptq' stores zero - 1, "
+        f"'gptq_v2' stores zero.")
+    assert gptq.decode(data, GptqConfig(4, -1, False, 3 - version), "m").zero[:, 0].tolist() == zero.tolist()
+
+
 def tensors(**changed: Any) -> dict[str, np.ndarray]:
     """Module "m" of 64 inputs in groups of 32 and 16 outputs, a dense head and a norm, with some tensors changed."""
     parts: dict[str, Any] = {
@@ -182,10 +198,11 @@ def test_gptq_v2_is_never_read_as_v1(tmp_path: Path) -> None:
 
 
 def test_all_zero_biases_of_auto_gptq_are_no_biases(tmp_path: Path) -> None:
-    assert checkpoint(tmp_path, settings(), m__bias=np.zeros(16, np.float32)).load("m").type.n == 16
-    message = refusal(tmp_path, settings(), UnsupportedError, m__bias=np.full(16, 0.5, np.float16))
-    assert message == (f"{tmp_path / 'model.safetensors'}: m.bias is not zero, but quern has no biases in linear "
-                       f"layers yet. Use a model without them.")
+    assert checkpoint(tmp_path, settings(), m__bias=np.zeros(16, np.float32)).bias("m") is None
+    assert checkpoint(tmp_path, settings()).bias("m") is None
+    given = checkpoint(tmp_path, settings(), m__bias=np.arange(16, dtype=np.float16)).bias("m")
+    assert given is not None
+    assert (given.dtype, given.tolist()) == (np.float32, list(range(16)))
 
 
 def test_one_module_set_apart_by_gptqmodel(tmp_path: Path) -> None:
@@ -193,6 +210,26 @@ def test_one_module_set_apart_by_gptqmodel(tmp_path: Path) -> None:
     source = checkpoint(tmp_path, config, m__qweight=np.zeros((16, 16), np.int32), m__g_idx=None,
                         m__scales=np.ones((1, 16), np.float16), m__qzeros=np.zeros((1, 4), np.int32))
     assert source.load("m").type == WeightType(16, 64, "int8", 64)
+
+
+EIGHT = {"m__qweight": np.zeros((16, 16), np.int32), "m__qzeros": np.zeros((2, 4), np.int32)}
+
+
+@pytest.mark.parametrize(("dynamic", "bits"), [  # the first pattern that matches from the start of "m" on decides
+    ({"+:m": {"bits": 8}}, 8), ({"m": {"bits": 8}}, 8), ({r"+:.*": {"bits": 8}}, 8), ({"^m$": {"bits": 8}}, 8),
+    ({r"+:(a|b|m)": {"bits": 8}, "m": {"bits": 4}}, 8), ({"m": {"bits": 4}, ".*": {"bits": 8}}, 4),
+    ({".m": {"bits": 8}}, 4), ({"m.": {"bits": 8}}, 4), ({"M": {"bits": 8}}, 4), ({"-:n": {}, "m": {"bits": 8}}, 8),
+    ({"(m*)*$": {"bits": 8}}, 8), ({r"[^\W\d]": {"bits": 8}}, 8), ({"": {"bits": 8}}, 8),
+])
+def test_patterns_of_gptqmodel(tmp_path: Path, dynamic: dict[str, Any], bits: int) -> None:
+    source = checkpoint(tmp_path, settings(sym=False, dynamic=dynamic), **(EIGHT if bits == 8 else {}))
+    assert source.describe("m").bits == source.load("m").type.bits == bits
+
+
+def test_a_module_that_dynamic_leaves_alone_must_not_be_quantised(tmp_path: Path) -> None:
+    assert refusal(tmp_path, settings(dynamic={"-:m": {}}), FormatError) == (
+        f"{tmp_path / 'model.safetensors'}: m is quantised, but config.json says that this module is not. The "
+        f"configuration belongs to another checkpoint, or was edited.")
 
 
 def refusal(folder: Path, config: dict[str, Any], kind: type[UserError], **changed: Any) -> str:
@@ -262,9 +299,16 @@ CONFIGS: dict[str, tuple[dict[str, Any], type[UserError], str]] = {
     "unknown": ({"rotation": "hadamard"}, ConfigError,
                 "rotation is 'hadamard': quern does not know this key and will not guess what it changes. If it "
                 "changes nothing in the computation, remove it; otherwise the model is not supported."),
-    "pattern": ({"dynamic": {r"+:.*\.down_proj": {"bits": 8}}}, UnsupportedError,
-                r"dynamic.+:.*\.down_proj is a pattern, but quern reads only plain module names there. Quantise all "
-                "modules alike, or name each one."),
+    "lookahead": ({"dynamic": {r"-:(?!model)": {}}}, UnsupportedError,
+                  "dynamic.-:(?!model) is a pattern that quern does not match: invalid perl operator: (?!. Write it "
+                  "without lookaround and back references, or name the modules."),
+    "no pattern": ({"dynamic": {"+:(": {"bits": 8}}}, UnsupportedError,
+                   "dynamic.+:( is a pattern that quern does not match: missing ): (. Write it without lookaround and "
+                   "back references, or name the modules."),
+    "endless": ({"dynamic": {"a" * 1001: {}}}, UnsupportedError,
+                f"dynamic.{'a' * 80} is a pattern that quern does not match: longer than 1000 characters. Write it "
+                f"without lookaround and back references, or name the modules."),
+    "number": ({"dynamic": {"m": 4}}, ConfigError, "dynamic.m is 4, but it must be an object."),
     "unknown in dynamic": ({"dynamic": {"m": {"bits": 4, "adapter": {"rank": 8}}}}, ConfigError,
                            'dynamic.m.adapter is {"rank": 8}: quern does not know this key and will not guess what it '
                            "changes. If it changes nothing in the computation, remove it; otherwise the model is not "

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from compiler.errors import UnsupportedError
-from compiler.quant.ir import DenseWeight, QuantWeight, WeightType, join
+from compiler.quant.ir import DenseWeight, QuantWeight, WeightType, join, order_digest
 
 
 def weight(n: int = 2, k: int = 5, group_size: int = 2, fill: int = 0, **changed: Any) -> QuantWeight:
@@ -31,7 +31,8 @@ def test_type() -> None:
     {"codes": np.zeros((2, 7), np.uint8)}, {"zero": np.full((2, 3), 16, np.int16)},
     {"zero": np.full((2, 3), -1, np.int16)}, {"zero": np.zeros((2, 3), np.uint8)},
     {"scale": np.full((2, 3), np.nan, np.float16)}, {"scale": np.ones((2, 2), np.float16)},
-    {"scale": np.ones((2, 3), np.float64)}, {"grid": "nf4"}, {"group_size": 6},
+    {"scale": np.ones((2, 3), np.float64)}, {"grid": "nf4"}, {"grid": "int7"}, {"offset": np.zeros((2, 3), np.float32)},
+    {"zero": np.zeros((2, 3), np.int16), "offset": np.zeros((2, 3), np.float16)}, {"group_size": 6},
     {"permutation": np.array([0, 1, 2, 3, 3], np.int32)}, {"permutation": np.arange(5)},
 ])
 def test_a_weight_that_breaks_the_contract_is_our_bug(changed: dict[str, Any]) -> None:
@@ -43,7 +44,7 @@ def test_a_weight_that_breaks_the_contract_is_our_bug(changed: dict[str, Any]) -
 def test_join_stacks_rows() -> None:
     order = np.array([4, 3, 2, 1, 0], np.int32)
     joined = join([weight(2, fill=1, permutation=order), weight(3, fill=2, permutation=order.copy())])
-    assert joined.type == WeightType(5, 5, "int4", 2)
+    assert joined.type == WeightType(5, 5, "int4", 2, permuted=True, order=order_digest(order))
     assert joined.codes[:, 0].tolist() == [1, 1, 2, 2, 2]
     assert joined.permutation is not None
     dense = join([DenseWeight(np.full((1, 2), i, np.float16), "float16") for i in range(2)])
@@ -67,3 +68,30 @@ def test_join_refuses_what_differs() -> None:
     assert str(error.value) == (
         "Weights that share an input must be joined, but the act-orders of these differ. Quantise them with one order, "
         "or with desc_act = false.")
+
+
+def offsets(n: int, value: float) -> QuantWeight:
+    return weight(n, zero=np.zeros((n, 3), np.int16), offset=np.full((n, 3), value, np.float32))
+
+
+def test_join_of_offsets() -> None:
+    joined = join([offsets(1, 0.5), offsets(1, -1)])
+    assert joined.offset is not None
+    assert joined.offset[:, 0].tolist() == [0.5, -1]
+    assert joined.type == WeightType(2, 5, "int4", 2, offset=True)
+    with pytest.raises(UnsupportedError) as error:
+        join([weight(), offsets(3, 1)])
+    assert str(error.value) == (
+        "Weights that share an input must be joined, but these differ in kind: [2, 5] int4 with group size 2, [3, 5] "
+        "int4 with group size 2 and offsets. Quantise them alike.")
+
+
+def test_kinds_that_can_be_joined() -> None:
+    plain = WeightType(2, 4, "int4", 2)
+    assert plain.kind == WeightType(3, 4, "int4", 2, "float32").kind
+    assert plain.kind != WeightType(2, 4, "int4", 2, offset=True).kind
+    ordered = WeightType(2, 4, "int4", 2, permuted=True, order="a")
+    assert ordered.kind == WeightType(7, 4, "int4", 2, permuted=True, order="a").kind
+    assert ordered.kind != WeightType(2, 4, "int4", 2, permuted=True, order="b").kind
+    unread = WeightType(2, 4, "int4", 2, permuted=True)
+    assert unread.kind != WeightType(2, 4, "int4", 2, permuted=True).kind  # unknown orders are never taken for equal

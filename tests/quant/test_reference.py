@@ -4,6 +4,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from compiler.quant.grids import GRIDS, IQ4_NL
 from compiler.quant.ir import DenseWeight, QuantWeight
 from compiler.quant.reference import dequantize, matmul_exact, matmul_int8, quantize_activations
 from schedules.geometry import Geometry
@@ -21,6 +22,24 @@ def test_dequantize_by_hand() -> None:  # groups of 2, the last short: scale * (
     w = QuantWeight(np.array([[0, 15, 8, 1, 9]], np.uint8), np.array([[0.5, -1, 2]], np.float16),
                     np.array([[8, 0, 15]], np.int16), "int4", 2)
     assert dequantize(w).tolist() == [[-4, 3.5, -8, -1, -12]]
+
+
+def test_table_grid_and_offset_by_hand() -> None:  # nf4: code 0 is -1, 7 is 0, 15 is 1; fp4: code 3 is 1, 13 is -1/2
+    codes, ones = np.array([[0, 7, 15]], np.uint8), np.ones((1, 1), np.float16)
+    zero = np.zeros((1, 1), np.int16)
+    assert dequantize(QuantWeight(codes, 2 * ones, zero, "nf4", 3)).tolist() == [[-2, 0, 2]]
+    fp4 = QuantWeight(np.array([[3, 13, 8]], np.uint8), 2 * ones, zero, "fp4", 3)
+    assert dequantize(fp4).tolist() == [[2, -1, 0]]
+    w = QuantWeight(codes, ones / 2, zero, "int4", 3, offset=np.array([[-0.25]], np.float32))
+    assert dequantize(w).tolist() == [[-0.25, 3.25, 7.25]]
+
+
+def test_int8_levels_by_hand() -> None:
+    assert GRIDS["nf4"].int8_levels.tolist() == [
+        -127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127]
+    assert GRIDS["fp4"].int8_levels.tolist() == [0, 1, 85, 127, 42, 64, 21, 32, 0, -1, -85, -127, -42, -64, -21, -32]
+    assert GRIDS["iq4_nl"].int8_levels.tolist() == list(IQ4_NL)
+    assert GRIDS["iq4_nl"].unit == 1
 
 
 def test_permuted_columns_go_back_to_their_inputs() -> None:  # stored column j is input permutation[j]

@@ -5,7 +5,7 @@ import pytest
 
 from schedules import attention
 from schedules.kernel import TensorSpec
-from schedules.vector import EXP2_ERROR
+from schedules.vector import EXP2_ERROR, TANH2_ERROR
 from tests.schedules.kernels import ARM, AVX2, EPS32, NATIVE, RUNNABLE, build, request, widest_register
 from tests.schedules.test_rope import block_keys
 
@@ -20,21 +20,24 @@ def tolerance(q: np.ndarray, keys: np.ndarray, values: np.ndarray, d: int, lengt
     return 2 * (weight + (length + 4) * EPS32) * np.abs(values.astype(np.float64)).max()
 
 
-def oracle(q: np.ndarray, keys: np.ndarray, values: np.ndarray, start: int) -> np.ndarray:
+def oracle(
+    q: np.ndarray, keys: np.ndarray, values: np.ndarray, start: int, scale: float, softcap: float, window: int
+) -> np.ndarray:
     """q [m, heads, d], caches [kv_heads, capacity, d], in float64."""
     m, heads, d = q.shape
     repeat = heads // keys.shape[0]
     keys, values = (np.repeat(x.astype(np.float64), repeat, 0) for x in (keys, values))
     out = np.empty((m, heads, d))
     for t in range(m):
-        seen = start + t + 1
-        score = np.einsum("hd,hpd->hp", q[t].astype(np.float64), keys[:, :seen]) / np.sqrt(d)
+        seen = slice(max(0, start + t + 1 - window) if window else 0, start + t + 1)
+        score = np.einsum("hd,hpd->hp", q[t].astype(np.float64), keys[:, seen]) * scale
+        score = softcap * np.tanh(score / softcap) if softcap else score
         weight = np.exp(score - score.max(-1, keepdims=True))
-        out[t] = np.einsum("hp,hpd->hd", weight / weight.sum(-1, keepdims=True), values[:, :seen])
+        out[t] = np.einsum("hp,hpd->hd", weight / weight.sum(-1, keepdims=True), values[:, seen])
     return out
 
 
-def compiled(m: int, heads: int, kv_heads: int, d: int, dtype: str, target, capacity: int = 304, **knobs: int):
+def compiled(m: int, heads: int, kv_heads: int, d: int, dtype: str, target, capacity: int = 304, **own: float):
     args = [
         np.zeros((m, heads * d), np.float32),
         np.zeros((kv_heads, capacity // 16, d, 16), dtype),
@@ -42,17 +45,20 @@ def compiled(m: int, heads: int, kv_heads: int, d: int, dtype: str, target, capa
         np.zeros(2, np.int32),
     ]
     outs = [TensorSpec((m, heads * d), "float32")]
-    call = request("quern.attention", args, outs, target, knobs, heads=heads, kv_heads=kv_heads, head_dim=d)
+    call = request("quern.attention", args, outs, target, {}, heads=heads, kv_heads=kv_heads, head_dim=d, **own)
     return build(attention.lower, call)
 
 
-def check(kernel, q, keys, values, start: int, valid: int) -> None:
+def check(kernel, q, keys, values, start: int, valid: int, scale=None, softcap: float = 0, window: int = 0) -> None:
     """Positions that nobody may see hold NaN in v and huge keys, so that a leak shows."""
     m, heads, d = q.shape
     end = start + valid
     keys, values = keys.copy(), values.copy()
-    want = oracle(q[:valid], keys, values, start)
-    limit = tolerance(q, keys[:, :end], values[:, :end], d, end)
+    scale = d**-0.5 if scale is None else scale
+    want = oracle(q[:valid], keys, values, start, scale, softcap, window)
+    limit = tolerance(q * np.float32(scale * d**0.5), keys[:, :end], values[:, :end], d, end)
+    # A capped score errs by that much of the cap, a weight as much, and it counts twice: numerator and sum.
+    limit += 2 * TANH2_ERROR * softcap * np.abs(values[:, :end].astype(np.float64)).max()
     keys[:, end:], values[:, end:] = 6e4, np.nan
     (got,) = kernel(q.reshape(m, heads * d), block_keys(keys), values, np.array([start, valid], np.int32))
     np.testing.assert_allclose(got.reshape(m, heads, d)[:valid], want, rtol=0, atol=limit)
@@ -81,6 +87,24 @@ def test_against_float64(m, heads, kv_heads, d, dtype, target):
     spans = [(0, 1), (0, m), (15, m), (16, max(1, m - 2)), (127, m), (150, 1), (304 - m, m)]
     for start, valid in spans:
         check(kernel, q, keys, values, start, valid)
+
+
+@pytest.mark.parametrize("target", RUNNABLE, ids=lambda t: t.name)
+@pytest.mark.parametrize(("m", "heads", "kv_heads", "d"), [(1, 6, 2, 80), (8, 4, 2, 256), (6, 4, 2, 12)])
+@pytest.mark.parametrize(
+    "own",
+    [{"window": 1}, {"window": 17}, {"window": 130}, {"softcap": 0.5, "scale": 0.7}, {"softcap": 30.0, "window": 40}],
+    ids=str,
+)
+def test_windows_caps_and_scales(m, heads, kv_heads, d, own, target):
+    rng, kernel = np.random.default_rng(d), compiled(m, heads, kv_heads, d, "float16", target, **own)
+    q = rng.standard_normal((m, heads, d)).astype(np.float32)
+    keys, values = (rng.standard_normal((kv_heads, 304, d)).astype(np.float16) for _ in range(2))
+    for start, valid in [(0, m), (15, m), (127, m), (150, max(1, m - 2)), (304 - m, m)]:
+        before = max(0, start - own["window"] + 1) if "window" in own else 0
+        keys[:, :before] = 6e4  # finite, as every past key and value is, but it would take all weight
+        check(kernel, q, keys, values, start, valid, **own)
+        keys[:, :before] = rng.standard_normal((kv_heads, before, d))
 
 
 @pytest.mark.parametrize("target", RUNNABLE, ids=lambda t: t.name)

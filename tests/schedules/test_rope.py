@@ -91,6 +91,32 @@ def test_against_float64_and_leaves_the_rest_alone(m, heads, kv_heads, d, start,
     assert np.array_equal(got_k[:, others], before_k[:, others])
 
 
+@pytest.mark.parametrize("target", RUNNABLE, ids=lambda t: t.name)
+@pytest.mark.parametrize("each", [True, False], ids=["each head", "all heads"])
+def test_norms_come_before_the_rotation(each, target):
+    m, heads, kv_heads, d, eps, rng, table = 3, 6, 2, 20, 1e-5, np.random.default_rng(3), angles(20)
+    qkv = rng.standard_normal((m, (heads + 2 * kv_heads) * d)).astype(np.float32)
+    span, caches = np.array([14, m], np.int32), [np.zeros((2, 3, d, 16), np.float32), np.zeros((2, 48, d), np.float32)]
+    weights = [rng.standard_normal(d if each else count * d).astype(np.float32) for count in (heads, kv_heads)]
+    args = [qkv, table, span, *weights, *caches]
+    call = request(
+        "quern.rope_append_norm", args, [TensorSpec((m, heads * d), "float32")], target,
+        heads=heads, kv_heads=kv_heads, head_dim=d, eps=eps,
+    )  # fmt: skip
+    (q,) = build(rope.lower, call, inplace=(5, 6))(*args)
+    rows, got_k = qkv.astype(np.float64).reshape(m, -1, d), caches[0].transpose(0, 1, 3, 2).reshape(2, 48, d)
+    for part, weight, got in (
+        (rows[:, :heads], weights[0], q.reshape(m, heads, d)),
+        (rows[:, heads : heads + kv_heads], weights[1], got_k[:, 14 : 14 + m].transpose(1, 0, 2)),
+    ):
+        mean = (part**2).mean(axis=2 if each else (1, 2), keepdims=True)
+        normed = part / np.sqrt(mean + eps) * (weight if each else weight.reshape(-1, d))
+        # a norm: some 10 roundings in its factor, 2 more for each value
+        limit = (TOLERANCE + 12 * EPS32) * 2 * np.abs(normed).max()
+        np.testing.assert_allclose(got, oracle(normed, table, 14 + np.arange(m)), rtol=0, atol=limit)
+    assert np.array_equal(caches[1][:, 14 : 14 + m].transpose(1, 0, 2), qkv.reshape(m, -1, d)[:, heads + kv_heads :])
+
+
 @pytest.mark.parametrize("target", [NATIVE, AVX2, ARM], ids=lambda t: t.name)
 def test_no_heap(target):
     assert_no_heap(compiled(1, 32, 4, 64, "float16", target).assembly)

@@ -8,7 +8,7 @@ import numpy as np
 from compiler.errors import CheckpointError, FormatError
 from compiler.quant.ir import DENSE_STORAGE, DenseWeight, WeightType
 from compiler.quant.reference import F32
-from compiler.quant.source import CheckpointView, Source, read_vector, refuse_bias, spelled
+from compiler.quant.source import CheckpointView, Source, read_bias, read_vector, spelled
 
 NAME = "dense"
 
@@ -43,8 +43,7 @@ class DenseSource:
         """Shape and dtype. Raises FormatError unless it is a non-empty matrix of 16- or 32-bit floats."""
         name = f"{module}.weight"
         if name not in self._checkpoint.tensors:
-            raise CheckpointError(f"{self._checkpoint.path} has no tensor {name!r}. "
-                                  f"Is this the model that config.json describes?")
+            raise self._missing(module)
         info = self._checkpoint.tensors[name]
         if len(info.shape) != 2 or 0 in info.shape or info.dtype not in DENSE_STORAGE:
             raise FormatError(f"{info.file}: {name} is {spelled(info)}, but a dense weight needs two dimensions and "
@@ -55,9 +54,20 @@ class DenseSource:
     def load(self, module: str) -> DenseWeight:
         """A view of the file, not a copy; whoever computes with it meets what is not finite."""
         weight = self.describe(module)
-        refuse_bias(self._checkpoint, module)
         return DenseWeight(self._checkpoint.array(f"{module}.weight"), weight.grid)
+
+    def bias(self, module: str) -> F32 | None:
+        """What the linear layer adds, if anything."""
+        return read_bias(self._checkpoint, module, self.describe(module).n)
 
     def vector(self, name: str) -> F32:
         """A norm weight as float32."""
         return np.ascontiguousarray(read_vector(self._checkpoint, name))
+
+    def _missing(self, module: str) -> CheckpointError:
+        found = ", ".join(repr(name) for name in self._checkpoint.tensors if name.startswith(f"{module}."))[:200]
+        start = f"{self._checkpoint.path} has no tensor {f'{module}.weight'!r}"
+        if found:
+            return CheckpointError(f"{start}, but {found}. If another tool quantised it, config.json must name its "
+                                   f"quant_method.")
+        return CheckpointError(f"{start}. Is this the model that config.json describes?")

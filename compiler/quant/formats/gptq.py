@@ -9,7 +9,6 @@ g_idx   i32[k]           group of every input; absent or k // g without act-orde
 """
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -17,17 +16,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compiler.errors import FormatError, UnsupportedError
+from compiler.quant import act_order
 from compiler.quant.formats.dense import DenseSource
 from compiler.quant.grids import integer_grid
-from compiler.quant.ir import DenseWeight, QuantWeight, WeightType
+from compiler.quant.ir import DenseWeight, QuantWeight, WeightType, order_digest
 from compiler.quant.packing import unpack
-from compiler.quant.reference import F32, widen
-from compiler.quant.source import CheckpointView, ConfigView, Source, TensorView, refuse_bias, spelled
+from compiler.quant.patterns import Rules
+from compiler.quant.reference import F32
+from compiler.quant.source import (
+    CheckpointView,
+    ConfigView,
+    Source,
+    TensorView,
+    read_bias,
+    read_scales,
+    refuse_not_finite,
+    scale_type,
+    spelled,
+)
 
 NAME = "gptq"
 BITS = (2, 3, 4, 8)
 PARTS = ("qweight", "qzeros", "scales")
 MAX_GROUP_SIZE = 1 << 20
+VERSION_CODES, VERSION_ROWS = 1 << 14, 64  # fewer codes say nothing about the version; more rows say nothing new
 # How it was quantised, or how a library likes to run it. Which modules are quantised, the tensors themselves say.
 HARMLESS = frozenset({
     "meta", "damp_percent", "damp_auto_increment", "true_sequential", "static_groups", "act_group_aware", "mse",
@@ -35,6 +47,7 @@ HARMLESS = frozenset({
     "minmax_lr", "batch_size", "enable_quanted_input", "enable_minmax_tuning", "low_gpu_mem_usage", "amp", "dataset",
     "tokenizer", "block_name_to_quantize", "to_quant_block_names", "modules_in_block_to_quantize",
     "module_name_preceding_first_block", "cache_block_outputs", "disable_exllama", "use_exllama", "use_cuda_fp16",
+    "scale_dtype", "gradient_accumulate_steps", "enable_norm_bias_tuning", "low_cpu_mem_usage", "enable_alg_ext",
     "exllama_config", "max_input_length", "model_seqlen", "pad_token_id", "backend", "lm_head",
 })
 
@@ -77,10 +90,10 @@ def open(checkpoint: CheckpointView) -> Source:  # noqa: A001 - what every forma
 class GptqSource:
     """Modules with a qweight are decoded, all others come as they are."""
 
-    def __init__(self, checkpoint: CheckpointView, config: GptqConfig, overrides: dict[str, GptqConfig]) -> None:
+    def __init__(self, checkpoint: CheckpointView, config: GptqConfig, rules: Rules[GptqConfig | None]) -> None:
         self._checkpoint = checkpoint
         self._config = config
-        self._overrides = overrides
+        self._rules = rules
         self._dense = DenseSource(checkpoint)
 
     def modules(self) -> list[str]:
@@ -93,36 +106,47 @@ class GptqSource:
         return self._quantised(module) or self._dense.has(module)
 
     def describe(self, module: str) -> WeightType:
-        """Shape and kind from the header; every shape is checked against the configuration."""
+        """Shape and kind from the header and g_idx; every shape is checked against the configuration."""
         if not self._quantised(module):
             return self._dense.describe(module)
         config = self._config_of(module)
         k, n, group_size = _check_shapes(self._checkpoint, module, config)
-        stored = self._checkpoint.tensors[f"{module}.scales"].dtype
-        scale = "float16" if stored == "float16" else "float32"  # bfloat16 widens
-        return WeightType(n, k, integer_grid(config.bits).name, group_size, scale)
+        scale = scale_type(self._checkpoint, f"{module}.scales")
+        order = act_order.permutation(self._g_idx(module), k, group_size, f"{self._where(module)}.g_idx")
+        digest = "" if order is None else order_digest(order)
+        return WeightType(n, k, integer_grid(config.bits).name, group_size, scale, permuted=bool(digest), order=digest)
 
     def load(self, module: str) -> QuantWeight | DenseWeight:
         """Decode one module."""
         if not self._quantised(module):
             return self._dense.load(module)
         self.describe(module)
-        refuse_bias(self._checkpoint, module)
-        tensors, array = self._checkpoint.tensors, self._checkpoint.array
-        scales = array(f"{module}.scales")
-        if tensors[f"{module}.scales"].dtype == "bfloat16":
-            scales = widen(scales, "bfloat16")
-        g_idx = array(f"{module}.g_idx") if f"{module}.g_idx" in tensors else None
-        raw = Raw(array(f"{module}.qweight"), array(f"{module}.qzeros"), scales, g_idx)
-        return decode(raw, self._config_of(module), f"{tensors[f'{module}.qweight'].file}: {module}")
+        array = self._checkpoint.array
+        scales = read_scales(self._checkpoint, f"{module}.scales")
+        raw = Raw(array(f"{module}.qweight"), array(f"{module}.qzeros"), scales, self._g_idx(module))
+        return decode(raw, self._config_of(module), self._where(module))
+
+    def bias(self, module: str) -> F32 | None:
+        """What the linear layer adds, if anything: in the order of its outputs, whatever the act-order."""
+        return read_bias(self._checkpoint, module, self.describe(module).n)
 
     def vector(self, name: str) -> F32:
         """A norm weight as float32."""
         return self._dense.vector(name)
 
+    def _g_idx(self, module: str) -> NDArray[np.int32] | None:
+        name = f"{module}.g_idx"
+        return self._checkpoint.array(name) if name in self._checkpoint.tensors else None
+
+    def _where(self, module: str) -> str:
+        return f"{self._checkpoint.tensors[f'{module}.qweight'].file}: {module}"
+
     def _config_of(self, module: str) -> GptqConfig:
-        """The first override whose name the module's name starts with, as GPTQModel's re.match has it."""
-        return next((config for name, config in self._overrides.items() if module.startswith(name)), self._config)
+        config = self._rules.first(module, self._config)
+        if config is None:
+            raise FormatError(f"{self._where(module)} is quantised, but config.json says that this module is not. The "
+                              f"configuration belongs to another checkpoint, or was edited.")
+        return config
 
     def _quantised(self, module: str) -> bool:
         found = f"{module}.qweight" in self._checkpoint.tensors
@@ -135,28 +159,45 @@ class GptqSource:
 def decode(raw: Raw, config: GptqConfig, where: str) -> QuantWeight:
     """Stored tensors, whose shapes agree with config, to canonical codes. `where` starts every message.
 
-    Raises FormatError for scales that are not finite, for a g_idx that names no group or fills groups unevenly, and for
-    zeros that a symmetric weight cannot have.
+    Raises FormatError for scales that are not finite, for a g_idx that names no group or fills groups unevenly, for
+    zeros that a symmetric weight cannot have, and for zeros of the other version.
     """
     k, n = raw.qweight.shape[0] * 32 // config.bits, raw.qweight.shape[1]
     group_size = k if config.group_size == -1 else min(config.group_size, k)
-    if not np.isfinite(raw.scales).all():
-        bad = int(raw.scales.size - np.isfinite(raw.scales).sum())
-        raise FormatError(f"{where}.scales: {bad} of {raw.scales.size} are NaN or infinite. "
-                          f"The file is damaged or the quantisation failed: fetch it again, or quantise again.")
+    refuse_not_finite(raw.scales, f"{where}.scales")
     zero = _zeros(raw.qzeros, config)
     middle = integer_grid(config.bits).middle
     if config.sym and (zero != middle).any():
         wrong = int(zero[zero != middle][0])
         raise FormatError(f"{where}.qzeros: a zero is {wrong}, but sym = true needs {middle} everywhere. If sym is "
                           f"right, checkpoint_format is wrong: 'gptq' stores zero - 1, 'gptq_v2' stores zero.")
-    permutation = _permutation(raw.g_idx, k, group_size, where)
+    permutation = act_order.permutation(raw.g_idx, k, group_size, f"{where}.g_idx")
     codes = unpack(raw.qweight.T, config.bits, axis=1)
+    if not config.sym:
+        _refuse_other_version(codes, zero.T, config, where)
     if permutation is not None:
         codes = np.take(codes, permutation, axis=1)  # 20 times faster than codes[:, permutation]
     assert codes.shape == (n, k), codes.shape
     return QuantWeight(codes, np.ascontiguousarray(raw.scales.T), np.ascontiguousarray(zero.T),
                        integer_grid(config.bits).name, group_size, permutation)
+
+
+def _refuse_other_version(codes: NDArray[np.uint8], zero: NDArray[np.int16], config: GptqConfig, where: str) -> None:
+    """Raise FormatError when asymmetric zeros make sense only as the other version stores them.
+
+    Weights of a layer add up to almost nothing: over all layers of our samples and small models the mean of code - zero
+    is within 0.2 at up to 4 bits (0.6 at 8), and the wrong version moves it by 1.
+    """
+    if config.bits > 4 or codes.size < VERSION_CODES:
+        return
+    rows = slice(None, None, max(1, len(codes) // VERSION_ROWS))
+    mean = float(codes[rows].mean() - zero[rows].mean())
+    other = mean + (1 if config.version == 1 else -1)
+    if abs(mean) > 0.75 and abs(other) < 0.25:
+        said, better = ("gptq", "gptq_v2") if config.version == 1 else ("gptq_v2", "gptq")
+        raise FormatError(f"{where}.qzeros: read as {said!r}, weights are {mean:+.2f} steps on average, as {better!r} "
+                          f"{other:+.2f}, and they should be near 0. checkpoint_format is wrong: 'gptq' stores zero - "
+                          f"1, 'gptq_v2' stores zero.")
 
 
 def _zeros(qzeros: NDArray[np.int32], config: GptqConfig) -> NDArray[np.int16]:
@@ -173,26 +214,6 @@ def _zeros(qzeros: NDArray[np.int32], config: GptqConfig) -> NDArray[np.int16]:
         restored = (np.ascontiguousarray(qzeros).view(np.uint32) + ones).view(np.int32)
         return unpack(restored, config.bits, axis=1).astype(np.int16)
     return (unpack(qzeros, config.bits, axis=1).astype(np.int16) + 1) & ((1 << config.bits) - 1)
-
-
-def _permutation(g_idx: NDArray[np.int32] | None, k: int, group_size: int, where: str) -> NDArray[np.int32] | None:
-    """None when inputs are in group order, else the stable order that brings each group together (act-order)."""
-    natural = np.arange(k) // group_size
-    if g_idx is None or np.array_equal(g_idx, natural):
-        return None
-    groups = -(-k // group_size)
-    outside = (g_idx < 0) | (g_idx >= groups)
-    if outside.any():
-        place = int(outside.argmax())
-        raise FormatError(f"{where}.g_idx: input {place} is in group {g_idx[place]}, but group_size {group_size} makes "
-                          f"groups 0 to {groups - 1}. The file is damaged, or group_size is wrong.")
-    uneven = np.bincount(g_idx, minlength=groups) != np.bincount(natural)
-    if uneven.any():
-        group = int(uneven.argmax())
-        raise FormatError(f"{where}.g_idx: group {group} has {int((g_idx == group).sum())} inputs, but group_size "
-                          f"{group_size} needs {int((natural == group).sum())}. group_size is wrong, or the file is "
-                          f"damaged.")
-    return np.argsort(g_idx, kind="stable").astype(np.int32)
 
 
 def _check_shapes(checkpoint: CheckpointView, module: str, config: GptqConfig) -> tuple[int, int, int]:
@@ -244,8 +265,8 @@ def _looks_like_awq(parts: dict[str, TensorView], bits: int) -> bool:
     return len(shapes) == 3 and shapes[0][1] == shapes[1][1] and shapes[2][1] * bits == shapes[0][1] * 32
 
 
-def _read_config(config: ConfigView) -> tuple[GptqConfig, dict[str, GptqConfig]]:
-    """The settings for all modules, and those of modules that GPTQModel's `dynamic` sets apart, by name prefix."""
+def _read_config(config: ConfigView) -> tuple[GptqConfig, Rules[GptqConfig | None]]:
+    """The settings for all modules, and those of modules that GPTQModel's `dynamic` sets apart."""
     config.string("quant_method", ["gptq"], "gptq")
     config.string("method", ["gptq"], "gptq")
     config.string("pack_dtype", ["int32"], "int32")
@@ -261,20 +282,30 @@ def _read_config(config: ConfigView) -> tuple[GptqConfig, dict[str, GptqConfig]]
                           f"the other gptq_v2. Set both to the form that the file has.")
     common = GptqConfig(_bits(config), _group_size(config), config.boolean("sym", False),
                         2 if layout == {"gptq_v2"} else 1, _writer_borrows(config.data))
-    overrides: dict[str, GptqConfig] = {}
-    if config.has("dynamic"):
-        dynamic = config.section("dynamic")
-        for pattern in dynamic.names():
-            if pattern.startswith("-:"):  # these modules are not quantised, which their tensors show
-                dynamic.accept(pattern)
-                continue
-            overrides[_literal(pattern, dynamic)] = _override(dynamic.section(pattern), common)
+    rules = _read_dynamic(config.section("dynamic"), common) if config.has("dynamic") else Rules[GptqConfig | None]()
     config.refuse_unhandled(HARMLESS)
-    return common, overrides
+    return common, rules
+
+
+def _read_dynamic(dynamic: ConfigView, common: GptqConfig) -> Rules[GptqConfig | None]:
+    """GPTQModel's rules: the first pattern that matches a module's name from its start on decides (its dynamic_get).
+
+    "-:PATTERN" = not quantised (None here), "+:PATTERN" or PATTERN = with these settings instead of the common ones.
+    """
+    rules = Rules[GptqConfig | None]()
+    for key in dynamic.names():
+        own = None
+        if key.startswith("-:"):
+            dynamic.accept(key)
+        else:
+            own = _override(dynamic.section(key), common)
+        rules.expression(key[2:] if key[:2] in ("+:", "-:") else key, own, dynamic.where(key))
+    return rules
 
 
 def _override(own: ConfigView, common: GptqConfig) -> GptqConfig:
     own.boolean("desc_act", False)
+    own.string("pack_dtype", ["int32"], "int32")
     return GptqConfig(_bits(own, common.bits), _group_size(own, common.group_size), own.boolean("sym", common.sym),
                       common.version, common.borrows)
 
@@ -292,15 +323,6 @@ def _group_size(config: ConfigView, *default: int) -> int:
     if group_size == 0:
         raise FormatError(f"{config.where('group_size')} is 0, but it must be -1 (one group a row) or at least 1.")
     return group_size
-
-
-def _literal(pattern: str, dynamic: ConfigView) -> str:
-    """`dynamic` has regular expressions; a plain name is all that real files here use, and all that is read."""
-    name = pattern.removeprefix("+:")
-    if not re.fullmatch(r"[A-Za-z0-9_.]+", name):
-        raise UnsupportedError(f"{dynamic.where(pattern)} is a pattern, but quern reads only plain module names there. "
-                               f"Quantise all modules alike, or name each one.")
-    return name
 
 
 def _writer_borrows(quantization: dict[str, Any]) -> bool:

@@ -1,0 +1,51 @@
+"""Gemma 2: norms before and after both halves of a block, soft caps, GeGLU, a sliding window in every second layer.
+
+Source of the arithmetic and of the module names: transformers' Gemma2ForCausalLM. Folded here: norms multiply by
+1 + weight, which the compiler adds up once in fp32, as transformers does on every call. Embeddings are multiplied by
+sqrt(hidden_size) in fp32; a bfloat16 run of transformers rounds that factor to bfloat16 first.
+"""
+
+from __future__ import annotations
+
+from tvm import relax
+
+from compiler.checkpoint.config import Config
+from compiler.errors import UnsupportedError
+from compiler.graph.build import Function
+from compiler.models import Describe, Model, Options
+from compiler.models.decoder import Decoder, Part, read_frequencies, read_shape, read_windows
+
+
+def build(config: Config, describe: Describe, options: Options) -> Model:
+    """Scores are scaled by 1 / sqrt(query_pre_attn_scalar). A cap that is null is none."""
+    shape = read_shape(config, head_dim=256, tied=True)
+    for key in ("hidden_activation", "hidden_act"):  # transformers reads the first, and writes both
+        config.string(key, ("gelu_pytorch_tanh",), default="gelu_pytorch_tanh")
+    if config.boolean("use_bidirectional_attention", default=False):
+        raise UnsupportedError(
+            f"{config.where('use_bidirectional_attention')} is true, but quern's attention is causal."
+        )
+    config.accept("cache_implementation")  # how transformers stores keys and values
+    scale = config.number("query_pre_attn_scalar", 1e-6, 1e6, default=256.0) ** -0.5
+    score_cap = config.number("attn_logit_softcapping", 0.0, 1e6, default=0.0)
+    logit_cap = config.number("final_logit_softcapping", 0.0, 1e6, default=0.0)
+    bias = config.boolean("attention_bias", default=False)
+    windows = read_windows(config, shape.layers, lambda i: i % 2 == 0)
+    net = Decoder(config, shape, read_frequencies(config, shape.head_dim), describe, options, norm_plus=1.0)
+
+    def block(i: int) -> Part:
+        attention = net.attention(i, qkv_bias=bias, o_bias=bias, scale=scale, softcap=score_cap, window=windows[i])
+        ffn = net.ffn(i, gate=Function.geglu)
+        before_attention = net.norm(i, "attention_norm", "input_layernorm")
+        after_attention = net.norm(i, "attention_post_norm", "post_attention_layernorm")
+        before_ffn = net.norm(i, "ffn_norm", "pre_feedforward_layernorm")
+        after_ffn = net.norm(i, "ffn_post_norm", "post_feedforward_layernorm")
+
+        def forward(f: Function, x: relax.Var) -> relax.Var:
+            x = f.add(x, after_attention(f, attention(f, before_attention(f, x))))
+            return f.add(x, after_ffn(f, ffn(f, before_ffn(f, x))))
+
+        return forward
+
+    blocks = [block(i) for i in range(shape.layers)]
+    return net.model("gemma2", blocks, embedding_scale=shape.hidden**0.5, softcap=logit_cap)

@@ -1,0 +1,27 @@
+"""Phi-3 with plain rotary embedding: Llama whose checkpoint keeps q, k, v in one module, and gate, up in another.
+
+Source of the arithmetic and of the module names: transformers' Phi3ForCausalLM. The long-context variants (longrope,
+with two sets of frequencies chosen by the prompt's length) and Phi-4-mini's partial rotation are refused.
+"""
+
+from __future__ import annotations
+
+from compiler.checkpoint.config import Config
+from compiler.models import Describe, Model, Options
+from compiler.models.decoder import Decoder, read_frequencies, read_shape, read_windows
+
+
+def build(config: Config, describe: Describe, options: Options) -> Model:
+    """A sliding_window holds in every layer."""
+    shape = read_shape(config, eps=1e-5)
+    config.string("hidden_act", ("silu",), default="silu")
+    windows = read_windows(config, shape.layers)
+    frequencies = read_frequencies(config, shape.head_dim, kinds=("default",))
+    # Dropout is for training; the original context says something to longrope only.
+    config.accept("embd_pdrop", "resid_pdrop", "original_max_position_embeddings")
+    net = Decoder(config, shape, frequencies, describe, options)
+    blocks = [
+        net.pre_norm(i, net.attention(i, fused="qkv_proj", window=window), net.ffn(i, fused="gate_up_proj"))
+        for i, window in enumerate(windows)
+    ]
+    return net.model("phi3", blocks)

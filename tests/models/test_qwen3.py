@@ -1,0 +1,13 @@
+"""Qwen3 against transformers: QK norm a head, and heads wider than the hidden state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import Qwen3Config
+
+from tests.models import oracle
+
+
+def test_agrees_with_transformers(tmp_path: Path) -> None:
+    oracle.check(tmp_path, Qwen3Config(**oracle.SMALL, head_dim=24))
