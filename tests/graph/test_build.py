@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from compiler.graph import ops
-from compiler.graph.build import Function, FunctionInfo, Graph
+from compiler.graph.build import Attention, Function, FunctionInfo, Graph
 from compiler.graph.kv_cache import KvCache
 from compiler.graph.weights import Linear, Table, Vector
 from compiler.passes.verify import verify
@@ -14,8 +14,8 @@ from compiler.quant.ir import WeightType
 CACHE = KvCache(kv_heads=1, head_dim=4, capacity=32, dtype="float16")
 TABLE = Table("embedding", "model.embed_tokens", WeightType(10, 8, "bfloat16", 0))
 NORM = Vector("norm", "model.norm", 8)
-QKV = Linear("layers.0.qkv", ("q", "k", "v"), WeightType(16, 8, "int4", 3, "float32"))
-GATE_UP = Linear("layers.0.gate_up", ("gate", "up"), WeightType(12, 8, "float16", 0))
+QKV = Linear("layers.0.qkv", ("q", "k", "v"), WeightType(16, 8, "int4", 3, "float32"), (8, 4, 4))
+GATE_UP = Linear("layers.0.gate_up", ("gate", "up"), WeightType(12, 8, "float16", 0), (6, 6))
 
 
 def whole(tokens: int) -> Graph:
@@ -24,7 +24,7 @@ def whole(tokens: int) -> Graph:
     f = Function(graph, f"main_{tokens}", tokens)
     rope = f.argument("rope", (32, 4), "float32")
     x = f.embedding(TABLE)
-    attended = f.attention(f.linear(f.rms_norm(x, NORM, 1e-5), QKV), rope, CACHE, 0, heads=2)
+    attended = f.attention(f.linear(f.rms_norm(x, NORM, 1e-5), QKV), rope, CACHE, 0, Attention(2))
     f.finish(f.swiglu(f.linear(f.add(x, attended), GATE_UP)))
     return graph
 
@@ -66,11 +66,11 @@ def test_operators_in_order_with_their_attributes() -> None:
     found = [op for binding in block.bindings if (op := ops.match(binding.value)) is not None]
     heads = {"heads": 2, "kv_heads": 1, "head_dim": 4}
     assert [(op.name, op.attrs) for op in found] == [
-        ("embedding", {}),
+        ("embedding", {"scale": 1.0}),
         ("rms_norm", {"eps": 1e-5}),
         ("linear_exact", {"bits": 4, "group": 3}),
         ("rope_append", heads),
-        ("attention", heads),
+        ("attention", {**heads, "scale": 0.5, "softcap": 0.0, "window": 0}),
         ("add", {}),
         ("linear_dense", {}),
         ("swiglu", {}),

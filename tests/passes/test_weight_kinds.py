@@ -17,6 +17,8 @@ from compiler.passes.quantize_activations import QuantizeActivations
 from compiler.passes.verify import verify
 from compiler.quant.ir import WeightType
 
+FUSE: Any = FuseQuantize()
+QUANTIZE: Any = QuantizeActivations()
 K = 64
 PLAIN = WeightType(32, K, "int4", 32)
 KINDS = {
@@ -48,7 +50,7 @@ def names(mod: Any) -> list[str]:
 
 
 def fused(mod: Any) -> Any:
-    return FuseQuantize()(QuantizeActivations()(mod))
+    return FUSE(QUANTIZE(mod))
 
 
 @pytest.mark.parametrize(("kind", "exact", "int8"), [

@@ -17,6 +17,7 @@ from schedules import isa as isas
 from schedules import linear_int8
 from schedules.geometry import Geometry
 from schedules.packed import blocks
+from schedules.storage import choose
 from tests.schedules.kernels import ARM, AVX2, NATIVE, assert_no_heap
 from tests.schedules.linears import (
     ISAS,
@@ -46,7 +47,7 @@ def zeros(shape: Shape) -> list[np.ndarray]:
     """Arguments of the right shapes."""
     g = shape.geometry
     args: list[np.ndarray] = [
-        np.zeros((shape.m, g.spans, 2, g.width // 2), np.int8),
+        np.zeros((shape.m, g.spans, g.width), np.int8),
         np.zeros((shape.m, g.spans), np.float32),
         np.zeros((shape.m, g.spans), np.int32),
         np.zeros((shape.n, shape.k), np.uint8),
@@ -70,9 +71,8 @@ def on(isa_name: str, shape: Shape) -> Layer:
 
 def run(kernel: Layer, activations: Activations, w: QuantWeight, residual: np.ndarray | None) -> np.ndarray:
     q, scale, total = activations
-    m, spans, width = q.shape
     more = [] if residual is None else [residual]
-    return kernel(q.reshape(m, spans, 2, width // 2), scale, total, w.codes, w.scale, w.zero, *more)
+    return kernel(q, scale, total, w.codes, w.scale, w.zero, *more)
 
 
 def integers(shape: Shape, seed: int = 2) -> Activations:
@@ -260,8 +260,9 @@ def test_a_token_does_not_depend_on_its_neighbours() -> None:  # decode and pref
 
 def test_default_knobs_divide_the_shape() -> None:
     for isa, shape in product(ISAS, SHAPES):
-        knobs = linear_int8.default_knobs(shape.m, shape.n, shape.geometry, shape.bits, isa, None)
-        steps = shape.geometry.width // (4 * isas.fields(shape.bits))
+        storage = choose(shape.bits, shape.geometry.width)
+        knobs = linear_int8.default_knobs(shape.m, shape.n, shape.geometry, storage, isa, None)
+        steps = shape.geometry.width // storage.inputs
         assert blocks(shape.n) % knobs["row_blocks"] == 0
         assert shape.m % knobs["tokens"] == 0
         assert steps % knobs["unroll"] == 0
@@ -271,6 +272,7 @@ WITNESS = {  # the instruction that an instruction set is there for, as the asse
     "avx512_vnni": r"\bvpdpbusd\b[^\n]*%zmm",
     "avx_vnni": r"\{vex\}\s+vpdpbusd\b[^\n]*%ymm",
     "avx2": r"\bvpmaddubsw\b[^\n]*%ymm",
+    "neon": r"\bmla\tv\d+\.4s",
     "generic": r"\bvpmulld\b[^\n]*%[yz]mm|\bmla\tv\d+\.4s",
 }
 BIG = Shape(4, 1, 344, 704, 128, "float16", residual=True)

@@ -4,50 +4,51 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from schedules.geometry import Geometry
-from schedules.isa import LANES, QUAD
 from schedules.packed import (
     ROW_PAD,
     blocks,
     code_packing,
+    offset_packing,
     scale_packing,
-    stored_bits,
     unpack_codes,
-    zero_dtype,
     zero_packing,
 )
+from schedules.storage import CHOICES, LANES, ONE_BYTE, QUAD, Storage, choose
 
 groups = st.integers(1, 300)
+STORAGES = [*dict.fromkeys(storage for choices in CHOICES.values() for storage in choices), ONE_BYTE]
+NIBBLE = Storage(4)
 
 
 def test_a_lane_of_4_bits_by_hand() -> None:
-    """16 inputs, one span: low nibbles hold inputs 0..7, high nibbles 8..15; a lane is 4 neighbours of one row."""
+    """16 inputs, one span of two steps: low nibbles hold a step's inputs 0..3, high nibbles 4..7, side by side."""
     codes = np.zeros((2, 16), np.uint8)
     codes[1] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0]
-    packed = code_packing(2, Geometry(16, 16), 4).pack(codes)
-    assert packed.shape == (2, 1, 2, 16, 4)
-    assert [f"{byte:02x}" for byte in packed[0, 0, 0, 1]] == ["91", "a2", "b3", "c4"]
-    assert [f"{byte:02x}" for byte in packed[0, 0, 1, 1]] == ["d5", "e6", "f7", "08"]
-    packed[0, 0, :, 1] = 0
+    packed = code_packing(2, Geometry(16, 16), NIBBLE).pack(codes)
+    assert packed.shape == (2, 1, 2, 1, 16, 4)
+    assert [f"{byte:02x}" for byte in packed[0, 0, 0, 0, 1]] == ["51", "62", "73", "84"]
+    assert [f"{byte:02x}" for byte in packed[0, 0, 1, 0, 1]] == ["d9", "ea", "fb", "0c"]
+    packed[0, 0, :, 0, 1] = 0
     assert not packed.any()
 
 
 def test_a_lane_of_8_bits_by_hand() -> None:
     codes = np.array([[10, 20, 30, 40, 50, 60, 70, 255]], np.uint8)
-    packed = code_packing(1, Geometry(8, 8), 8).pack(codes)
-    assert packed.shape == (2, 1, 2, 16, 4)
-    assert packed[0, 0, :, 0].tolist() == [[10, 20, 30, 40], [50, 60, 70, 255]]
+    packed = code_packing(1, Geometry(8, 8), ONE_BYTE).pack(codes)
+    assert packed.shape == (2, 1, 2, 1, 16, 4)
+    assert packed[0, 0, :, 0, 0].tolist() == [[10, 20, 30, 40], [50, 60, 70, 255]]
     assert packed.sum() == codes.sum()
 
 
-def test_padding_inside_a_span_by_hand() -> None:  # 3 inputs, stored 8 wide: halves of 4
-    packed = code_packing(1, Geometry(3, 3), 4).pack(np.array([[1, 2, 3]], np.uint8))
-    assert packed[0, 0, 0, 0].tolist() == [1, 2, 3, 0]
-    packed = code_packing(1, Geometry(6, 6), 4).pack(np.array([[1, 2, 3, 4, 5, 6]], np.uint8))
-    assert packed[0, 0, 0, 0].tolist() == [0x51, 0x62, 3, 4]
+def test_padding_inside_a_span_by_hand() -> None:  # 3 inputs, stored 8 wide: one step
+    packed = code_packing(1, Geometry(3, 3), NIBBLE).pack(np.array([[1, 2, 3]], np.uint8))
+    assert packed[0, 0, 0, 0, 0].tolist() == [1, 2, 3, 0]
+    packed = code_packing(1, Geometry(6, 6), NIBBLE).pack(np.array([[1, 2, 3, 4, 5, 6]], np.uint8))
+    assert packed[0, 0, 0, 0, 0].tolist() == [0x51, 0x62, 3, 4]
 
 
 def test_scales_and_zeros_by_hand() -> None:  # 172 in one group: two spans share its scale; 3 rows take 2 blocks
@@ -56,7 +57,7 @@ def test_scales_and_zeros_by_hand() -> None:  # 172 in one group: two spans shar
     assert (scale.shape, str(scale.dtype)) == ((2, 2, 16), "float16")
     assert scale[0, :, :4].tolist() == [[0.5, -2, 3, 0], [0.5, -2, 3, 0]]
     assert not scale[1].any()
-    zero = zero_packing(3, geometry, 4).pack(np.array([[8], [15], [0]], np.int16))
+    zero = zero_packing(3, geometry).pack(np.array([[8], [15], [0]], np.int16))
     assert (str(zero.dtype), zero[0, 1, :3].tolist()) == ("uint8", [8, 15, 0])
 
 
@@ -65,33 +66,37 @@ def test_rows_come_in_pairs_of_blocks() -> None:
     assert ROW_PAD == 2 * LANES
 
 
-def test_stored_bits() -> None:
-    assert [stored_bits(bits) for bits in (2, 3, 4, 6, 8)] == [4, 4, 4, 8, 8]
+def test_the_narrowest_storage_that_fills_a_span() -> None:
+    bits = (2, 3, 4, 5, 6, 8)
+    assert [choose(b, 64).name for b in bits] == ["w2", "w2p1", "w4", "w4p1", "w4p2", "w8"]
+    assert [choose(b, 8).name for b in bits] == ["w4", "w4", "w4", "w8", "w8", "w8"]  # 5 and 6 need 32 and 16
 
 
-@given(bits=st.sampled_from([4, 8]), n=st.integers(1, 70), k=st.integers(1, 300), group=groups, seed=st.integers(0, 99))
-def test_codes_there_and_back(bits: int, n: int, k: int, group: int, seed: int) -> None:
+@given(storage=st.sampled_from(STORAGES), n=st.integers(1, 70), k=st.integers(1, 300), group=groups,
+       seed=st.integers(0, 99))  # fmt: skip
+def test_codes_there_and_back(storage: Storage, n: int, k: int, group: int, seed: int) -> None:
     geometry = Geometry(k, min(group, k))
-    codes = np.random.default_rng(seed).integers(0, 1 << bits, (n, k), dtype=np.uint8)
-    packing = code_packing(n, geometry, bits)
+    assume(geometry.width % storage.inputs == 0)
+    codes = np.random.default_rng(seed).integers(0, 1 << storage.bits, (n, k), dtype=np.uint8)
+    packing = code_packing(n, geometry, storage)
     packed = packing.pack(codes)
     assert (packed.shape, str(packed.dtype)) == (packing.spec.shape, packing.spec.dtype)
     assert packed.flags.c_contiguous
-    assert packed.nbytes == blocks(n) * LANES * geometry.spans * geometry.width * bits // 8
-    assert np.array_equal(unpack_codes(packed, n, geometry, bits), codes)
-    fields = sum(int(((packed >> shift) & ((1 << bits) - 1)).sum(dtype=np.int64)) for shift in range(0, 8, bits))
-    assert fields == codes.sum(dtype=np.int64)  # so that all padding is 0
+    assert packed.nbytes == blocks(n) * LANES * geometry.spans * geometry.width * storage.bits // 8
+    assert np.array_equal(unpack_codes(packed, n, geometry, storage), codes)
+    ones = int(np.unpackbits(packed).sum(dtype=np.int64))
+    assert ones == np.unpackbits(codes).sum(dtype=np.int64)  # so that all padding is 0
 
 
-@given(bits=st.sampled_from([4, 8]), n=st.integers(1, 70), k=st.integers(1, 300), group=groups, seed=st.integers(0, 99),
+@given(n=st.integers(1, 70), k=st.integers(1, 300), group=groups, seed=st.integers(0, 99),
        dtype=st.sampled_from(["float16", "float32"]))  # fmt: skip
-def test_scales_and_zeros_of_every_span(bits: int, n: int, k: int, group: int, seed: int, dtype: str) -> None:
+def test_scales_and_zeros_of_every_span(n: int, k: int, group: int, seed: int, dtype: str) -> None:
     geometry = Geometry(k, min(group, k))
     rng, size = np.random.default_rng(seed), (n, -(-k // geometry.group))
-    scale, zero = rng.standard_normal(size).astype(dtype), rng.integers(0, 1 << bits, size).astype(np.int16)
+    scale, zero = rng.standard_normal(size).astype(dtype), rng.integers(0, 256, size).astype(np.int16)
     for packing, array in (
         (scale_packing(n, geometry, dtype), scale),
-        (zero_packing(n, geometry, bits), zero.astype(zero_dtype(bits))),
+        (zero_packing(n, geometry), zero.astype(np.uint8)),
     ):
         packed = packing.pack(array)
         assert (packed.shape, packed.dtype, str(packed.dtype)) == (packing.spec.shape, array.dtype, packing.spec.dtype)
@@ -105,7 +110,7 @@ def test_scales_and_zeros_of_every_span(bits: int, n: int, k: int, group: int, s
 def test_arrays_that_are_not_contiguous(n: int, k: int, group: int, seed: int) -> None:
     geometry = Geometry(k, min(group, k))
     codes = np.random.default_rng(seed).integers(0, 16, (k, n), dtype=np.uint8).T
-    packing = code_packing(n, geometry, 4)
+    packing = code_packing(n, geometry, NIBBLE)
     assert np.array_equal(packing.pack(codes), packing.pack(np.ascontiguousarray(codes)))
 
 
@@ -114,23 +119,22 @@ def test_names_tell_layouts_apart() -> None:  # equal names mean equal layouts, 
         p.name
         for g in (Geometry(64, 32), Geometry(64, 64))
         for p in (
-            code_packing(8, g, 4),
-            code_packing(8, g, 8),
+            *(code_packing(8, g, storage) for storage in STORAGES),
             scale_packing(8, g, "float16"),
             scale_packing(8, g, "float32"),
-            zero_packing(8, g, 4),
-            zero_packing(8, g, 8),
+            zero_packing(8, g),
+            offset_packing(8, g),
         )
     }
-    assert len(names) == 12
+    assert len(names) == 2 * (len(STORAGES) + 4)
 
 
 @pytest.mark.parametrize("k", [8, 64, 704])
 def test_dense_geometry_takes_the_short_way_to_the_same_bytes(k: int) -> None:
     geometry = Geometry(k, 8)
     codes = np.random.default_rng(0).integers(0, 16, (40, k), dtype=np.uint8)
-    packed = code_packing(40, geometry, 4).pack(codes)
+    packed = code_packing(40, geometry, NIBBLE).pack(codes)
     for row, s in ((0, 0), (39, geometry.spans - 1)):
-        lane = packed[row // LANES, s, 0, row % LANES]
+        lane = packed[row // LANES, s, 0, 0, row % LANES]
         span = codes[row, 8 * s : 8 * s + 8]
         assert lane.tolist() == (span[:QUAD] | span[QUAD:] << 4).tolist()
