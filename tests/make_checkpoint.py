@@ -89,7 +89,7 @@ def write(folder: Path, shape: Shape, shard_bytes: int) -> int:
             filled = 0
         shards[-1].append(entry)
         filled += nbytes(*entry[1:])
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= {name: file for name, _, _ in shard}
