@@ -48,7 +48,10 @@ def names(mod: Any) -> list[str]:
 
 
 def fused(mod: Any) -> Any:
-    return FuseQuantize()(QuantizeActivations()(mod))
+    steps: list[Any] = [QuantizeActivations(), FuseQuantize()]
+    for step in steps:
+        mod = step(mod)
+    return mod
 
 
 @pytest.mark.parametrize(("kind", "exact", "int8"), [
