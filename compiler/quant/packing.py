@@ -34,7 +34,7 @@ def unpack(words: NDArray[np.int32], bits: int, axis: int) -> NDArray[np.uint8]:
     turned = rows.strides[0] < rows.strides[1]
     for start in range(0, rows.shape[0], step):
         part = rows[start:start + step]
-        if turned:  # gather whole lines first: turning 4096 words 16 KiB apart, one by one, takes twice as long
+        if turned:  # gather whole lines first: fetching words that lie 16 KiB apart one by one takes twice as long
             part = np.ascontiguousarray(part.T).T
         block = np.ascontiguousarray(part).view(np.uint8)
         if bits == 4:

@@ -17,8 +17,6 @@ from compiler.passes.quantize_activations import QuantizeActivations
 from compiler.passes.verify import verify
 from compiler.quant.ir import WeightType
 
-FUSE: Any = FuseQuantize()
-QUANTIZE: Any = QuantizeActivations()
 K = 64
 PLAIN = WeightType(32, K, "int4", 32)
 KINDS = {
@@ -50,7 +48,10 @@ def names(mod: Any) -> list[str]:
 
 
 def fused(mod: Any) -> Any:
-    return FUSE(QUANTIZE(mod))
+    steps: list[Any] = [QuantizeActivations(), FuseQuantize()]
+    for step in steps:
+        mod = step(mod)
+    return mod
 
 
 @pytest.mark.parametrize(("kind", "exact", "int8"), [
