@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Optional
 
-from .errors import ContextFullError
+from .errors import ContextFullError, InputError
 from .generate import Generation, Statistics
 from .manifest import ChatFormat
 from .sampler import Sampler
@@ -35,8 +35,9 @@ def turn(chat: Optional[ChatFormat], text: str, first: bool, system: Optional[st
     if chat is None:
         return [Part("" if first else "\n", False), Part(text, True)]
     parts = [Part(chat.start if first else chat.assistant[1], False)]
-    if first and system is not None:
-        parts += [Part(chat.system[0], False), Part(system, True), Part(chat.system[1], False)]
+    told = chat.default_system if system is None else system
+    if first and told is not None and chat.system is not None:
+        parts += [Part(chat.system[0], False), Part(told, True), Part(chat.system[1], False)]
     parts += [
         Part(chat.user[0], False),
         Part(text, True),
@@ -71,6 +72,8 @@ class Conversation:
         self._session, self._tokenizer, self._sampler = session, tokenizer, sampler
         self._max_new_tokens, self._stops, self._system = max_new_tokens, tuple(stops), system
         self._chat = session.manifest.chat
+        if system is not None and (self._chat is None or self._chat.system is None):
+            raise InputError("the model's chat template has no system message. Leave out --system.")
         self._end_ids = frozenset(session.manifest.tokens.eos)
         self._pending: list[int] = []  # tokens of the last reply that the session has not taken in
         self._first = True

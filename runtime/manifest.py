@@ -121,14 +121,18 @@ class Tokens:
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """Text around each part of a conversation; each pair is (before, after). Read by `chat.py`."""
+    """Text around each part of a conversation; each pair is (before, after). Read by `chat.py`.
+
+    system None: the model knows no system message. default_system: what it is told when the user states none.
+    """
 
     format: str
-    system: tuple[str, str]
+    system: Optional[tuple[str, str]]
     user: tuple[str, str]
     assistant: tuple[str, str]
     start: str
     generation_prompt: str
+    default_system: Optional[str]
 
 
 @dataclass(frozen=True)

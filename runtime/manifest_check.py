@@ -222,5 +222,8 @@ class Checker:
         for key, token in [("bos", tokens.bos), *(("eos", t) for t in tokens.eos)]:
             if token is not None:
                 self.bounded(f"tokens.{key}", token, 0, last)
-        if self.m.chat is not None and self.m.chat.format != "turns":
-            self.fail(f"chat.format is {self.m.chat.format!r}, but only 'turns' is known")
+        chat = self.m.chat
+        if chat is not None and chat.format != "turns":
+            self.fail(f"chat.format is {chat.format!r}, but only 'turns' is known")
+        if chat is not None and chat.system is None and chat.default_system is not None:
+            self.fail("chat.default_system is given, but chat.system is null")

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from runtime import manifest
 from runtime.manifest import CHUNK_BYTES, FileDigest
 
 PARTIAL, OLD = ".partial-", ".old"
+PATIENCE_S = 5.0  # to get rid of a folder in which somebody still writes
 
 
 class BundleError(UserError):
@@ -60,7 +62,7 @@ def staged(out: Path) -> Iterator[Path]:
             raise
         raise BundleError(f"{out}: cannot be written: {error.strerror}. Make room, or choose another place.") from error
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        _remove(scratch)
 
 
 def digests(folder: Path, chunked: str) -> dict[str, FileDigest]:
@@ -99,7 +101,16 @@ def _clean(place: Path) -> None:
         if stale.name.endswith(OLD) and not place.exists():
             stale.rename(place)
         else:
-            shutil.rmtree(stale, ignore_errors=True)
+            _remove(stale)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder, in which the linker of an interrupted build may go on writing for a moment."""
+    deadline = time.monotonic() + PATIENCE_S
+    shutil.rmtree(folder, ignore_errors=True)
+    while folder.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _replace(made: Path, place: Path) -> None:

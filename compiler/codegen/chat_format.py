@@ -1,23 +1,24 @@
 """Chat templates, worked out at build time: the device gets the text around each turn and needs no template engine.
 
 The checkpoint's Jinja template is run, sandboxed, on conversations of marker texts. If it merely wraps each turn, the
-wrapping is read off; a second, longer conversation must then come out the same, or the template is refused.
+wrapping is read off; longer conversations of plain words must then come out the same, or the template is refused.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from compiler.errors import CheckpointError
 from runtime.manifest import ChatFormat
 
 MOST_BYTES = 1 << 20
-Message = dict[str, str]
+CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+SPECIALS = ("bos_token", "eos_token", "pad_token", "unk_token")
+Render = Callable[[Sequence[tuple[str, str]], bool], str]  # (role, content) pairs, whether to end with a prompt
 
 
 def derive(files: Mapping[str, bytes]) -> tuple[ChatFormat | None, str]:
@@ -26,109 +27,145 @@ def derive(files: Mapping[str, bytes]) -> tuple[ChatFormat | None, str]:
     if template is None:
         return None, "no chat template: chat continues plain text"
     try:
-        return _derive(template, specials), "chat template turned into turns"
-    except (jinja2.TemplateError, ValueError, TypeError, KeyError, OverflowError) as error:
-        return None, f"chat template does more than wrap turns ({str(error)[:80]}): chat continues plain text"
+        made = _derive(_renderer(template, specials))
+    except Exception as error:  # a template is a program: it may fail in any way
+        why = " ".join(str(error).split())[:80] or type(error).__name__
+        return None, f"chat template does more than wrap turns ({why}): chat continues plain text"
+    return made, "chat template turned into turns" + ("" if made.system else ", without a system message")
 
 
 def _read(files: Mapping[str, bytes]) -> tuple[str | None, dict[str, str]]:
-    config_file, template_file = files.get("tokenizer_config.json", b""), files.get("chat_template.jinja", b"")
+    """The template's text and the special tokens that it may ask for. A file of its own wins, as in transformers."""
+    config = _config(files)
+    specials = {key: _special(config.get(key)) for key in SPECIALS}
+    if TEMPLATE in files:
+        return _text(files, TEMPLATE), specials
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+        template = named.get("default")
+    return (template if isinstance(template, str) else None), specials
+
+
+def _config(files: Mapping[str, bytes]) -> dict[str, Any]:
     try:
-        config = json.loads(config_file.decode("utf-8")) if 0 < len(config_file) <= MOST_BYTES else {}
-        if 0 < len(template_file) <= MOST_BYTES:
-            return template_file.decode("utf-8"), _specials(config)
+        found = json.loads(_text(files, CONFIG)) if CONFIG in files else {}
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"The checkpoint's tokenizer_config.json cannot be read: {error}. Fetch it again."
-        ) from None
-    template = config.get("chat_template") if isinstance(config, dict) else None
-    return (template if isinstance(template, str) else None), _specials(config)
+        raise CheckpointError(f"{CONFIG}: is not JSON: {error}. Fetch the checkpoint again.") from None
+    return found if isinstance(found, dict) else {}
 
 
-def _specials(config: Any) -> dict[str, str]:
-    """bos_token, eos_token and their like; each is a string or an object with `content`."""
-    found = {}
-    for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        value = config.get(key) if isinstance(config, dict) else None
-        value = value.get("content") if isinstance(value, dict) else value
-        found[key] = value if isinstance(value, str) else ""
-    return found
+def _text(files: Mapping[str, bytes], name: str) -> str:
+    if len(files[name]) > MOST_BYTES:
+        raise CheckpointError(f"{name}: is larger than {MOST_BYTES >> 10} KiB. Fetch the checkpoint again.")
+    try:
+        return files[name].decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{name}: cannot be read: {error}. Fetch the checkpoint again.") from None
 
 
-def _derive(source: str, specials: dict[str, str]) -> ChatFormat:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+def _special(value: object) -> str:
+    """A special token is a string or an object with `content`."""
+    content = value.get("content") if isinstance(value, dict) else value
+    return content if isinstance(content, str) else ""
+
+
+def _renderer(source: str, specials: dict[str, str]) -> Render:
+    """The template as transformers would run it, without tools, documents and today's date."""
 
     def refuse(message: str) -> None:
         raise ValueError(message)
 
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
     environment.globals["raise_exception"] = refuse
     template = environment.from_string(source)
 
-    def render(messages: list[Message], prompt: bool = False) -> str:
-        return template.render(messages=messages, add_generation_prompt=prompt, **specials)
+    def render(turns: Sequence[tuple[str, str]], prompt: bool) -> str:
+        messages = [{"role": role, "content": content} for role, content in turns]
+        text: str = template.render(
+            messages=messages, add_generation_prompt=prompt, tools=None, documents=None, **specials
+        )
+        return text
 
-    system = _accepts_system(render)
-    marks = {"system": "\ue000S\ue000", "user": "\ue000U\ue000", "assistant": "\ue000A\ue000"}
-    turn = [{"role": "user", "content": marks["user"]}, {"role": "assistant", "content": marks["assistant"]}]
-    next_user = {"role": "user", "content": "\ue000V\ue000"}
-    text = render([*turn, next_user])
-    before, rest = _cut(text, marks["user"])
-    between, rest = _cut(rest, marks["assistant"])
-    again, after_user = _cut(rest, next_user["content"])
-    prompt = render([*turn, next_user], True)
-    if not prompt.startswith(text):
-        raise ValueError("the generation prompt changes earlier text")
-    generation = prompt[len(text) :]
-    return _settle(render, specials, system, marks, (before, between, again, after_user, generation))
+    return render
 
 
-def _settle(
-    render: Any, specials: dict[str, str], system: bool, marks: dict[str, str], cuts: tuple[str, ...]
-) -> ChatFormat:
-    before, between, again, after_user, generation = cuts
-    # between = user's end + assistant's start, again = assistant's end + user's start; the user's end ends the text.
-    if not between.startswith(after_user):
-        after_user = ""
-    assistant_before = between[len(after_user) :]
-    start, user_before = "", before
-    while start != before and not again.endswith(user_before):
-        start, user_before = before[: len(start) + 1], before[len(start) + 1 :]
-    assistant_after = again[: len(again) - len(user_before)] if user_before else again
-    system_pair = ("", "")
-    if system:
-        whole = render([{"role": "system", "content": marks["system"]}, {"role": "user", "content": marks["user"]}])
-        head, rest = _cut(whole, marks["system"])
-        gap, _ = _cut(rest, marks["user"])
-        if not head.startswith(start) or not gap.endswith(user_before):
-            raise ValueError("the system turn changes the text around it")
-        system_pair = (head[len(start) :], gap[: len(gap) - len(user_before)])
-    made = ChatFormat(
-        "turns", system_pair, (user_before, after_user), (assistant_before, assistant_after), start, generation
-    )
-    _prove(render, made, system)
-    return made
+def _derive(render: Render) -> ChatFormat:
+    """Read the wrapping off, first without a system message. Raises whatever the template does, or ValueError."""
+    roles = ("user", "assistant", "user")
+    before, between, again, after, prompt = _around(render, roles)
+    user_after = after if between.startswith(after) else ""  # what ends the text ends a user's turn
+    assistant_before = between[len(user_after) :]
 
+    def made(start: str, user_before: str, system: tuple[str, str] | None, default: str | None) -> ChatFormat:
+        closing = again[: len(again) - len(user_before)]
+        user, assistant = (user_before, user_after), (assistant_before, closing)
+        return ChatFormat("turns", system, user, assistant, start, prompt, default)
 
-def _prove(render: Any, chat: ChatFormat, system: bool) -> None:
-    """Three turns of plain words must come out of the format exactly as out of the template."""
-    roles = [*(["system"] if system else []), "user", "assistant", "user", "assistant", "user"]
-    messages = [{"role": role, "content": f"word {i}"} for i, role in enumerate(roles)]
-    pairs = {"system": chat.system, "user": chat.user, "assistant": chat.assistant}
-    mine = chat.start + "".join(pairs[m["role"]][0] + m["content"] + pairs[m["role"]][1] for m in messages)
-    if mine + chat.generation_prompt != render(messages, True):
+    user_before = _common_end(before, again)
+    start = before[: len(before) - len(user_before)]
+    candidates = []
+    if (with_system := _with_system(render, roles)) is not None:
+        head, gap = with_system
+        if head.startswith(start) and gap.endswith(user_before):
+            pair = (head[len(start) :], gap[: len(gap) - len(user_before)])
+            candidates.append(made(start, user_before, pair, None))
+        if before.startswith(head) and before.endswith(gap) and len(before) >= len(head) + len(gap):
+            shared = _common_end(gap, again)  # the template brings a system message of its own
+            pair = (head, gap[: len(gap) - len(shared)])
+            candidates.append(made("", shared, pair, before[len(head) : len(before) - len(gap)]))
+    candidates.append(made(start, user_before, None, None))
+    found = next((chat for chat in candidates if _proven(render, chat)), None)
+    if found is None:
         raise ValueError("turns depend on each other")
+    return found
 
 
-def _accepts_system(render: Any) -> bool:
-    message = [{"role": "system", "content": "\ue000S\ue000"}, {"role": "user", "content": "\ue000U\ue000"}]
+def _with_system(render: Render, roles: tuple[str, ...]) -> tuple[str, str] | None:
+    """What stands before and after a system message; None when the template refuses it, drops or repeats it."""
     try:
-        return "\ue000S\ue000" in render(message)
-    except (jinja2.TemplateError, ValueError):
-        return False
+        head, gap, *_ = _around(render, ("system", *roles))
+    except Exception:  # its way of saying no
+        return None
+    return head, gap
 
 
-def _cut(text: str, mark: str) -> tuple[str, str]:
-    before, found, after = text.partition(mark)
-    if not found or mark in after:
-        raise ValueError("a turn's text is changed or repeated")
-    return before, after
+def _around(render: Render, roles: tuple[str, ...]) -> list[str]:
+    """The texts before, between and after the contents of turns, and what a generation prompt adds."""
+    turns = [(role, f"\ue000{number}\ue000") for number, role in enumerate(roles)]
+    text = render(turns, False)
+    prompted = render(turns, True)
+    if not prompted.startswith(text):
+        raise ValueError("the generation prompt changes earlier text")
+    pieces, rest = [], text
+    for _, mark in turns:
+        piece, found, rest = rest.partition(mark)
+        if not found or mark in rest:
+            raise ValueError("a turn's text is changed or repeated")
+        pieces.append(piece)
+    return [*pieces, rest, prompted[len(text) :]]
+
+
+def _common_end(a: str, b: str) -> str:
+    """The longest text that both end with."""
+    length = 0
+    while length < min(len(a), len(b)) and a[-length - 1] == b[-length - 1]:
+        length += 1
+    return a[len(a) - length :]
+
+
+def _proven(render: Render, chat: ChatFormat) -> bool:
+    """Whether three turns of plain words, with and without a system message, come out as out of the template."""
+    turns = [(role, f"word {i}") for i, role in enumerate(("user", "assistant", "user", "assistant", "user"))]
+    cases = [(turns, turns if chat.default_system is None else [("system", chat.default_system), *turns])]
+    if chat.system is not None:
+        told = [("system", "be brief"), *turns]
+        cases.append((told, told))
+    pairs = {"system": chat.system or ("", ""), "user": chat.user, "assistant": chat.assistant}
+    for given, meant in cases:
+        mine = chat.start + "".join(pairs[role][0] + content + pairs[role][1] for role, content in meant)
+        if mine + chat.generation_prompt != render(given, True):
+            return False
+    return True

@@ -3,6 +3,7 @@
 Hermetic: zig brings its own linker, C library stubs for every glibc version, and compiler-rt. Reproducible: the same
 objects give the same bytes in any folder (no build id, no symbol table, no paths).
 """
+
 from __future__ import annotations
 
 import importlib.util
@@ -45,7 +46,9 @@ def link(objects: list[Path], out: Path, target: Target) -> None:
             f"{out}: cannot link, because the Python package 'ziglang' is not installed. "
             f"It is one of quern's dependencies: run 'make venv', or '{sys.executable} -m pip install ziglang'."
         )
-    with tempfile.TemporaryDirectory(dir=out.parent.resolve(), prefix=f".{out.name}.") as scratch:
+    # When this is interrupted, zig may write on for a moment: then the folder goes with the one it is in.
+    beside, prefix = out.parent.resolve(), f".{out.name}."
+    with tempfile.TemporaryDirectory(dir=beside, prefix=prefix, ignore_cleanup_errors=True) as scratch:
         made = Path(scratch) / out.name
         command = [sys.executable, "-m", "ziglang", "cc", "-target", target.zig_triple, *FLAGS, "-o", str(made)]
         command += [str(path.resolve()) for path in objects]

@@ -23,12 +23,13 @@ def check(files: Mapping[str, bytes], vocab_size: int, where: Path) -> None:
     path = where / NAME if where.is_dir() else where
     try:
         tokenizer = Tokenizer.from_str(files[NAME].decode("utf-8"))
+        added = tokenizer.encode("").ids  # start and end tokens have ids of their own, apart from the vocabulary
     except Exception as error:  # the library raises plain Exception for every kind of damage
         raise CheckpointError(f"{path}: is not a tokenizer: {str(error)[:200]}. Fetch the checkpoint again.") from None
-    ids = tokenizer.get_vocab(with_added_tokens=True).values()
-    if ids and max(ids) >= vocab_size:
+    last = max((*tokenizer.get_vocab(with_added_tokens=True).values(), *added), default=0)
+    if last >= vocab_size:
         raise CheckpointError(
-            f"{path}: has token id {max(ids)}, but config.json's vocab_size is {vocab_size}. They belong to two models."
+            f"{path}: has token id {last}, but config.json's vocab_size is {vocab_size}. They belong to two models."
         )
 
 

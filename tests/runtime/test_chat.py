@@ -1,6 +1,7 @@
 """Turns of a conversation: their text, their ids, and the cache that is kept between them."""
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from runtime.chat import Conversation, Part, converse, encode, turn
-from runtime.errors import ContextFullError
+from runtime.errors import ContextFullError, InputError
 from runtime.manifest import ChatFormat
 from runtime.sampler import Sampler, Sampling
 from runtime.session import Session
@@ -23,6 +24,7 @@ CHATML = ChatFormat(
     assistant=("<|im_start|>assistant\n", "<|im_end|>\n"),
     start="<s>",
     generation_prompt="<|im_start|>assistant\n",
+    default_system=None,
 )
 
 
@@ -40,6 +42,25 @@ def test_turns_by_hand() -> None:
     assert text(turn(CHATML, "More", first=False, system="Be brief.")) == (
         "<|im_end|>\n<|im_start|>user\nMore<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+def test_a_default_system_message_gives_way_to_the_users() -> None:
+    chat = dataclasses.replace(CHATML, default_system="You are Q.")
+    assert text(turn(chat, "Hi", first=True)) == (
+        "<s><|im_start|>system\nYou are Q.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert text(turn(chat, "Hi", first=True, system="Be brief.")) == text(turn(CHATML, "Hi", True, "Be brief."))
+    assert text(turn(chat, "More", first=False)) == text(turn(CHATML, "More", first=False))
+
+
+def test_a_system_message_that_the_model_does_not_know(
+    session: Session, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = dataclasses.replace(CHATML, system=None)
+    monkeypatch.setattr(session, "manifest", dataclasses.replace(session.manifest, chat=chat))
+    with pytest.raises(InputError) as refusal:
+        Conversation(session, tokenizer, Sampler(Sampling(), tiny.VOCAB), 9, system="hm")
+    assert str(refusal.value) == "the model's chat template has no system message. Leave out --system."
 
 
 def test_without_a_format_the_text_goes_on() -> None:

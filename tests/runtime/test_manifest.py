@@ -40,7 +40,7 @@ def example() -> dict[str, Any]:
         "memory": {"weights_bytes": 72, "cache_bytes": 64, "activation_bytes": 10, "planned_peak_bytes": 146},
         "tokens": {"bos": None, "eos": [1, 2]},
         "chat": {"format": "turns", "system": ["a", "b"], "user": ["c", "d"], "assistant": ["e", "f"], "start": "g",
-                 "generation_prompt": "e"},
+                 "generation_prompt": "e", "default_system": "h"},
         "files": {"model.so": {"bytes": 5, "sha256": HEX},
                   "weights.bin": {"bytes": 72, "sha256": mf.digest_of_chunks(CHUNKS), "chunk_bytes": 64,
                                   "chunks": CHUNKS}},
@@ -148,6 +148,7 @@ def test_refuses_what_another_release_wrote(path: str, value: Any, message: str)
     ("tokens/eos", [8], "tokens.eos is 8, but must lie in 0..7"),
     ("chat/format", "jinja", "chat.format is 'jinja', but only 'turns' is known"),
     ("chat/user", ["x"], 'chat.user is ["x"], but a list of 2 is needed'),
+    ("chat/system", None, "chat.default_system is given, but chat.system is null"),
 ])  # fmt: skip
 def test_refuses(path: str, value: Any, message: str) -> None:
     assert refusal(changed(path, value)) == f"{message}. Rebuild the bundle with this release of quern."

@@ -169,7 +169,7 @@ def build(folder: Path) -> mf.Manifest:
         weights=mf.Weights("weights.bin", 64, tuple(tensors)),
         memory=mf.Memory(len(blob), 4 * CONTEXT * HIDDEN, 4096, len(blob) + 4 * CONTEXT * HIDDEN + 4096),
         tokens=mf.Tokens(0, (EOS,)),
-        chat=mf.ChatFormat("turns", ("s.", ""), ("u.", ""), ("a.", "!"), "", "a."),
+        chat=mf.ChatFormat("turns", ("s.", ""), ("u.", ""), ("a.", "!"), "", "a.", None),
         files={
             "model.so": mf.digest_file(folder / "model.so"),
             "tokenizer.json": mf.digest_file(folder / "tokenizer.json"),

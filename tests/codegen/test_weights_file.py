@@ -1,0 +1,95 @@
+"""weights.bin: every array on its boundary, bit for bit, and readable as the runtime reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from compiler.codegen import weights_file
+from compiler.codegen.weights_file import ALIGNMENT
+from runtime.manifest import Weight, Weights
+
+Arrays = list[tuple[str, NDArray[Any]]]
+
+
+def read(path: Path, weight: Weight) -> NDArray[Any]:
+    """As runtime/bundle.py does: a view at the offset."""
+    dtype = np.dtype("uint16" if weight.dtype == "bfloat16" else weight.dtype)
+    return np.frombuffer(path.read_bytes(), dtype, weight.nbytes // dtype.itemsize, weight.offset).reshape(weight.shape)
+
+
+def test_by_hand(tmp_path: Path) -> None:
+    path = tmp_path / "weights.bin"
+    arrays: Arrays = [
+        ("a", np.array([[1, 2, 3]], np.uint8)),
+        ("b", np.array([1.0], np.float32)),
+        ("c", np.array([0x3F80], np.uint16)),  # bfloat16 1.0
+    ]
+    assert weights_file.write(path, arrays) == Weights(
+        "weights.bin",
+        64,
+        (
+            Weight("a", "uint8", (1, 3), 0, 3),
+            Weight("b", "float32", (1,), 64, 4),
+            Weight("c", "bfloat16", (1,), 128, 2),
+        ),
+    )
+    assert path.read_bytes() == (
+        b"\x01\x02\x03" + bytes(61) + b"\x00\x00\x80\x3f" + bytes(60) + b"\x80\x3f" + bytes(62)
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "uint16", "int8", "uint8", "int16", "int32"])
+def test_every_type_comes_back(tmp_path: Path, dtype: str) -> None:
+    rng = np.random.default_rng(7)
+    arrays: Arrays = [
+        (str(number), rng.integers(0, 256, size * np.dtype(dtype).itemsize, np.uint8).view(dtype).reshape(shape))
+        for number, (size, shape) in enumerate([(6, (2, 3)), (1, (1,)), (128, (2, 4, 16)), (35, (5, 7))])
+    ]
+    written = weights_file.write(tmp_path / "w", arrays)
+    size = (tmp_path / "w").stat().st_size
+    assert size % ALIGNMENT == 0
+    for (name, array), weight in zip(arrays, written.tensors, strict=True):
+        assert (weight.name, weight.shape, weight.nbytes) == (name, array.shape, array.nbytes)
+        assert weight.offset % ALIGNMENT == 0
+        assert weight.offset + weight.nbytes <= size
+        back = read(tmp_path / "w", weight)
+        assert back.dtype == array.dtype
+        assert np.array_equal(back.view(np.uint8), array.view(np.uint8))
+
+
+def test_views_are_written_in_their_own_order(tmp_path: Path) -> None:
+    """Transposed, strided and read-only arrays, as packing makes and mapped files give them."""
+    base = np.arange(24, dtype=np.int32).reshape(4, 6)
+    base.flags.writeable = False
+    arrays: Arrays = [("transposed", base.T), ("strided", base[::2, 1::2]), ("reversed", base[::-1])]
+    written = weights_file.write(tmp_path / "w", arrays)
+    for (_, array), weight in zip(arrays, written.tensors, strict=True):
+        assert np.array_equal(read(tmp_path / "w", weight), array)
+
+
+def test_one_array_at_a_time(tmp_path: Path) -> None:
+    """A large model passes through memory piece by piece: no array is asked for before the one before it is written."""
+    path, seen = tmp_path / "w", []
+
+    def arrays() -> Iterator[tuple[str, NDArray[Any]]]:
+        for number in range(3):
+            seen.append(path.stat().st_size)
+            yield str(number), np.full(1 << 20, number, np.uint8)
+
+    weights_file.write(path, arrays())
+    assert seen[0] == 0
+    assert seen[1] >= (1 << 20) - (1 << 16)  # but for what the file object still holds
+    assert seen[2] >= (2 << 20) - (1 << 16)
+
+
+def test_the_same_arrays_give_the_same_bytes(tmp_path: Path) -> None:
+    arrays: Arrays = [("a", np.arange(5, dtype=np.float32)), ("b", np.ones((3, 3), np.float16))]
+    first, second = (weights_file.write(tmp_path / name, arrays) for name in ("1", "2"))
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
+    assert first.tensors == second.tensors
