@@ -70,6 +70,7 @@ class Inputs:
     model: Model
     source: Source
     tokenizer: Mapping[str, bytes] | None
+    path: Path = Path()
 
 
 def build(model_dir: Path, request: Request, report: Reporter) -> manifest.Manifest:
@@ -96,7 +97,7 @@ def import_checkpoint(model_dir: Path, request: Request) -> Inputs:
     quantization = checkpoint.config.data.get("quantization_config") or {}
     kind = str(quantization.get("quant_method", "dense"))
     model = replace(model, eos=_end_tokens(checkpoint, model))
-    return Inputs(checkpoint.name, kind, model, source, tokenizer)
+    return Inputs(checkpoint.name, kind, model, source, tokenizer, checkpoint.path)
 
 
 def _refuse_unused(checkpoint: Checkpoint, source: Source, model: Model) -> None:
@@ -185,7 +186,7 @@ def compile_inputs(inputs: Inputs, request: Request, report: Reporter) -> manife
             chat, note = None, ""
             if inputs.tokenizer is not None:
                 tokenizer_files.copy(inputs.tokenizer, folder)
-                chat, note = chat_format.derive(inputs.tokenizer)
+                chat, note = chat_format.derive(inputs.tokenizer, inputs.path)
             made = _manifest(inputs, request, compiled, weights, chat, bundle.digests(folder, WEIGHTS))
             manifest.dump(made, folder / manifest.FILE_NAME)
             stage.note = note

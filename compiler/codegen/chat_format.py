@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -21,9 +22,9 @@ SPECIALS = ("bos_token", "eos_token", "pad_token", "unk_token")
 Render = Callable[[Sequence[tuple[str, str]], bool], str]  # (role, content) pairs, whether to end with a prompt
 
 
-def derive(files: Mapping[str, bytes]) -> tuple[ChatFormat | None, str]:
-    """The turn format from a tokenizer's files by name, or None, with a line for the user either way."""
-    template, specials = _read(files)
+def derive(files: Mapping[str, bytes], where: Path) -> tuple[ChatFormat | None, str]:
+    """The turn format from a tokenizer's files by name, or None, with a line for the user. `where` opens messages."""
+    template, specials = _read(files, where)
     if template is None:
         return None, "no chat template: chat continues plain text"
     try:
@@ -34,12 +35,12 @@ def derive(files: Mapping[str, bytes]) -> tuple[ChatFormat | None, str]:
     return made, "chat template turned into turns" + ("" if made.system else ", without a system message")
 
 
-def _read(files: Mapping[str, bytes]) -> tuple[str | None, dict[str, str]]:
+def _read(files: Mapping[str, bytes], where: Path) -> tuple[str | None, dict[str, str]]:
     """The template's text and the special tokens that it may ask for. A file of its own wins, as in transformers."""
-    config = _config(files)
+    config = _config(files, where)
     specials = {key: _special(config.get(key)) for key in SPECIALS}
     if TEMPLATE in files:
-        return _text(files, TEMPLATE), specials
+        return _text(files, TEMPLATE, where), specials
     template = config.get("chat_template")
     if isinstance(template, list):  # several, by name
         named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
@@ -47,21 +48,21 @@ def _read(files: Mapping[str, bytes]) -> tuple[str | None, dict[str, str]]:
     return (template if isinstance(template, str) else None), specials
 
 
-def _config(files: Mapping[str, bytes]) -> dict[str, Any]:
+def _config(files: Mapping[str, bytes], where: Path) -> dict[str, Any]:
     try:
-        found = json.loads(_text(files, CONFIG)) if CONFIG in files else {}
+        found = json.loads(_text(files, CONFIG, where)) if CONFIG in files else {}
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{CONFIG}: is not JSON: {error}. Fetch the checkpoint again.") from None
+        raise CheckpointError(f"{where / CONFIG}: is not JSON: {error}. Fetch the checkpoint again.") from None
     return found if isinstance(found, dict) else {}
 
 
-def _text(files: Mapping[str, bytes], name: str) -> str:
+def _text(files: Mapping[str, bytes], name: str, where: Path) -> str:
     if len(files[name]) > MOST_BYTES:
-        raise CheckpointError(f"{name}: is larger than {MOST_BYTES >> 10} KiB. Fetch the checkpoint again.")
+        raise CheckpointError(f"{where / name}: is larger than {MOST_BYTES >> 10} KiB. Fetch the checkpoint again.")
     try:
         return files[name].decode("utf-8")
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{name}: cannot be read: {error}. Fetch the checkpoint again.") from None
+        raise CheckpointError(f"{where / name}: cannot be read: {error}. Fetch the checkpoint again.") from None
 
 
 def _special(value: object) -> str:

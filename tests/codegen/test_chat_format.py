@@ -29,6 +29,11 @@ TURNS = "chat template turned into turns"
 MARKED = ("<|im_start|>{}\n", "<|im_end|>\n")
 
 
+def derive(place: Path) -> tuple[ChatFormat | None, str]:
+    """With the files by name, as a checkpoint hands them out."""
+    return chat_format.derive({path.name: path.read_bytes() for path in place.iterdir()}, place)
+
+
 def folder(path: Path, template: object, **config: object) -> Path:
     (path / "tokenizer_config.json").write_text(json.dumps({**TOKENS, "chat_template": template, **config}))
     return path
@@ -39,7 +44,7 @@ def part(role: str) -> tuple[str, str]:
 
 
 def test_chatml_by_hand(tmp_path: Path) -> None:
-    made, note = chat_format.derive(folder(tmp_path, CHATML))
+    made, note = derive(folder(tmp_path, CHATML))
     assert note == TURNS
     assert made == ChatFormat(
         "turns", part("system"), part("user"), part("assistant"), "", "<|im_start|>assistant\n", None
@@ -48,7 +53,7 @@ def test_chatml_by_hand(tmp_path: Path) -> None:
 
 def test_a_default_system_message_by_hand(tmp_path: Path) -> None:
     """What ends the system turn also ends the assistant's, so it may count as the beginning of the user's."""
-    made, note = chat_format.derive(folder(tmp_path, DEFAULT_SYSTEM))
+    made, note = derive(folder(tmp_path, DEFAULT_SYSTEM))
     assert note == TURNS
     assert made is not None
     assert made.default_system == "You are a helpful assistant."
@@ -71,7 +76,7 @@ WRAPPING = [
 @pytest.mark.parametrize(("template", "system"), [case[1:] for case in WRAPPING], ids=[case[0] for case in WRAPPING])
 def test_the_runtime_says_what_the_template_says(tmp_path: Path, template: str, system: bool) -> None:
     """The oracle is the template itself; the text is what the device would take in, turn by turn."""
-    made, note = chat_format.derive(folder(tmp_path, template))
+    made, note = derive(folder(tmp_path, template))
     assert made is not None, note
     assert (made.system is not None) == system
     assert note == (TURNS if system else f"{TURNS}, without a system message")
@@ -118,7 +123,7 @@ BEYOND = [
 
 @pytest.mark.parametrize(("template", "why"), BEYOND, ids=[why for _, why in BEYOND])
 def test_more_than_wrapping_gives_plain_text(tmp_path: Path, template: str, why: str) -> None:
-    made, note = chat_format.derive(folder(tmp_path, template))
+    made, note = derive(folder(tmp_path, template))
     assert made is None
     assert note.startswith(f"chat template does more than wrap turns ({why}"[:110])
     assert note.endswith("): chat continues plain text")
@@ -127,27 +132,27 @@ def test_more_than_wrapping_gives_plain_text(tmp_path: Path, template: str, why:
 
 @pytest.mark.parametrize("template", [None, 7, {}, [], [{"name": "tool_use", "template": CHATML}], [3]])
 def test_no_template(tmp_path: Path, template: object) -> None:
-    assert chat_format.derive(folder(tmp_path, template)) == (None, "no chat template: chat continues plain text")
+    assert derive(folder(tmp_path, template)) == (None, "no chat template: chat continues plain text")
 
 
 def test_no_files_at_all(tmp_path: Path) -> None:
-    assert chat_format.derive(tmp_path) == (None, "no chat template: chat continues plain text")
+    assert derive(tmp_path) == (None, "no chat template: chat continues plain text")
 
 
 def test_the_default_of_several(tmp_path: Path) -> None:
     several: list[Any] = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHATML}]
-    assert chat_format.derive(folder(tmp_path, several)) == chat_format.derive(folder(tmp_path, CHATML))
+    assert derive(folder(tmp_path, several)) == derive(folder(tmp_path, CHATML))
 
 
 def test_a_file_of_its_own_wins(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text(CHATML)
-    made, _ = chat_format.derive(folder(tmp_path, PLAIN))
+    made, _ = derive(folder(tmp_path, PLAIN))
     assert made is not None
     assert made.user == part("user")
 
 
 def test_special_tokens_reach_the_template(tmp_path: Path) -> None:
-    made, _ = chat_format.derive(folder(tmp_path, ZEPHYR_LIKE))
+    made, _ = derive(folder(tmp_path, ZEPHYR_LIKE))
     assert made is not None
     assert made.user == ("<|user|>\n", "</s>\n")
 
@@ -165,6 +170,6 @@ def test_special_tokens_reach_the_template(tmp_path: Path) -> None:
 def test_a_damaged_file(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CheckpointError) as refusal:
-        chat_format.derive(tmp_path)
+        derive(tmp_path)
     assert str(refusal.value).startswith(f"{tmp_path / name}: {message}")
     assert str(refusal.value).endswith("Fetch the checkpoint again.")

@@ -10,8 +10,14 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, models, processors
 
+from compiler.checkpoint.folder import _tokenizer_files as tokenizer_files_of
 from compiler.codegen import tokenizer_files
 from compiler.errors import CheckpointError
+
+
+def contents(place: Path) -> dict[str, bytes]:
+    """Files by name, as a checkpoint hands them out."""
+    return {path.name: path.read_bytes() for path in place.iterdir() if path.is_file()}
 
 
 @pytest.fixture
@@ -33,13 +39,13 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 def refusal(folder: Path, vocab_size: int) -> str:
     with pytest.raises(CheckpointError) as caught:
-        tokenizer_files.check(folder, vocab_size)
+        tokenizer_files.check(contents(folder), vocab_size, folder)
     return str(caught.value)
 
 
 def test_one_that_fits(folder: Path) -> None:
-    tokenizer_files.check(folder, 10)
-    tokenizer_files.check(folder, 64)  # models round their vocabulary up
+    tokenizer_files.check(contents(folder), 10, folder)
+    tokenizer_files.check(contents(folder), 64, folder)  # models round their vocabulary up
 
 
 def test_one_token_too_many(folder: Path) -> None:
@@ -52,7 +58,7 @@ def test_an_added_token_too_many(folder: Path) -> None:
     token = {"id": 10, "content": "<new>", "special": True, "normalized": False}
     token |= {"lstrip": False, "rstrip": False, "single_word": False}
     edit(folder, lambda data: data["added_tokens"].append(token))
-    tokenizer_files.check(folder, 11)
+    tokenizer_files.check(contents(folder), 11, folder)
     assert refusal(folder, 10) == (
         f"{folder / 'tokenizer.json'}: has token id 10, but config.json's vocab_size is 10. They belong to two models."
     )
@@ -85,9 +91,9 @@ def test_a_damaged_one(tmp_path: Path, content: bytes) -> None:
 def test_one_of_absurd_size(tmp_path: Path) -> None:
     with (tmp_path / "tokenizer.json").open("wb") as file:
         file.truncate((256 << 20) + (1 << 20))  # a hole: no disk is used
-    assert refusal(tmp_path, 10) == (
-        f"{tmp_path / 'tokenizer.json'}: is 257 MiB, but a tokenizer has at most 256. Fetch the checkpoint again."
-    )
+    with pytest.raises(CheckpointError) as caught:
+        tokenizer_files_of(tmp_path)
+    assert str(caught.value) == f"{tmp_path / 'tokenizer.json'}: is 257 MiB, but a tokenizer has at most 256."
 
 
 def test_what_is_copied(folder: Path, tmp_path: Path) -> None:
@@ -95,7 +101,7 @@ def test_what_is_copied(folder: Path, tmp_path: Path) -> None:
     (folder / "special_tokens_map.json").write_text("{}")
     out = tmp_path / "out"
     out.mkdir()
-    tokenizer_files.copy(folder, out)
+    tokenizer_files.copy(contents(folder), out)
     assert sorted(path.name for path in out.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
     assert (out / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
 
@@ -105,5 +111,5 @@ def test_copies_can_be_replaced(folder: Path, tmp_path: Path) -> None:
     (folder / "tokenizer.json").chmod(0o444)
     out = tmp_path / "out"
     out.mkdir()
-    tokenizer_files.copy(folder, out)
+    tokenizer_files.copy(contents(folder), out)
     assert (out / "tokenizer.json").stat().st_mode & 0o200
