@@ -276,7 +276,8 @@ def test_what_is_quantised_in_another_way_stays_apart() -> None:
     int8, longer = WeightType(8, 16, "int8", 8), WeightType(8, 16, "int4", 16)
     dense = WeightType(24, 16, "float16", 0)
     found = linears(build(describe(k_proj=int8, v_proj=longer, up_proj=dense)))
-    assert [(name, w.type.grid, w.type.group_size, w.rows) for name, w in found.items() if name.startswith("layers.0")] == [
+    first = {name: w for name, w in found.items() if name.startswith("layers.0")}
+    assert [(name, w.type.grid, w.type.group_size, w.rows) for name, w in first.items()] == [
         ("layers.0.qkv.0", "int4", 8, (16,)),
         ("layers.0.qkv.1", "int8", 8, (8,)),
         ("layers.0.qkv.2", "int4", 16, (8,)),
