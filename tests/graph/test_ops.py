@@ -9,14 +9,17 @@ from compiler.graph import ops
 from compiler.graph.ops import SIGNATURES
 
 FLOAT = ops.tensor((2, 8), "float32")
-ATTRS = {"eps": 1e-5, "group": 32, "bits": 4, "heads": 4, "kv_heads": 2, "head_dim": 16}
+ATTRS: dict[str, ops.Attr] = {
+    "eps": 1e-5, "group": 32, "bits": 4, "heads": 4, "kv_heads": 2, "head_dim": 16, "scale": 0.25, "softcap": 0.0,
+    "window": 0, "times": 2.0, "grid": "nf4", "cap": 30.0,
+}  # fmt: skip
 
 
 def variables(name: str) -> list[relax.Var]:
     return [relax.Var(arg, ops.tensor((i + 1, 8), "float16")) for i, arg in enumerate(SIGNATURES[name].args)]
 
 
-def attributes(name: str) -> dict[str, int | float]:
+def attributes(name: str) -> dict[str, ops.Attr]:
     return {key: ATTRS[key] for key in SIGNATURES[name].attrs}
 
 

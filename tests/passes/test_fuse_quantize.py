@@ -14,7 +14,7 @@ from compiler.passes.fuse_quantize import FuseQuantize
 
 FUSE: Any = FuseQuantize()
 X, Weight, GateUp = R.Tensor((2, 64), "float32"), R.Tensor((64,), "float32"), R.Tensor((2, 128), "float32")
-Q, Scale, Sum = R.Tensor((2, 2, 2, 16), "int8"), R.Tensor((2, 2), "float32"), R.Tensor((2, 2), "int32")
+Q, Scale, Sum = R.Tensor((2, 2, 32), "int8"), R.Tensor((2, 2), "float32"), R.Tensor((2, 2), "int32")
 Quantized = R.Tuple(Q, Scale, Sum)
 
 

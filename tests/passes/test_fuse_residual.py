@@ -15,7 +15,7 @@ FUSE: Any = FuseResidual()
 X, Y = R.Tensor((2, 64), "float32"), R.Tensor((2, 16), "float32")
 Weight, Codes = R.Tensor((16, 64), "uint16"), R.Tensor((16, 64), "uint8")
 Scales, Zeros = R.Tensor((16, 2), "float16"), R.Tensor((16, 2), "int16")
-Q, Scale, Sum = R.Tensor((2, 2, 2, 16), "int8"), R.Tensor((2, 2), "float32"), R.Tensor((2, 2), "int32")
+Q, Scale, Sum = R.Tensor((2, 2, 32), "int8"), R.Tensor((2, 2), "float32"), R.Tensor((2, 2), "int32")
 
 
 @I.ir_module

@@ -21,8 +21,8 @@ from schedules.kernel import Kernel, Packing, Request, TensorSpec, Unsupported, 
 
 NATIVE, RPI4 = targets.load("native"), targets.load("rpi4")
 One, Many, Out1, Out16 = (R.Tensor(shape, "float32") for shape in ((1, 64), (16, 64), (1, 40), (16, 40)))
-Q1, Scale1, Sum1 = R.Tensor((1, 2, 2, 16), "int8"), R.Tensor((1, 2), "float32"), R.Tensor((1, 2), "int32")
-Q16, Scale16, Sum16 = R.Tensor((16, 2, 2, 16), "int8"), R.Tensor((16, 2), "float32"), R.Tensor((16, 2), "int32")
+Q1, Scale1, Sum1 = R.Tensor((1, 2, 32), "int8"), R.Tensor((1, 2), "float32"), R.Tensor((1, 2), "int32")
+Q16, Scale16, Sum16 = R.Tensor((16, 2, 32), "int8"), R.Tensor((16, 2), "float32"), R.Tensor((16, 2), "int32")
 Codes, Scales, Zeros = R.Tensor((40, 64), "uint8"), R.Tensor((40, 2), "float16"), R.Tensor((40, 2), "int16")
 Qkv, Rope, Span = R.Tensor((1, 12), "float32"), R.Tensor((32, 4), "float32"), R.Tensor((2,), "int32")
 Keys, Values = R.Tensor((1, 2, 4, 16), "float16"), R.Tensor((1, 32, 4), "float16")
@@ -72,8 +72,9 @@ class InPlace:
             new_keys = appended[1]
             new_values = appended[2]
             y = R.call_pure_packed(
-                "quern.attention", q, new_keys, new_values, span, 1, 1, 4, ty_args=R.Tensor((1, 4), "float32")
-            )
+                "quern.attention", q, new_keys, new_values, span, 1, 1, 4, 0.5, 0.0, 0,
+                ty_args=R.Tensor((1, 4), "float32"),
+            )  # fmt: skip
             out = y
             R.output(out)
         return out
@@ -106,8 +107,8 @@ def test_equal_calls_share_a_kernel(lowered: Lowered) -> None:
 
 
 def test_weights_take_the_layout_of_their_kernel_in_every_function(lowered: Lowered) -> None:
-    want = {  # 40 rows are 4 blocks of 16 in pairs; 32 inputs of 4 bits are 4 steps of 4 bytes a row
-        "codes": ((4, 2, 4, 16, 4), "uint8"),
+    want = {  # 40 rows are 4 blocks of 16 in pairs; 32 inputs of 4 bits are 4 steps of one vector, 4 bytes a row
+        "codes": ((4, 2, 4, 1, 16, 4), "uint8"),
         "scale": ((4, 2, 16), "float16"),
         "zero": ((4, 2, 16), "uint8"),
     }
