@@ -181,6 +181,7 @@ def test_a_tokenizer_of_another_model(model: Path, refusal: Callable[..., str]) 
     )
 
 
+@pytest.mark.slow
 def test_act_order(model: Path, refusal: Callable[..., str]) -> None:
     """Two inputs that changed groups: found when the weight is read, after the code was generated."""
     info = open_checkpoint(model).tensors["model.layers.0.self_attn.q_proj.g_idx"]

@@ -7,14 +7,16 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from runtime import manifest
 from runtime.tokenizer import Tokenizer
 from tests.end_to_end import commands
-from tests.end_to_end.bundles import Bundles
+from tests.end_to_end.bundles import Bundles, Sessions, all_logits
 from tests.end_to_end.places import DEMO
 
+pytestmark = pytest.mark.slow
 PATIENCE_S = 300
 # On the exact path this ends by itself, and every token is ahead of the next best by more than 0.1.
 PROMPT = "There was a big tree in the garden. Under the tree lived"
@@ -140,6 +142,15 @@ def test_generate_json(exact: Path, name: str, options: tuple[object, ...]) -> N
     if name == "stop":
         assert said["stop_reason"] == "stop"
         assert said["text"] == " in a big tree. The tree was very "
+
+
+def test_logits_as_a_file(exact: Path, sessions: Sessions, tmp_path: Path) -> None:
+    """On as many threads as the runtime takes, the same bits as on the one thread of a session here."""
+    ids = list(range(3, 200))
+    np.save(tmp_path / "ids.npy", ids)
+    done = commands.run("runtime", "logits", exact, "--ids", "ids.npy", "--out", "logits.npy", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert np.array_equal(np.load(tmp_path / "logits.npy"), all_logits(sessions(exact), ids))
 
 
 def test_generate_without_json_says_the_same(exact: Path) -> None:

@@ -67,6 +67,7 @@ def test_the_bound_shows_a_single_wrong_code() -> None:
             weight.data[row, column] = before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.stem)
 def test_perplexity(text: Path, demo: Path, bundles: Bundles, sessions: Sessions, figure: Figure) -> None:
     parts = windows(text.read_text(encoding="utf-8"), DEMO / "tokenizer.json")

@@ -15,6 +15,7 @@ from tests.end_to_end.conftest import Figure
 from tests.end_to_end.perplexity import perplexity, windows
 from tests.end_to_end.places import BABYLLAMA, OWN_TEXT, STORIES260K
 
+pytestmark = pytest.mark.slow
 STEPS = 64
 PROMPTS = ("Once upon a time", "One day, Tom", "The sun was")
 # What int8 activations and an 8-bit head may cost; at most 0.26 % seen, with one scale for a whole row.

@@ -18,6 +18,7 @@ from tests.end_to_end import commands
 from tests.end_to_end.bundles import Bundles
 from tests.end_to_end.places import DEMO, REPO
 
+pytestmark = pytest.mark.slow
 # int8 paths differ in the order of their sums, which may move a logit by 0.14 (test_chunks.py): every token here
 # is ahead of the next best by 0.22 or more.
 PROMPT = "Lily and Tom"

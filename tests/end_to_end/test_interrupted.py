@@ -22,6 +22,7 @@ from tests.end_to_end import commands
 from tests.end_to_end.bundles import SHORT, Bundles
 from tests.end_to_end.places import STORIES260K
 
+pytestmark = pytest.mark.slow
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 PATIENCE_S = 120
 
