@@ -90,10 +90,13 @@ def test_json_tells_about_the_build(built: tuple[Built, Built]) -> None:
         "target": "native",
         "model": DEMO.name,
         "parameters": made.model.parameters,
-        "quantization": {"format": "gptq", "bits": 4, "group_size": 128, "activations": "int8", "head_bits": 8},
+        "quantization": {
+            "format": "gptq", "bits": 4, "group_size": 128, "activations": "int8", "checkpoint_activations": None,
+            "head_bits": 8,
+        },
         "weights_bytes": (built[0].bundle / "weights.bin").stat().st_size,
         "planned_peak_bytes": made.memory.planned_peak_bytes,
-    }
+    }  # fmt: skip
     assert [stage["stage"] for stage in stages] == STAGES
     assert all(set(stage) == {"stage", "seconds", "bytes"} and stage["seconds"] >= 0 for stage in stages)
     sizes = {stage["stage"]: stage["bytes"] for stage in stages if stage["bytes"] is not None}
