@@ -64,7 +64,9 @@ def link(objects: list[Path], out: Path, target: Target) -> None:
 
 def export(executable: Any, out: Path, target: Target) -> None:
     """Write what `tvm.compile` or `relax.build` made for `target` as one shared library. Raises LinkError."""
-    with tempfile.TemporaryDirectory(prefix="quern-export-") as scratch:
+    # Beside `out`, as in `link`: what a signal leaves while the folder is being made goes with the one it is in.
+    beside = out.parent.resolve()
+    with tempfile.TemporaryDirectory(dir=beside, prefix=".objects.", ignore_cleanup_errors=True) as scratch:
         executable.export_library(
             str(out), fcompile=lambda _, files: link([Path(f) for f in files], out, target), workspace_dir=scratch
         )
