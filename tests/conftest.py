@@ -6,6 +6,7 @@ import re
 from collections.abc import Generator
 from typing import Any
 
+import hypothesis
 import pytest
 
 from tests.board import arm64
@@ -16,6 +17,9 @@ ALLOWED_SKIPS = (
     r"no NVIDIA GPU",
 )
 IN_CI = bool(os.environ.get("CI"))
+# CI tries the same examples every time; a busy machine is no failure.
+hypothesis.settings.register_profile("quern", deadline=None, derandomize=IN_CI)
+hypothesis.settings.load_profile("quern")
 
 
 def unwanted_skip(reason: str) -> bool:

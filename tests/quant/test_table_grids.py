@@ -109,7 +109,7 @@ def perplexity(model: Path, source: Source, out: Path, activations: str) -> floa
     made = open_bundle(out)
     text = (samples.folder("text") / "tinystories-eval.txt").read_text(encoding="utf-8")[: 8 * TOKENS]
     ids = np.array(Tokenizer(made.path / "tokenizer.json").encode(text)[:TOKENS], np.int32)
-    session, lost, count = Session(made, 2), 0.0, 0
+    session, lost, count = Session(made, 1), 0.0, 0
     for start in range(0, len(ids), WINDOW):
         window = ids[start : start + WINDOW]
         session.reset()

@@ -16,6 +16,7 @@ from runtime.errors import InputError, VmError
 from runtime.sampler import Sampler, Sampling, distribution
 
 LOG = [math.log(p) for p in (0.5, 0.25, 0.15, 0.1)]
+TIE = 1e-5  # logits this close may have equal float32 probabilities: 20 / 2^24 at a temperature of 0.3 and more
 ROUNDING = 1e-6  # float32 logits: 2^-24 relative each, times a handful of operations
 
 
@@ -133,7 +134,7 @@ def test_the_best_stays_and_probabilities_sum_to_one(values: list[float], option
     ids, probabilities = distribution(logits, options)
     assert (np.diff(ids) > 0).all()
     assert abs(probabilities.sum() - 1) < 1e-9
-    assert logits[ids].max() == logits.max()
+    assert logits[ids].max() >= logits.max() - TIE
     dropped = np.setdiff1d(np.arange(len(logits)), ids)
     assert not len(dropped) or logits[dropped].max() <= logits[ids].min() + 1e-6
 
