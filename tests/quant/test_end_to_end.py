@@ -16,6 +16,7 @@ from tests.quant import samples
 LOGITS_TOLERANCE = 5e-5
 SAMPLES = [  # folder, which of the recorded logits come from dequantised weights alone
     ("auto-gptq-gptq-4bit-sym-g128", "logits"),
+    ("gptqmodel-gptq-4bit-sym-g128-descact", "logits"),  # act-order
     ("autoawq-awq-4bit-gemm-g128", "logits"),
     ("auto-round-autoround-sym-g128", "logits_numpy_dequant"),
     ("llmcompressor-compressed-tensors-w4a16-asym-rtn", "logits"),
