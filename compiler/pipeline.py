@@ -38,7 +38,6 @@ from targets import Target
 LIBRARY, WEIGHTS = "model.so", "weights.bin"
 DECODERS = 2  # weights decoded at a time; numpy lets threads run beside each other, and each holds one layer
 CHUNKS = (16, 128)  # prompt tokens a call; the runtime cuts a prompt into these
-ACTIVATIONS = ("int8", "exact")
 
 
 @dataclass(frozen=True)
