@@ -18,17 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compiler.errors import FormatError, UnsupportedError
-from compiler.quant.formats.dense import DenseSource
 from compiler.quant.grids import integer_grid
-from compiler.quant.ir import DENSE_STORAGE, DenseWeight, QuantWeight, WeightType
+from compiler.quant.ir import DENSE_STORAGE, QuantWeight, WeightType
 from compiler.quant.patterns import Rules
-from compiler.quant.reference import F32
+from compiler.quant.qweight_source import QweightSource
 from compiler.quant.source import (
     CheckpointView,
     ConfigView,
     Source,
     TensorView,
-    read_bias,
     read_scales,
     refuse_not_finite,
     scale_type,
@@ -81,65 +79,20 @@ def open(checkpoint: CheckpointView) -> Source:  # noqa: A001 - what every forma
     return AwqSource(checkpoint, _read_config(quantization), Rules[AwqConfig | None]())
 
 
-class AwqSource:
-    """Modules with a qweight are decoded, all others come as they are. A rule of None: is not quantised."""
+class AwqSource(QweightSource[AwqConfig]):
+    """AWQ's part of QweightSource."""
 
-    def __init__(self, checkpoint: CheckpointView, config: AwqConfig, rules: Rules[AwqConfig | None]) -> None:
-        self._checkpoint = checkpoint
-        self._config = config
-        self._rules = rules
-        self._dense = DenseSource(checkpoint)
-
-    def modules(self) -> list[str]:
-        """Quantised and dense modules, in the order of the file."""
-        quantised = [name.removesuffix(".qweight") for name in self._checkpoint.tensors if name.endswith(".qweight")]
-        return quantised + self._dense.modules()
-
-    def has(self, module: str) -> bool:
-        """Whether there is such a weight matrix, in either form."""
-        return self._quantised(module) or self._dense.has(module)
-
-    def describe(self, module: str) -> WeightType:
-        """Shape and kind from the header; every shape is checked against the configuration."""
-        if not self._quantised(module):
-            return self._dense.describe(module)
+    def describe_packed(self, module: str) -> WeightType:
+        """From the header alone."""
         k, n, group_size = _check_shapes(self._checkpoint, module, self._config_of(module))
         return WeightType(n, k, GRID.name, group_size, scale_type(self._checkpoint, f"{module}.scales"))
 
-    def load(self, module: str) -> QuantWeight | DenseWeight:
-        """Decode one module."""
-        if not self._quantised(module):
-            return self._dense.load(module)
-        self.describe(module)
+    def load_packed(self, module: str) -> QuantWeight:
+        """Through AWQ's own unpacking."""
         array = self._checkpoint.array
         raw = Raw(array(f"{module}.qweight"), array(f"{module}.qzeros"),
                   read_scales(self._checkpoint, f"{module}.scales"))
         return decode(raw, self._config_of(module), self._where(module))
-
-    def bias(self, module: str) -> F32 | None:
-        """What the linear layer adds, if anything."""
-        return read_bias(self._checkpoint, module, self.describe(module).n)
-
-    def vector(self, name: str) -> F32:
-        """A norm weight as float32."""
-        return self._dense.vector(name)
-
-    def _where(self, module: str) -> str:
-        return f"{self._checkpoint.tensors[f'{module}.qweight'].file}: {module}"
-
-    def _config_of(self, module: str) -> AwqConfig:
-        config = self._rules.first(module, self._config)
-        if config is None:
-            raise FormatError(f"{self._where(module)} is quantised, but config.json says that this module is not. The "
-                              f"configuration belongs to another checkpoint, or was edited.")
-        return config
-
-    def _quantised(self, module: str) -> bool:
-        found = f"{module}.qweight" in self._checkpoint.tensors
-        if found and self._dense.has(module):
-            raise FormatError(f"{self._checkpoint.path}: {module} has both .weight and .qweight. "
-                              f"Remove the one that is not the model's.")
-        return found
 
 
 def decode(raw: Raw, config: AwqConfig, where: str) -> QuantWeight:

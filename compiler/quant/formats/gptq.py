@@ -17,18 +17,16 @@ from numpy.typing import NDArray
 
 from compiler.errors import FormatError, UnsupportedError
 from compiler.quant import act_order
-from compiler.quant.formats.dense import DenseSource
 from compiler.quant.grids import integer_grid
-from compiler.quant.ir import DenseWeight, QuantWeight, WeightType, order_digest
+from compiler.quant.ir import QuantWeight, WeightType, order_digest
 from compiler.quant.packing import unpack
 from compiler.quant.patterns import Rules
-from compiler.quant.reference import F32
+from compiler.quant.qweight_source import QweightSource
 from compiler.quant.source import (
     CheckpointView,
     ConfigView,
     Source,
     TensorView,
-    read_bias,
     read_scales,
     refuse_not_finite,
     scale_type,
@@ -87,28 +85,11 @@ def open(checkpoint: CheckpointView) -> Source:  # noqa: A001 - what every forma
     return GptqSource(checkpoint, *_read_config(quantization))
 
 
-class GptqSource:
-    """Modules with a qweight are decoded, all others come as they are."""
+class GptqSource(QweightSource[GptqConfig]):
+    """GPTQ's part of QweightSource."""
 
-    def __init__(self, checkpoint: CheckpointView, config: GptqConfig, rules: Rules[GptqConfig | None]) -> None:
-        self._checkpoint = checkpoint
-        self._config = config
-        self._rules = rules
-        self._dense = DenseSource(checkpoint)
-
-    def modules(self) -> list[str]:
-        """Quantised and dense modules, in the order of the file."""
-        quantised = [name.removesuffix(".qweight") for name in self._checkpoint.tensors if name.endswith(".qweight")]
-        return quantised + self._dense.modules()
-
-    def has(self, module: str) -> bool:
-        """Whether there is such a weight matrix, in either form."""
-        return self._quantised(module) or self._dense.has(module)
-
-    def describe(self, module: str) -> WeightType:
-        """Shape and kind from the header and g_idx; every shape is checked against the configuration."""
-        if not self._quantised(module):
-            return self._dense.describe(module)
+    def describe_packed(self, module: str) -> WeightType:
+        """From the header and g_idx."""
         config = self._config_of(module)
         k, n, group_size = _check_shapes(self._checkpoint, module, config)
         scale = scale_type(self._checkpoint, f"{module}.scales")
@@ -116,44 +97,16 @@ class GptqSource:
         digest = "" if order is None else order_digest(order)
         return WeightType(n, k, integer_grid(config.bits).name, group_size, scale, permuted=bool(digest), order=digest)
 
-    def load(self, module: str) -> QuantWeight | DenseWeight:
-        """Decode one module."""
-        if not self._quantised(module):
-            return self._dense.load(module)
-        self.describe(module)
+    def load_packed(self, module: str) -> QuantWeight:
+        """Through GPTQ's own unpacking."""
         array = self._checkpoint.array
         scales = read_scales(self._checkpoint, f"{module}.scales")
         raw = Raw(array(f"{module}.qweight"), array(f"{module}.qzeros"), scales, self._g_idx(module))
         return decode(raw, self._config_of(module), self._where(module))
 
-    def bias(self, module: str) -> F32 | None:
-        """What the linear layer adds, if anything: in the order of its outputs, whatever the act-order."""
-        return read_bias(self._checkpoint, module, self.describe(module).n)
-
-    def vector(self, name: str) -> F32:
-        """A norm weight as float32."""
-        return self._dense.vector(name)
-
     def _g_idx(self, module: str) -> NDArray[np.int32] | None:
         name = f"{module}.g_idx"
         return self._checkpoint.array(name) if name in self._checkpoint.tensors else None
-
-    def _where(self, module: str) -> str:
-        return f"{self._checkpoint.tensors[f'{module}.qweight'].file}: {module}"
-
-    def _config_of(self, module: str) -> GptqConfig:
-        config = self._rules.first(module, self._config)
-        if config is None:
-            raise FormatError(f"{self._where(module)} is quantised, but config.json says that this module is not. The "
-                              f"configuration belongs to another checkpoint, or was edited.")
-        return config
-
-    def _quantised(self, module: str) -> bool:
-        found = f"{module}.qweight" in self._checkpoint.tensors
-        if found and self._dense.has(module):
-            raise FormatError(f"{self._checkpoint.path}: {module} has both .weight and .qweight. "
-                              f"Remove the one that is not the model's.")
-        return found
 
 
 def decode(raw: Raw, config: GptqConfig, where: str) -> QuantWeight:
