@@ -1,7 +1,9 @@
 """What a schedule file offers: operator name -> scheduled kernel. Files are found by walking the folder.
 
 Every schedule file has `LOWERS: dict[str, Lower]`. A `Lower` gets a `Request` and gives a `Kernel`, or raises
-`Unsupported` with the reason. Letters: n = output features, k = input features, m = tokens in the call.
+`Unsupported` with the reason. Several files may offer one operator: they are asked in order of their `RANK` (0 if a
+file states none), highest first, and one that is not meant for a request raises `NotSuited`.
+Letters: n = output features, k = input features, m = tokens in the call.
 """
 
 from __future__ import annotations
@@ -20,6 +22,10 @@ if TYPE_CHECKING:
 
 class Unsupported(ValueError):
     """No schedule for this request on this target: the message says which operator, shape and target."""
+
+
+class NotSuited(Exception):
+    """This family is not meant for the request, say for its instruction set or token count: ask the next one."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +87,26 @@ def spelled(number: float) -> str:
 
 
 def lowerings() -> dict[str, Lower]:
-    """All operators that have a schedule, collected from every module in this package. A name in two files is a bug."""
+    """All operators that have a schedule, collected from every module in this package."""
     import schedules
 
-    found: dict[str, Lower] = {}
+    offers: dict[str, list[tuple[int, str, Lower]]] = {}
     for info in pkgutil.iter_modules(schedules.__path__):
         module = importlib.import_module(f"schedules.{info.name}")
         for op, lower in getattr(module, "LOWERS", {}).items():
-            assert op not in found, f"{op} is lowered by two files"
-            found[op] = lower
-    return found
+            offers.setdefault(op, []).append((-getattr(module, "RANK", 0), info.name, lower))
+    for op, found in offers.items():
+        assert len({rank for rank, _, _ in found}) == len(found), f"{op} is lowered by two files of equal RANK"
+    return {op: _first_suited([lower for _, _, lower in sorted(found)]) for op, found in offers.items()}
+
+
+def _first_suited(families: list[Lower]) -> Lower:
+    first, *rest = families
+
+    def lower(request: Request) -> Kernel:
+        try:
+            return first(request)
+        except NotSuited:
+            return _first_suited(rest)(request)
+
+    return lower if rest else first
