@@ -20,7 +20,8 @@ score brings the factor 2^(MASKED - score) = 0.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from functools import reduce
 from operator import add
 from typing import Any
@@ -29,7 +30,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from schedules import vector
-from schedules.kernel import Kernel, Request, spelled
+from schedules.kernel import Kernel, Request, Space, spelled
 from schedules.vector import LANES, LOG2_E, Expr
 
 MASKED = -1e30  # below any score of finite fp16 keys; 2^(MASKED - maximum) is exactly 0
@@ -313,4 +314,32 @@ def lower(request: Request) -> Kernel:
     return Kernel(name, builder.get())
 
 
+def space(request: Request) -> Space:
+    """What tuning may try. The best block and accumulators depend on registers and caches, not on the scale."""
+    (m, _), item = request.args[0].shape, request.args[1].dtype
+    heads, kv_heads, d = (int(request.attrs[key]) for key in ("heads", "kv_heads", "head_dim"))
+    default = asdict(plan(request, m, heads // kv_heads, d, 2 if item == "float16" else 4))
+    group = heads // kv_heads
+
+    def allowed(knobs: Mapping[str, int]) -> bool:
+        rows = knobs["tile"] * group
+        fits = knobs["key_rows"] * knobs["key_chains"] <= 32 and knobs["value_rows"] * knobs["value_vectors"] <= 32
+        return fits and knobs["key_rows"] <= rows and knobs["value_rows"] <= rows and rows <= 32
+
+    tried = {
+        "tile": tuple(t for t in (1, 2, 4, 8, 16) if m % t == 0),
+        "block": (32, 64, 128, 256),
+        "key_rows": (1, 2, 4, 8),
+        "key_chains": tuple(c for c in (1, 2, 4, 8) if d % c == 0),
+        "value_rows": (1, 2, 4, 8),
+        "value_vectors": tuple(v for v in (1, 2, 4) if max(1, d // LANES) % v == 0),
+        "prefetch": (0, 1),
+    }
+    workload = {"m": m, "heads": heads, "kv_heads": kv_heads, "head_dim": d, "capacity": request.args[2].shape[1]}
+    workload |= {"cache": item, "window": int(request.attrs.get("window", 0))}
+    name = f"attention.v{request.target.vector_bits}"
+    return Space.around(default, tried, schedule=name, workload=workload, allowed=allowed)
+
+
 LOWERS = {"quern.attention": lower}
+SPACES = {"quern.attention": space}

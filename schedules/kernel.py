@@ -1,5 +1,7 @@
 """What a schedule file offers: operator name -> scheduled kernel. Files are found by walking the folder.
 
+A file whose kernels can be tuned also has `SPACES: dict[str, Callable[[Request], Space]]`, what may be chosen.
+
 Every schedule file has `LOWERS: dict[str, Lower]`. A `Lower` gets a `Request` and gives a `Kernel`, or raises
 `Unsupported` with the reason. Several files may offer one operator: they are asked in order of their `RANK` (0 if a
 file states none), highest first, and one that is not meant for a request raises `NotSuited`.
@@ -9,9 +11,11 @@ Letters: n = output features, k = input features, m = tokens in the call.
 from __future__ import annotations
 
 import importlib
+import itertools
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,6 +30,10 @@ class Unsupported(ValueError):
 
 class NotSuited(Exception):
     """This family is not meant for the request, say for its instruction set or token count: ask the next one."""
+
+
+class OutsideSpace(ValueError):
+    """Knobs that a schedule does not have, or values that it does not take: the message says which."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,52 @@ class Kernel:
     packings: Mapping[int, Packing] = field(default_factory=dict)
 
 
+def _all_allowed(knobs: Mapping[str, int]) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Space:
+    """What may be chosen when a family lowers a request, every choice by name, so that records outlive the code.
+
+    schedule: family and instruction set, "linear_int8.avx512_vnni": records of one never serve another.
+    workload: what sets calls apart for tuning; calls that agree in it share their knobs.
+    default: the stated default. choices: for every knob of the default the values worth trying, the default's included.
+    macs: multiply-adds of a call, 0 where nobody counts them. allowed: False for points that are senseless or repeat
+    another one.
+    """
+
+    schedule: str
+    workload: Mapping[str, int | str]
+    default: Mapping[str, int]
+    choices: Mapping[str, tuple[int, ...]]
+    macs: int = 0
+    allowed: Callable[[Mapping[str, int]], bool] = _all_allowed
+
+    @classmethod
+    def around(cls, default: Mapping[str, int], tried: Mapping[str, tuple[int, ...]], **rest: Any) -> Space:
+        """The space of `tried` values and the default's; a knob that `tried` leaves out stays at its default."""
+        choices = {name: tuple(sorted({*tried.get(name, ()), value})) for name, value in default.items()}
+        return cls(default=dict(default), choices=choices, **rest)
+
+    def points(self) -> Iterator[dict[str, int]]:
+        """Every allowed point but the default."""
+        for values in itertools.product(*self.choices.values()):
+            point = dict(zip(self.choices, values, strict=True))
+            if point != self.default and self.allowed(point):
+                yield point
+
+    def check(self, knobs: Mapping[str, int]) -> None:
+        """Raise OutsideSpace unless `knobs` names every knob, with values of this space."""
+        if odd := sorted(set(knobs) ^ set(self.choices)):
+            what = f"has no knob {odd[0]!r}" if odd[0] in knobs else f"needs the knob {odd[0]!r}"
+            raise OutsideSpace(f"{self.schedule} {what}; its knobs are {', '.join(self.choices)}")
+        for name, value in knobs.items():
+            if value not in self.choices[name]:
+                values = ", ".join(map(str, self.choices[name]))
+                raise OutsideSpace(f"{self.schedule}: {name} is {value}, but must be one of {values}")
+
+
 Lower = Callable[[Request], Kernel]
 
 
@@ -86,18 +140,41 @@ def spelled(number: float) -> str:
     return f"{number:.8e}".replace("-", "m").replace("+", "p").replace(".", "_")
 
 
-def lowerings() -> dict[str, Lower]:
-    """All operators that have a schedule, collected from every module in this package."""
+def _families() -> dict[str, list[ModuleType]]:
+    """Schedule files by operator, the one that is asked first in front."""
     import schedules
 
-    offers: dict[str, list[tuple[int, str, Lower]]] = {}
+    offers: dict[str, list[ModuleType]] = {}
     for info in pkgutil.iter_modules(schedules.__path__):
         module = importlib.import_module(f"schedules.{info.name}")
-        for op, lower in getattr(module, "LOWERS", {}).items():
-            offers.setdefault(op, []).append((-getattr(module, "RANK", 0), info.name, lower))
+        for op in getattr(module, "LOWERS", {}):
+            offers.setdefault(op, []).append(module)
     for op, found in offers.items():
-        assert len({rank for rank, _, _ in found}) == len(found), f"{op} is lowered by two files of equal RANK"
-    return {op: _first_suited([lower for _, _, lower in sorted(found)]) for op, found in offers.items()}
+        assert len({_rank(module) for module in found}) == len(found), f"{op} is lowered by two files of equal RANK"
+        found.sort(key=_rank, reverse=True)
+    return offers
+
+
+def _rank(module: ModuleType) -> int:
+    return int(getattr(module, "RANK", 0))
+
+
+def lowerings() -> dict[str, Lower]:
+    """All operators that have a schedule, collected from every module in this package."""
+    return {op: _first_suited([module.LOWERS[op] for module in found]) for op, found in _families().items()}
+
+
+def space(request: Request) -> Space | None:
+    """What may be chosen for this request by the family that will lower it; None if that has nothing to choose."""
+    for module in _families()[request.op]:
+        try:
+            if request.op in getattr(module, "SPACES", {}):
+                return module.SPACES[request.op](request)  # type: ignore[no-any-return]
+            module.LOWERS[request.op](request)
+        except NotSuited:
+            continue
+        return None
+    return None
 
 
 def _first_suited(families: list[Lower]) -> Lower:

@@ -28,13 +28,14 @@ from tvm.script.ir_builder import tirx as T
 from schedules import isa as isas
 from schedules import storage as storages
 from schedules.geometry import Geometry
-from schedules.kernel import Kernel, Request
+from schedules.kernel import Kernel, Request, Space
 from schedules.packed import affine_of, blocks, weight_packings
 from schedules.storage import LANES, QUAD, Storage, Table
 
 CODES, SCALE = 3, 4  # argument positions of the weight; its zero or offset is next
 LEVEL_MAX = 127
 ROOMY_L1D_KIB = 48
+MOST_ACCUMULATORS = 32  # row blocks x tokens: beyond the vector registers of any instruction set here
 
 
 def int8_levels(values: tuple[float, ...]) -> tuple[Table, float]:
@@ -215,3 +216,34 @@ def lower(request: Request) -> Kernel:
 LOWERS = {
     f"quern.linear_int8{affine}{tail}": lower for affine in ("", "_offset", "_table") for tail in ("", "_residual")
 }
+
+
+def space(request: Request) -> Space:
+    """What tuning may try. Scale's dtype and a residual change a few bytes of the traffic: such calls share records."""
+    group, affine = int(request.attrs["group"]), affine_of(request.op)
+    m, (n, k) = request.args[0].shape[0], request.args[CODES].shape
+    geometry, isa = Geometry(k, group), isas.choose(request.target)
+    storage = storages.choose(int(request.attrs["bits"]), geometry.width)
+    default = default_knobs(m, n, geometry, storage, isa, request.target.l1d_kib_per_core)
+
+    def dividing(of: int, *values: int) -> tuple[int, ...]:
+        return tuple(v for v in values if of % v == 0)
+
+    def allowed(knobs: Mapping[str, int]) -> bool:
+        asks = knobs["prefetch_bytes"] > 0 or knobs["prefetch_level"] == default["prefetch_level"]
+        return asks and knobs["row_blocks"] * knobs["tokens"] <= MOST_ACCUMULATORS
+
+    tried = {
+        "row_blocks": dividing(blocks(n), 1, 2, 4, 8, 16),
+        "tokens": dividing(m, 1, 2, 4, 8, 16) if m > 1 else (),
+        "unroll": dividing(geometry.width // storage.inputs, 1, 2, 4, 8, 16),
+        "prefetch_bytes": (0, 512, 1024, 2048, 4096) if m == 1 else (0, 1024),
+        "prefetch_level": (1, 2),
+    }
+    kind = request.attrs.get("grid", affine)
+    workload = {"m": m, "n": n, "k": k, "bits": int(request.attrs["bits"]), "group": group, "kind": str(kind)}
+    name = f"linear_int8.{isa.NAME}"
+    return Space.around(default, tried, schedule=name, workload=workload, macs=m * n * k, allowed=allowed)
+
+
+SPACES = dict.fromkeys(LOWERS, space)

@@ -3,6 +3,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# LLVM's names of what multiplies integers: with these, another kernel is the right one.
+DOT_FEATURES = ("amx-int8", "avx512vnni", "avxvnniint8", "avxvnni", "i8mm", "dotprod")
+
 
 class TargetError(Exception):
     """A target that does not exist, a target file that is wrong, or a CPU that quern cannot serve."""
@@ -40,6 +43,15 @@ class Target:
     def has(self, feature: str) -> bool:
         """True when the CPU has this LLVM feature, named without a sign: has("avx512vnni")."""
         return f"+{feature}" in self.features
+
+    @property
+    def tuning_key(self) -> str:
+        """Folder of this target's tuning records: its name, or what `native` machines must share to share records."""
+        if self.name != "native":
+            return self.name
+        dots = [name for name in DOT_FEATURES if self.has(name)]
+        l1d = f"l1d{self.l1d_kib_per_core}k" if self.l1d_kib_per_core else "l1d-unknown"
+        return "-".join([self.mcpu, *dots, l1d])
 
     def tvm_target(self) -> dict[str, str | int | list[str]]:
         """The argument of `tvm.target.Target`, as plain data."""

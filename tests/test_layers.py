@@ -35,7 +35,10 @@ LAW: dict[str, set[str]] = {
     "compiler.graph": {"compiler.quant.ir", "numpy", "tvm"},
     "compiler.models": {"compiler.checkpoint.config", "compiler.graph", "compiler.quant.ir", "tvm"},
     "compiler.passes": {"compiler.graph", "compiler.quant", "schedules", "targets", "tvm"},
-    "compiler.tune": {"compiler.passes", "schedules", "targets", "tvm"},
+    "compiler.tune": {
+        "compiler.graph.ops", "compiler.measure.read_bandwidth", "compiler.passes", "numpy", "schedules", "targets",
+        "tvm", "xgboost",
+    },
     "compiler.codegen": {"numpy", "runtime.manifest", "targets", "tvm"},
     "compiler.codegen.chat_format": {"jinja2", "runtime.manifest"},
     "compiler.codegen.tokenizer_files": {"tokenizers"},

@@ -41,17 +41,18 @@ def build(nbytes: int, target: Target, out: Path) -> list[str]:
         data = relax.Var("data", ops.tensor((nbytes // 4,), "int32"))
         names.append(f"read_{streams}_{level}")
         with builder.function(names[-1]):
-            kernel = builder.add_func(
-                _kernel(nbytes, streams, level).without_attr("global_symbol"), f"reader_{streams}_{level}"
+            reader = builder.add_func(
+                kernel(nbytes, streams, level).without_attr("global_symbol"), f"reader_{streams}_{level}"
             )
-            result = builder.emit(relax.call_tir(kernel, relax.Tuple([data]), ops.tensor((SLICES, LANES), "int32")))
+            result = builder.emit(relax.call_tir(reader, relax.Tuple([data]), ops.tensor((SLICES, LANES), "int32")))
             builder.emit_func_output(result, params=[data])
     executable = relax.build(builder.get(), tvm.target.Target(target.tvm_target()))
     link.export(executable, out, target)
     return names
 
 
-def _kernel(nbytes: int, streams: int, level: int) -> Any:
+def kernel(nbytes: int, streams: int, level: int) -> Any:
+    """read(data i32[nbytes / 4], out i32[64, 16]): the exclusive or of all words, slice by slice."""
     part = nbytes // SLICES // streams
     lanes = T.ramp(0, 1, LANES)
     with IRBuilder() as builder:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import tvm
 from tvm import relax
@@ -18,31 +18,61 @@ from targets import Target
 
 
 @dataclass(frozen=True)
+class Decision:
+    """Knobs that were measured to be better than a schedule's default, and the name of the record that says so."""
+
+    knobs: Mapping[str, int]
+    record: str
+
+
+Decide = Callable[[Request], Decision | None]
+
+
+@dataclass(frozen=True)
 class Lowered:
-    """The module of `call_tir`s, and the layout of every weight parameter that changed, by parameter name."""
+    """The module of `call_tir`s, the layout of every weight parameter that changed, by parameter name, and decisions
+    that were applied, by kernel name.
+    """
 
     mod: tvm.IRModule
     packings: Mapping[str, Packing]
+    tuned: Mapping[str, Decision]
 
 
-def lower_to_schedules(mod: tvm.IRModule, target: Target) -> Lowered:
+def requests(mod: tvm.IRModule, target: Target) -> dict[str, list[Request]]:
+    """What each function of a module of stage `fused` would ask of the schedules, in order, each request once."""
+    found: dict[str, list[Request]] = {}
+    for var, function in mod.functions_items():
+        if isinstance(function, relax.Function):
+            calls = (ops.match(b.value) for block in function.body.blocks for b in block.bindings)
+            asked = {_key(r): r for r in (_request(op, target) for op in calls if op is not None)}
+            found[var.name_hint] = list(asked.values())
+    return found
+
+
+def lower_to_schedules(mod: tvm.IRModule, target: Target, decide: Decide = lambda request: None) -> Lowered:
     """quern.OP(args) -> call_tir(kernel, args). Needs stage `fused`; leaves no `quern.*` call.
 
+    `decide` gives the knobs of a request, or None for the schedule's default.
     Raises UnsupportedError when the target has no schedule for an operator. Two kernels that want one weight in two
     layouts are a bug in schedules/.
     """
     table = lowerings()
     kernels: dict[tuple[object, ...], Kernel] = {}
     packings: dict[str, Packing] = {}
+    tuned: dict[str, Decision] = {}
 
     def kernel_for(op: Op) -> Kernel:
         request = _request(op, target)
-        key = (request.op, request.args, request.outs, tuple(request.attrs.items()))
+        key = _key(request)
         if key not in kernels:
             try:
-                kernels[key] = table[request.op](request)
+                decision = decide(request)
+                kernels[key] = table[request.op](request if decision is None else replace(request, knobs=decision.knobs))
             except Unsupported as error:
                 raise UnsupportedError(f"{target.name}: {error}") from error
+            if decision is not None:
+                tuned[kernels[key].name] = decision
         return kernels[key]
 
     chosen: dict[relax.Var, Kernel] = {}
@@ -71,7 +101,7 @@ def lower_to_schedules(mod: tvm.IRModule, target: Target) -> Lowered:
             return relax.op.call_tir_inplace(function, relax.Tuple(op.args), indices, types)
         return relax.call_tir(function, relax.Tuple(op.args), types if len(types) > 1 else types[0])
 
-    return Lowered(rewrite(mod, call, retype), packings)
+    return Lowered(rewrite(mod, call, retype), packings, tuned)
 
 
 def _request(op: Op, target: Target) -> Request:
@@ -85,6 +115,10 @@ def _request(op: Op, target: Target) -> Request:
         target=target,
         table=GRIDS[str(op.attrs["grid"])].values if "grid" in op.attrs else None,
     )
+
+
+def _key(request: Request) -> tuple[object, ...]:
+    return (request.op, request.args, request.outs, tuple(request.attrs.items()))
 
 
 def _spec(type_: relax.TensorType) -> TensorSpec:

@@ -1,0 +1,229 @@
+"""Measure the knobs of a model's kernels on this machine, and record what is fastest for later builds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compiler.tune.search import Outcome, Task, Tuner
+    from targets import Target
+
+UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+def _seconds(text: str) -> float:
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smh]?)", text)
+    if found is None or float(found[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a time like 90s, 10m or 2h")
+    return float(found[1]) * UNITS[found[2] or "s"]
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the verb."""
+    parser.add_argument("--target", default="native", metavar="NAME", help="build target (default: this machine)")
+    parser.add_argument("--model", metavar="MODEL", help="tune what this checkpoint needs; as in build")
+    parser.add_argument("--shapes", nargs="+", metavar="NAME", help="tune published shapes, e.g. tinyllama-1.1b")
+    parser.add_argument("--bits", type=int, choices=(4, 8), help="bits of dense linear layers, and of --shapes (4)")
+    parser.add_argument("--group-size", type=_positive, metavar="G", help="with --bits, and --shapes (default: 128)")
+    parser.add_argument("--head-bits", type=int, choices=(4, 8), help="bits of a dense head (--shapes: as --bits)")
+    parser.add_argument("--context", type=_positive, metavar="N", help="positions to keep, as in build")
+    parser.add_argument(
+        "--tokens", type=_positive, nargs="+", metavar="M", default=[1, 128], help="tokens a call (default: 1 128)"
+    )
+    parser.add_argument("--operators", nargs="+", metavar="NAME", help="only these, e.g. linear_int8 attention")
+    parser.add_argument(
+        "--trials", type=_positive, default=48, metavar="N", help="points tried a shape, counting earlier runs (48)"
+    )
+    parser.add_argument("--time-budget", type=_seconds, metavar="T", help="stop after this time, e.g. 10m")
+    parser.add_argument("--threads", type=_positive, metavar="N", help="threads (default: what the runtime would take)")
+    parser.add_argument("--tuning-logs", type=Path, metavar="DIR", help="databases (default: the repository's)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object to stdout")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure what the database lacks, decide, print. Ends early, but whole, when the time is up."""
+    import targets
+    from compiler.errors import UserError
+    from runtime import device
+
+    if (options.model is None) == (options.shapes is None):
+        raise UserError("tune needs either a --model or --shapes: give one of the two.")
+    target = targets.load(options.target)
+    _require(target)
+    threads = options.threads or device.default_threads()
+    os.environ["TVM_NUM_THREADS"] = str(threads)  # before TVM is loaded
+    from compiler.tune import records, search
+    from compiler.tune.measure import LocalMeasurer, Setting
+
+    stop = search.until(options.time_budget)
+    database = records.Database.writing(options.tuning_logs or records.DEFAULT_FOLDER, target.tuning_key)
+    measurer = LocalMeasurer(Setting.here(threads))
+    outcomes: list[Outcome] = []
+    try:
+        measurer.start()  # loads TVM while we do
+        found = _tasks(options, target)
+        tuner = search.Tuner(database, measurer, options.trials, stop)
+        for task in _shown(tuner, found, quiet=options.json):
+            outcomes.append(tuner.tune(task))
+    finally:
+        measurer.close()
+        database.close()
+    _print(options, target, threads, database.path, outcomes, len(found))
+    return 0
+
+
+def _require(target: Target) -> None:
+    """Raise UserError where this machine cannot run the target's code."""
+    from compiler.errors import UserError
+    from runtime import device, manifest
+
+    machine = manifest.Target(target.name, target.arch, target.triple, target.mcpu, target.cpuinfo, target.glibc)
+    if refusals := device.refusals(machine):
+        why = "; ".join(refusals).replace("it is built for", "it is for").replace("it needs", "it needs")
+        raise UserError(
+            f"{target.name}: candidates are timed on this machine, and it cannot run them: {why}. Run tune on such a "
+            f"device and copy its folder of tuning_logs/ here."
+        )
+
+
+def _tasks(options: argparse.Namespace, target: Target) -> list[Task]:
+    """Every call with something to choose, each workload once, in the order of the model."""
+    from compiler import models, pipeline
+    from compiler.checkpoint import hub
+    from compiler.errors import UserError
+    from compiler.measure import shapes
+    from compiler.passes.lower_to_schedules import requests
+    from compiler.tune.search import Task
+    from schedules.kernel import space
+
+    chunks = tuple(m for m in options.tokens if m > 1) or (128,)
+    request = pipeline.Request(
+        Path(), target, bits=options.bits, group_size=options.group_size, head_bits=options.head_bits,
+        context=options.context, chunks=chunks,
+    )  # fmt: skip
+    made = []
+    if options.model is not None:
+        made.append(pipeline.import_checkpoint(hub.resolve(options.model), request).model)
+    for name in options.shapes or ():
+        bits = options.bits or 4
+        source = shapes.RandomSource(name, bits, options.group_size or 128, options.head_bits or bits)
+        made.append(models.build(shapes.config(name), source.describe, pipeline.model_options(request)))
+    wanted = {"decode" if m == 1 else f"prefill_{m}" for m in options.tokens}
+    found: dict[Any, Task] = {}
+    for model in made:
+        asked = requests(pipeline.fuse(model.graph.module(), request), target)
+        for function in sorted(wanted & asked.keys()):
+            for call in asked[function]:
+                room = space(call)
+                if room is not None and (options.operators is None or room.schedule.split(".")[0] in options.operators):
+                    found.setdefault((room.schedule, tuple(room.workload.items())), Task(call, room))
+    if not found:
+        raise UserError("Nothing to tune: no kernel of this model, with these --tokens and --operators, has knobs.")
+    return list(found.values())
+
+
+@contextmanager
+def _bar(quiet: bool) -> Iterator[Any]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(file=sys.stderr, highlight=False)
+    if quiet or not console.is_terminal:
+        yield None
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        yield bar
+
+
+def _shown(tuner: Tuner, tasks: list[Task], quiet: bool) -> Iterator[Task]:
+    """The tasks one by one, with a bar of all trials and the name of the one at hand; lines where there is no screen."""
+    total = sum(tuner.wanted(task) for task in tasks)
+    with _bar(quiet) as bar:
+        row = None if bar is None else bar.add_task("", total=total)
+        before = 0
+        for i, task in enumerate(tasks, 1):
+            if bar is not None:
+                done = len(tuner.database.trials(task.space, tuner.measurer.setting.threads))
+                tuner.advance = lambda count, row=row: bar.advance(row, count)
+                bar.update(row, description=f"{i}/{len(tasks)} {task.name}", completed=before + done)
+                before += tuner.wanted(task)
+            elif not quiet:
+                print(f"{i}/{len(tasks)} {task.name}", file=sys.stderr)
+            yield task
+
+
+def _print(
+    options: argparse.Namespace, target: Target, threads: int, path: Path, outcomes: list[Outcome], asked: int
+) -> None:
+    gained = [o for o in outcomes if o.choice is not None and o.choice["gained"]]
+    complete = [o for o in outcomes if o.choice is not None and o.trials >= min(options.trials, o.points)]
+    if options.json:
+        record = {"target": target.name, "key": target.tuning_key, "database": str(path), "threads": threads}
+        record |= {"gained": len(gained), "complete": len(complete) == asked}
+        print(json.dumps(record | {"shapes": [_as_json(outcome) for outcome in outcomes]}))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("shape", "tried", "default", "best", "gain (min to max)", "verdict", box=None, pad_edge=False)
+    for outcome in outcomes:
+        table.add_row(*_row(outcome))
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    console.print(table)
+    kept = len(complete) - sum(o in gained for o in complete)
+    console.print(
+        f"{path}: {len(gained)} of {asked} shapes gained, {kept} keep the default because nothing beat it beyond the "
+        f"noise, {asked - len(complete)} are not complete. {threads} threads, {sum(o.new for o in outcomes)} new trials."
+    )
+
+
+def _as_json(outcome: Outcome) -> dict[str, Any]:
+    space, choice = outcome.task.space, outcome.choice
+    about = {"schedule": space.schedule, "workload": dict(space.workload), "points": outcome.points}
+    about |= {"trials": outcome.trials, "new": outcome.new, "failed": outcome.failed}
+    keys = ("gained", "knobs", "best", "default", "seconds", "default_seconds", "speedup", "wins", "rounds", "gb_s",
+            "gmac_s", "read_gb_s")  # fmt: skip
+    return about | {"choice": None if choice is None else {key: choice[key] for key in keys}}
+
+
+def _row(outcome: Outcome) -> list[str]:
+    """One line of the summary."""
+    tried = f"{outcome.trials}/{outcome.points}" + (f" ({outcome.failed} failed)" if outcome.failed else "")
+    choice = outcome.choice
+    if choice is None:
+        return [outcome.task.name, tried, "", "", "", "nothing measured"]
+    best, default, speedup = choice["seconds"], choice["default_seconds"], choice["speedup"]
+    verdict = "default stays: the gain is inside the noise"
+    if choice["gained"]:
+        changed = {k: v for k, v in choice["best"].items() if v != choice["default"][k]}
+        verdict = " ".join(f"{k}={v}" for k, v in changed.items())
+    elif speedup["median"] <= 1:
+        verdict = "default stays: nothing was faster"
+    gain = f"{speedup['median']:.2f}x ({speedup['min']:.2f} to {speedup['max']:.2f})"
+    return [outcome.task.name, tried, _speed(choice, default["median"]), _speed(choice, best["median"]), gain, verdict]
+
+
+def _speed(choice: dict[str, Any], seconds: float) -> str:
+    """Microseconds, and GB/s beside the ceiling for one token, GMAC/s for several."""
+    scale = choice["seconds"]["median"] / seconds
+    if choice["workload"].get("m") == 1 or not choice["gmac_s"]:
+        rate = f"{choice['gb_s'] * scale:.1f} of {choice['read_gb_s']:.1f} GB/s"
+    else:
+        rate = f"{choice['gmac_s'] * scale:.0f} GMAC/s"
+    return f"{seconds * 1e6:.0f} us {rate}"

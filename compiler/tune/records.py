@@ -1,0 +1,228 @@
+"""Tuning records: JSON lines in tuning_logs/<target key>/tune.jsonl, appended and synced one by one, never rewritten.
+
+A `trial` is one measured (or failed) point of a schedule's space; a `choice` is the verdict on a shape, after the best
+trials met the default once more; the last one counts. `build` applies a choice when schedule, workload and the default
+that it beat are still the same. The target key is `Target.tuning_key`, written into every line as well.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from compiler.errors import UserError
+from compiler.passes.lower_to_schedules import Decision
+from schedules.kernel import OutsideSpace, Request, Space, space
+from targets import Target
+
+DEFAULT_FOLDER = Path(__file__).parents[2] / "tuning_logs"
+FILE_NAME = "tune.jsonl"
+ID_DIGITS = 16  # hexadecimal, of the SHA-256 of a record's line
+
+Record = dict[str, Any]
+Knobs = Mapping[str, int]
+
+_NUMBER, _SPREAD = (int, float), "spread"
+COMMON: dict[str, Any] = {  # in every line, key -> what it must be
+    "kind": str, "target": str, "schedule": str, "operator": str, "workload": dict, "knobs": dict, "default": dict,
+    "threads": int, "cpu": str, "tvm": str, "commit": str, "measured": str,
+}  # fmt: skip
+KINDS: dict[str, dict[str, Any]] = {
+    # seconds: median, min, max of all calls; speedup: default's time / this one's, round by round
+    "trial": {"seconds": _SPREAD, "runs": int, "speedup": _SPREAD, "gb_s": _NUMBER, "gmac_s": _NUMBER,
+              "read_gb_s": _NUMBER, "rotated_bytes": int},
+    "failure": {"error": str},
+    # best: the challenger; knobs: the winner; seconds, speedup, gb_s, gmac_s: the challenger's in the last comparison
+    "choice": {"best": dict, "gained": bool, "seconds": _SPREAD, "default_seconds": _SPREAD, "speedup": _SPREAD,
+               "wins": int, "rounds": int, "trials": int, "gb_s": _NUMBER, "gmac_s": _NUMBER, "read_gb_s": _NUMBER,
+               "rotated_bytes": int},
+}  # fmt: skip
+
+
+class DatabaseError(UserError):
+    """A tuning database has a line that is no record, or belongs elsewhere."""
+
+
+def same_workload(record: Record, asked: Space) -> bool:
+    """Whether a record is about this schedule, this shape, and a default that still holds."""
+    return (
+        record["schedule"] == asked.schedule
+        and record["workload"] == dict(asked.workload)
+        and record["default"] == dict(asked.default)
+    )
+
+
+def frozen(knobs: Knobs) -> tuple[tuple[str, int], ...]:
+    """Knobs as a key of a dictionary."""
+    return tuple(sorted(knobs.items()))
+
+
+@dataclass
+class Database:
+    """The records of one target key. Read it with `read`; `writing` also takes the file for this process alone."""
+
+    path: Path
+    key: str
+    records: list[Record] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    _file: IO[bytes] | None = None
+
+    @classmethod
+    def read(cls, folder: Path, key: str) -> Database:
+        """All whole lines; a last line without its end was being written when the power went, and is passed over.
+
+        Raises DatabaseError for a line that is not a record of this target key; no file is no records.
+        """
+        found = cls(folder / key / FILE_NAME, key)
+        found._load(found.path.read_bytes() if found.path.exists() else b"")
+        return found
+
+    @classmethod
+    def writing(cls, folder: Path, key: str) -> Database:
+        """The same, ready for `append`: a half-written last line is cut off. One process at a time."""
+        found = cls(folder / key / FILE_NAME, key)
+        found.path.parent.mkdir(parents=True, exist_ok=True)
+        file = found.path.open("a+b", buffering=0)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            raise DatabaseError(f"{found.path}: another process is tuning into it. Wait for its end.") from None
+        file.seek(0)
+        raw = file.read()
+        found._load(raw)
+        file.truncate(raw.rfind(b"\n") + 1)
+        found._file = file
+        return found
+
+    def append(self, record: Record) -> None:
+        """Write one record and wait until it is on the disk."""
+        assert self._file is not None
+        line = json.dumps({"target": self.key, **record}, allow_nan=False).encode()
+        self._add(line, len(self.records) + 1)
+        self._file.write(line + b"\n")  # one write at the file's end
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Let other processes write."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def trials(self, asked: Space, threads: int) -> dict[tuple[tuple[str, int], ...], Record]:
+        """Trials and failures of this workload and thread count, by knobs."""
+        return {
+            frozen(r["knobs"]): r
+            for r in self.records
+            if r["kind"] != "choice" and r["threads"] == threads and same_workload(r, asked)
+        }
+
+    def choice(self, asked: Space, threads: int) -> Record | None:
+        """The last verdict on this workload for a thread count."""
+        return self._last_choices(asked).get(threads, (None, ""))[0]
+
+    def _last_choices(self, asked: Space) -> dict[int, tuple[Record, str]]:
+        return {
+            r["threads"]: (r, name)
+            for r, name in zip(self.records, self.names, strict=True)
+            if r["kind"] == "choice" and same_workload(r, asked)
+        }
+
+    def decision(self, asked: Space, threads: int) -> Decision | None:
+        """What a build does: the verdict for `threads`, else for the most threads; None: the schedule's default.
+
+        Raises OutsideSpace when the verdict's knobs are none of the schedule's.
+        """
+        found = self._last_choices(asked)
+        if not found:
+            return None
+        record, name = found.get(threads) or found[max(found)]
+        if not record["gained"]:
+            return None
+        asked.check(record["knobs"])
+        return Decision(dict(record["knobs"]), name)
+
+    def _load(self, raw: bytes) -> None:
+        for number, line in enumerate(raw.split(b"\n")[:-1], 1):
+            self._add(line, number)
+
+    def _add(self, line: bytes, number: int) -> None:
+        try:
+            record = json.loads(line, parse_constant=_no_constant)
+            _check(record, self.key)
+        except (ValueError, RecursionError) as error:
+            raise DatabaseError(
+                f"{self.path}:{number}: not a tuning record of {self.key}: {error}. "
+                f"Remove the line, or restore the file; 'compiler tune' measures again what is missing."
+            ) from None
+        self.records.append(record)
+        self.names.append(hashlib.sha256(line).hexdigest()[:ID_DIGITS])
+
+
+@dataclass
+class Tuned:
+    """What `lower_to_schedules` asks for decisions. Remembers how many records no longer fit their schedule."""
+
+    database: Database
+    threads: int
+    misfits: Counter[str] = field(default_factory=Counter)
+
+    @classmethod
+    def of(cls, folder: Path, target: Target) -> Tuned:
+        """The records of a target, for as many threads as it has cores."""
+        return cls(Database.read(folder, target.tuning_key), target.cores)
+
+    def __call__(self, request: Request) -> Decision | None:
+        """The measured knobs of a request, or None for the schedule's default."""
+        if not self.database.records:
+            return None
+        asked = space(request)
+        try:
+            return None if asked is None else self.database.decision(asked, self.threads)
+        except OutsideSpace as error:
+            self.misfits[str(error)] += 1
+            return None
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _check(record: Any, key: str) -> None:
+    """Raise ValueError unless `record` has the keys of its kind, each of its type, and this target key."""
+    if not isinstance(record, dict):
+        raise ValueError("it is no object")
+    kind = record.get("kind")
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}, but must be one of {', '.join(KINDS)}")
+    wanted = COMMON | KINDS[kind]
+    if odd := sorted(set(record) ^ set(wanted)):
+        raise ValueError(f"unknown key {odd[0]!r}" if odd[0] in record else f"key {odd[0]!r} is missing")
+    for name, want in wanted.items():
+        _check_value(name, record[name], want)
+    if record["target"] != key:
+        raise ValueError(f"it was made for {record['target']}")
+
+
+def _check_value(name: str, value: Any, want: Any) -> None:
+    if want is _SPREAD:
+        if not isinstance(value, dict) or list(value) != ["median", "min", "max"]:
+            raise ValueError(f"{name} must have median, min and max")
+        for part, number in value.items():
+            _check_value(f"{name}.{part}", number, _NUMBER)
+        if not 0 < value["min"] <= value["median"] <= value["max"]:
+            raise ValueError(f"{name} must have 0 < min <= median <= max")
+    elif not isinstance(value, want) or (isinstance(value, bool) and want is not bool):
+        raise ValueError(f"{name} is {value!r}")
+    elif want in (int, _NUMBER) and (not math.isfinite(value) or value < 0):
+        raise ValueError(f"{name} is {value!r}")
+    elif name in ("knobs", "default", "best") and not all(type(v) is int for v in value.values()):
+        raise ValueError(f"{name} must have integers only")
