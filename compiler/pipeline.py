@@ -32,6 +32,7 @@ from compiler.quant.grids import integer_grid
 from compiler.quant.ir import DenseWeight, QuantWeight, WeightType, join
 from compiler.quant.source import Source
 from compiler.quantize import rtn
+from compiler.tune import records
 from runtime import manifest
 from targets import Target
 
@@ -42,7 +43,10 @@ CHUNKS = (16, 128)  # prompt tokens a call; the runtime cuts a prompt into these
 
 @dataclass(frozen=True)
 class Request:
-    """What `build` was asked for. bits: for dense linear layers; head_bits: for a dense output head, None = default."""
+    """What `build` was asked for. bits: for dense linear layers; head_bits: for a dense output head, None = default.
+
+    tuning_logs: folder of the databases that `tune` wrote; kernels without a record in it keep their defaults.
+    """
 
     out: Path
     target: Target
@@ -53,6 +57,7 @@ class Request:
     context: int | None = None
     dump_ir: Path | None = None
     chunks: tuple[int, ...] = CHUNKS
+    tuning_logs: Path = records.DEFAULT_FOLDER
 
     @property
     def head(self) -> int:
@@ -165,10 +170,13 @@ def compile_inputs(inputs: Inputs, request: Request, report: Reporter) -> manife
     with report.stage("fuse"):
         mod = fuse(model.graph.module(), request)
     with report.stage("schedule") as stage:
-        lowered = lower_to_schedules(mod, target)
+        tuned = records.Tuned.of(request.tuning_logs, target)
+        lowered = lower_to_schedules(mod, target, tuned)
         _checked(lowered.mod, "scheduled", request)
         kernels = sum(isinstance(f, tvm.tirx.PrimFunc) for _, f in lowered.mod.functions_items())
-        stage.note = f"{kernels} kernels for {target.name} ({target.mcpu})"
+        stage.note = f"{kernels} kernels for {target.name} ({target.mcpu}), {len(lowered.tuned)} of them tuned"
+    for why, count in tuned.misfits.items():
+        report.line(f"{tuned.database.path}: {count} records do not fit any more and were passed over: {why}")
     with report.stage("codegen"):
         compiled = compile_module(lowered.mod, target)
         _dump(request.dump_ir, "4_code.s", lambda: compiled.executable.mod.imports[0].inspect_source("asm"))
@@ -186,7 +194,7 @@ def compile_inputs(inputs: Inputs, request: Request, report: Reporter) -> manife
             if inputs.tokenizer is not None:
                 tokenizer_files.copy(inputs.tokenizer, folder)
                 chat, note = chat_format.derive(inputs.tokenizer, inputs.path)
-            made = _manifest(inputs, request, compiled, weights, chat, bundle.digests(folder, WEIGHTS))
+            made = _manifest(inputs, request, lowered, compiled, weights, chat, bundle.digests(folder, WEIGHTS))
             manifest.dump(made, folder / manifest.FILE_NAME)
             stage.note = note
     report.line(f"{request.out}: needs {made.memory.planned_peak_bytes / (1 << 20):.1f} MiB to run")
@@ -299,6 +307,7 @@ def _as_asked(loaded: QuantWeight | DenseWeight, weight: Linear) -> QuantWeight 
 def _manifest(
     inputs: Inputs,
     request: Request,
+    lowered: Lowered,
     compiled: Compiled,
     weights: manifest.Weights,
     chat: manifest.ChatFormat | None,
@@ -326,6 +335,7 @@ def _manifest(
         },
         target=manifest.Target(target.name, target.arch, target.triple, target.mcpu, target.cpuinfo, target.glibc),
         tvm=manifest.TvmVersions(version("apache-tvm"), version("apache-tvm-ffi")),
+        tuning={name: manifest.TunedKernel(d.record, dict(d.knobs)) for name, d in sorted(lowered.tuned.items())},
         library=LIBRARY,
         functions={
             f.name: manifest.Function(f.tokens, f.inputs, manifest.TensorType("float32", f.shape))

@@ -32,6 +32,7 @@ def as_text(path: Path) -> str:
         "target": f"{target.name}: {target.triple}, {target.cpu}, glibc {target.glibc}"
         + (f", {' '.join(target.features)}" if target.features else ""),
         "tvm": f"{manifest.tvm.version}, ffi {manifest.tvm.ffi_version}",
+        "tuning": _tuning(manifest),
         "memory": _memory(manifest),
         "functions": " ".join(manifest.functions),
         "chat": "turns" if manifest.chat else "none (plain text)",
@@ -39,6 +40,13 @@ def as_text(path: Path) -> str:
         "runs here": "no: " + "; ".join(refusals) if refusals else "yes",
     }
     return "".join(f"{name + ':':<14}{value}\n" for name, value in rows.items())
+
+
+def _tuning(manifest: Manifest) -> str:
+    if not manifest.tuning:
+        return "none: every kernel has its schedule's default knobs"
+    records = sorted({tuned.record for tuned in manifest.tuning.values()})
+    return f"{len(manifest.tuning)} kernels by records {' '.join(records)}"
 
 
 def _memory(manifest: Manifest) -> str:

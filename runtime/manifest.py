@@ -56,6 +56,17 @@ class TvmVersions:
 
 
 @dataclass(frozen=True)
+class TunedKernel:
+    """A kernel with measured knobs instead of its schedule's default.
+
+    `record`: the first 16 hex digits of the SHA-256 of the line in tuning_logs/ that the knobs come from.
+    """
+
+    record: str
+    knobs: dict[str, int]
+
+
+@dataclass(frozen=True)
 class TensorType:
     """Element type and shape of an array."""
 
@@ -157,6 +168,7 @@ class Manifest:
     quantization: dict[str, Scalar]
     target: Target
     tvm: TvmVersions
+    tuning: dict[str, TunedKernel]
     library: str
     functions: dict[str, Function]
     caches: tuple[Cache, ...]

@@ -23,6 +23,7 @@ MAX_BYTES, MAX_COUNT, MAX_TOKENS, MAX_RANK = 1 << 46, 1 << 26, 1 << 16, 8
 
 _FUNCTION_NAME = re.compile(r"decode|(?:prefill|head)_([1-9][0-9]{0,5})")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,254}")
+_RECORD, _NAME = re.compile(r"[0-9a-f]{16}"), re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
 _HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -48,6 +49,7 @@ class Checker:
     def run(self) -> None:
         """Everything."""
         self.model_and_target()
+        self.tuning()
         self.files()
         self.arrays()
         self.memory()
@@ -90,6 +92,17 @@ class Checker:
         for feature in target.features:
             if not re.fullmatch(r"[a-z0-9_.]+", feature):
                 self.fail(f"target.features has {feature!r}, which /proc/cpuinfo cannot contain")
+
+    def tuning(self) -> None:
+        """Kernels and knobs with names of identifiers, and the record that each comes from."""
+        for kernel, tuned in self.m.tuning.items():
+            for name in (kernel, *tuned.knobs):
+                if not _NAME.fullmatch(name):
+                    self.fail(f"tuning has {name[:70]!r}, but names are letters, digits and _")
+            if not _RECORD.fullmatch(tuned.record):
+                self.fail(f"tuning.{kernel}.record is {tuned.record[:70]!r}, but must be 16 lower-case hex digits")
+            for name, value in tuned.knobs.items():
+                self.bounded(f"tuning.{kernel}.knobs.{name}", value, 0, MAX_COUNT)
 
     def files(self) -> None:
         """Plain names, whole digests, and an entry for each file that the runtime opens."""

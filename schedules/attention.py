@@ -335,8 +335,9 @@ def space(request: Request) -> Space:
         "value_vectors": tuple(v for v in (1, 2, 4) if max(1, d // LANES) % v == 0),
         "prefetch": (0, 1),
     }
-    workload = {"m": m, "heads": heads, "kv_heads": kv_heads, "head_dim": d, "capacity": request.args[2].shape[1]}
-    workload |= {"cache": item, "window": int(request.attrs.get("window", 0))}
+    window, capacity = int(request.attrs.get("window", 0)), request.args[2].shape[1]
+    workload: dict[str, int | str] = {"m": m, "heads": heads, "kv_heads": kv_heads, "head_dim": d}
+    workload |= {"capacity": capacity, "cache": item, "window": window}
     name = f"attention.v{request.target.vector_bits}"
     return Space.around(default, tried, schedule=name, workload=workload, allowed=allowed)
 

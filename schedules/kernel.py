@@ -169,7 +169,8 @@ def space(request: Request) -> Space | None:
     for module in _families()[request.op]:
         try:
             if request.op in getattr(module, "SPACES", {}):
-                return module.SPACES[request.op](request)  # type: ignore[no-any-return]
+                found: Space = module.SPACES[request.op](request)
+                return found
             module.LOWERS[request.op](request)
         except NotSuited:
             continue

@@ -54,6 +54,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--context", type=_positive, metavar="N", help="positions to keep (default: the model's, at most 4096)"
     )
+    parser.add_argument(
+        "--tuning-logs", type=Path, metavar="DIR", help="databases written by `tune` (default: the repository's)"
+    )
     parser.add_argument("--dump-ir", type=Path, metavar="DIR", help="write every stage of the compile into DIR")
     parser.add_argument("--json", action="store_true", help="print one JSON object about the build to stdout")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
@@ -71,6 +74,7 @@ def run(options: argparse.Namespace) -> int:
     report.line(f"Building {options.out} for {target.name}")
     from compiler import pipeline
     from compiler.checkpoint import hub
+    from compiler.tune import records
 
     request = pipeline.Request(
         out=options.out,
@@ -81,6 +85,7 @@ def run(options: argparse.Namespace) -> int:
         head_bits=options.head_bits,
         context=options.context,
         dump_ir=options.dump_ir,
+        tuning_logs=options.tuning_logs or records.DEFAULT_FOLDER,
     )
     signal.signal(signal.SIGTERM, _terminate)  # so that `kill` cleans up as Ctrl-C does
     made = pipeline.build(hub.resolve(options.model), request, report)
@@ -92,6 +97,7 @@ def run(options: argparse.Namespace) -> int:
             "model": made.model.name,
             "parameters": made.model.parameters,
             "quantization": made.quantization,
+            "tuned_kernels": len(made.tuning),
             "weights_bytes": made.memory.weights_bytes,
             "planned_peak_bytes": made.memory.planned_peak_bytes,
             "stages": stages,

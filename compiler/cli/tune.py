@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +95,7 @@ def _require(target: Target) -> None:
 
     machine = manifest.Target(target.name, target.arch, target.triple, target.mcpu, target.cpuinfo, target.glibc)
     if refusals := device.refusals(machine):
-        why = "; ".join(refusals).replace("it is built for", "it is for").replace("it needs", "it needs")
+        why = "; ".join(refusals)
         raise UserError(
             f"{target.name}: candidates are timed on this machine, and it cannot run them: {why}. Run tune on such a "
             f"device and copy its folder of tuning_logs/ here."
@@ -160,7 +161,7 @@ def _shown(tuner: Tuner, tasks: list[Task], quiet: bool) -> Iterator[Task]:
         for i, task in enumerate(tasks, 1):
             if bar is not None:
                 done = len(tuner.database.trials(task.space, tuner.measurer.setting.threads))
-                tuner.advance = lambda count, row=row: bar.advance(row, count)
+                tuner.advance = partial(bar.advance, row)
                 bar.update(row, description=f"{i}/{len(tasks)} {task.name}", completed=before + done)
                 before += tuner.wanted(task)
             elif not quiet:

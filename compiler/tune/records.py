@@ -220,9 +220,9 @@ def _check_value(name: str, value: Any, want: Any) -> None:
             _check_value(f"{name}.{part}", number, _NUMBER)
         if not 0 < value["min"] <= value["median"] <= value["max"]:
             raise ValueError(f"{name} must have 0 < min <= median <= max")
-    elif not isinstance(value, want) or (isinstance(value, bool) and want is not bool):
+        return
+    typed = isinstance(value, want) and (want is bool or not isinstance(value, bool))
+    if not typed or (want in (int, _NUMBER) and not (math.isfinite(value) and value >= 0)):
         raise ValueError(f"{name} is {value!r}")
-    elif want in (int, _NUMBER) and (not math.isfinite(value) or value < 0):
-        raise ValueError(f"{name} is {value!r}")
-    elif name in ("knobs", "default", "best") and not all(type(v) is int for v in value.values()):
+    if name in ("knobs", "default", "best") and not all(type(v) is int for v in value.values()):
         raise ValueError(f"{name} must have integers only")

@@ -64,7 +64,7 @@ def propose(space: Space, done: Results, count: int) -> list[dict[str, int]]:
     """
     points = list(space.points())
     seed = zlib.crc32(repr((space.schedule, sorted(space.workload.items()))).encode())
-    random.Random(seed).shuffle(points)
+    random.Random(seed).shuffle(points)  # noqa: S311
     left = [point for point in points if frozen(point) not in done]
     measured = [record for record in done.values() if record["kind"] == "trial"]
     if len(left) <= count:

@@ -184,7 +184,8 @@ def times(workload: Workload, numbers: list[int], rounds: int) -> dict[str, Any]
 def slot(workload: Workload, function: Any) -> list[float]:
     """One candidate's calls of a round; the first is not counted, it warms the code and the activations."""
     workload.call(function)
-    found, end = [], time.perf_counter() + SLOT_S
+    found: list[float] = []
+    end = time.perf_counter() + SLOT_S
     while len(found) < LEAST_CALLS or time.perf_counter() < end:
         started = time.perf_counter()
         workload.call(function)

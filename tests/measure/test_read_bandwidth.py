@@ -68,7 +68,7 @@ def test_the_loop_is_vector_code_without_a_heap(streams: int, level: int) -> Non
     builder = relax.BlockBuilder()
     data = relax.Var("data", relax.TensorType((UNIT // 4,), "int32"))
     with builder.function("main", [data]):
-        kernel = builder.add_func(read._kernel(UNIT, streams, level).without_attr("global_symbol"), "reader")
+        kernel = builder.add_func(read.kernel(UNIT, streams, level).without_attr("global_symbol"), "reader")
         result = relax.call_tir(kernel, relax.Tuple([data]), relax.TensorType((read.SLICES, read.LANES), "int32"))
         builder.emit_func_output(builder.emit(result))
     executable = relax.build(builder.get(), tvm.target.Target(targets.load("x86-64").tvm_target()))

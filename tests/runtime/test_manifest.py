@@ -25,6 +25,7 @@ def example() -> dict[str, Any]:
         "target": {"name": "native", "arch": "x86_64", "triple": "x86_64-linux-gnu", "cpu": "x86-64-v3",
                    "features": ["avx2", "sse4_1"], "glibc": "2.28"},
         "tvm": {"version": "0.27.0.post1", "ffi_version": "0.1.14.post1"},
+        "tuning": {"linear_m1": {"record": "0123456789abcdef", "knobs": {"unroll": 4}}},
         "library": "model.so",
         "functions": {
             "decode": {"tokens": 1, "inputs": ["ids", "span", "k", "table"],
@@ -109,6 +110,10 @@ def test_refuses_what_another_release_wrote(path: str, value: Any, message: str)
     ("target/arch", "riscv64", "target.arch is 'riscv64', but must be one of x86_64, aarch64"),
     ("target/glibc", "new", "target.glibc is 'new', but must begin like 2.28"),
     ("target/features", ["a b"], "target.features has 'a b', which /proc/cpuinfo cannot contain"),
+    ("tuning/linear_m1/record", "XY", "tuning.linear_m1.record is 'XY', but must be 16 lower-case hex digits"),
+    ("tuning/linear_m1/knobs", {"un roll": 1}, "tuning has 'un roll', but names are letters, digits and _"),
+    ("tuning/linear_m1/knobs/unroll", -1, "tuning.linear_m1.knobs.unroll is -1, but must lie in 0..67108864"),
+    ("tuning/linear_m1/knobs/unroll", "4", 'tuning.linear_m1.knobs.unroll is "4", but an integer is needed'),
     ("library", "../model.so", "library has '../model.so', but a file name must be letters, digits and ._+- "
                                "without a leading dot"),
     ("library", "other.so", "library is 'other.so', which has no entry under files"),

@@ -163,6 +163,7 @@ def build(folder: Path) -> mf.Manifest:
         quantization={"format": "none", "bits": 16},
         target=mf.Target("native", device.arch(), f"{device.arch()}-linux-gnu", "generic", (), "2.17"),
         tvm=mf.TvmVersions("0.27.0.post1", "0.1.14.post1"),
+        tuning={},
         library="model.so",
         functions=functions,
         caches=(mf.Cache("cache", "float32", (CONTEXT, HIDDEN)),),
