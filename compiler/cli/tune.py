@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
     threads = options.threads or device.default_threads()
     os.environ["TVM_NUM_THREADS"] = str(threads)  # before TVM is loaded
     from compiler.tune import records, search
-    from compiler.tune.measure import LocalMeasurer, Setting
+    from compiler.tune.measure import LocalMeasurer, NoisyError, Setting
 
     stop = search.until(options.time_budget)
     database = records.Database.writing(options.tuning_logs or records.DEFAULT_FOLDER, target.tuning_key)
@@ -79,8 +79,10 @@ def run(options: argparse.Namespace) -> int:
         measurer.start()  # loads TVM while we do
         found = _tasks(options, target)
         tuner = search.Tuner(database, measurer, options.trials, stop)
-        for task in _shown(tuner, found, quiet=options.json):
-            outcomes.append(tuner.tune(task))
+        outcomes.extend(tuner.tune(task) for task in _shown(tuner, found, quiet=options.json))
+    except NoisyError:
+        _print(options, target, threads, database.path, outcomes, len(found))
+        raise
     finally:
         measurer.close()
         database.close()
@@ -147,13 +149,13 @@ def _bar(quiet: bool) -> Iterator[Any]:
     if quiet or not console.is_terminal:
         yield None
         return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    counted = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), *counted, console=console, transient=True) as bar:
         yield bar
 
 
 def _shown(tuner: Tuner, tasks: list[Task], quiet: bool) -> Iterator[Task]:
-    """The tasks one by one, with a bar of all trials and the name of the one at hand; lines where there is no screen."""
+    """The tasks one by one, with a bar of all trials and the name of the one at hand; without a screen, lines."""
     total = sum(tuner.wanted(task) for task in tasks)
     with _bar(quiet) as bar:
         row = None if bar is None else bar.add_task("", total=total)
@@ -190,7 +192,8 @@ def _print(
     kept = len(complete) - sum(o in gained for o in complete)
     console.print(
         f"{path}: {len(gained)} of {asked} shapes gained, {kept} keep the default because nothing beat it beyond the "
-        f"noise, {asked - len(complete)} are not complete. {threads} threads, {sum(o.new for o in outcomes)} new trials."
+        f"noise, {asked - len(complete)} are not complete. {threads} threads, {sum(o.new for o in outcomes)} new "
+        f"trials."
     )
 
 

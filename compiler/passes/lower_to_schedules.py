@@ -68,7 +68,8 @@ def lower_to_schedules(mod: tvm.IRModule, target: Target, decide: Decide = lambd
         if key not in kernels:
             try:
                 decision = decide(request)
-                kernels[key] = table[request.op](request if decision is None else replace(request, knobs=decision.knobs))
+                knobs = request.knobs if decision is None else decision.knobs
+                kernels[key] = table[request.op](replace(request, knobs=knobs))
             except Unsupported as error:
                 raise UnsupportedError(f"{target.name}: {error}") from error
             if decision is not None:

@@ -140,9 +140,9 @@ class LocalMeasurer:
             if worst <= DRIFT:
                 return batch
         raise NoisyError(
-            f"The speed of this machine drifts by {worst:.0%} while one kernel runs again and again; {DRIFT:.0%} is the "
-            f"limit. Nothing of this batch was recorded. Stop what else runs here, and run the same command again: it "
-            f"goes on where it stopped."
+            f"The speed of this machine drifts by {worst:.0%} while one kernel runs again and again; {DRIFT:.0%} is "
+            f"the limit. Nothing of this batch was recorded. Stop what else runs here, and run the same command "
+            f"again: it goes on where it stopped."
         )
 
     def _prepare(
@@ -175,7 +175,8 @@ class LocalMeasurer:
             self._opened = request
         except (CandidateFailed, CandidateLost) as error:
             self.close()
-            raise RuntimeError(f"{space.schedule} {dict(space.workload)}: the default schedule failed: {error}") from error
+            what = f"{space.schedule} {dict(space.workload)}"
+            raise RuntimeError(f"{what}: the default schedule failed: {error}") from error
 
     def _ask(self, *message: Any) -> Any:
         assert self._connection is not None
@@ -220,8 +221,8 @@ class CandidateFailed(Exception):
 def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """The CPU as the kernel names it."""
     text = cpuinfo.read_text(errors="replace") if cpuinfo.exists() else ""
-    names = (line.partition(":")[2].strip() for line in text.splitlines() if line.startswith(("model name", "CPU part")))
-    return next(names, "unknown")
+    named = (line for line in text.splitlines() if line.startswith(("model name", "CPU part")))
+    return next(named, ": unknown").partition(":")[2].strip()
 
 
 def last_level_cache_bytes(cpu: Path = Path("/sys/devices/system/cpu/cpu0")) -> int:

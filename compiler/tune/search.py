@@ -122,7 +122,8 @@ class Tuner:
             new += self._batch(task, propose(task.space, done, min(BATCH, wanted - len(done))))
             done = self.database.trials(task.space, threads)
         choice = self.database.choice(task.space, threads)
-        if done and (choice is None or choice["trials"] < len(done)):
+        behind = bool(done) and (choice is None or choice["trials"] < len(done))
+        if behind and (new or not self.stop()):
             choice = self._decide(task, done)
         failed = sum(record["kind"] == "failure" for record in done.values())
         return Outcome(task, len(done), new, failed, sum(1 for _ in task.space.points()), choice)
