@@ -52,6 +52,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--time-budget", type=_seconds, metavar="T", help="stop after this time, e.g. 10m")
     parser.add_argument("--threads", type=_positive, metavar="N", help="threads (default: what the runtime would take)")
+    parser.add_argument(
+        "--drift", type=_positive, metavar="PERCENT", help="repeat a batch whose canaries drift further (default: 25)"
+    )
     parser.add_argument("--tuning-logs", type=Path, metavar="DIR", help="databases (default: the repository's)")
     parser.add_argument("--json", action="store_true", help="print one JSON object to stdout")
 
@@ -69,11 +72,11 @@ def run(options: argparse.Namespace) -> int:
     threads = options.threads or device.default_threads()
     os.environ["TVM_NUM_THREADS"] = str(threads)  # before TVM is loaded
     from compiler.tune import records, search
-    from compiler.tune.measure import LocalMeasurer, NoisyError, Setting
+    from compiler.tune.measure import DRIFT, LocalMeasurer, NoisyError, Setting
 
     stop = search.until(options.time_budget)
     database = records.Database.writing(options.tuning_logs or records.DEFAULT_FOLDER, target.tuning_key)
-    measurer = LocalMeasurer(Setting.here(threads))
+    measurer = LocalMeasurer(Setting.here(threads), most_drift=(options.drift or 100 * DRIFT) / 100)
     outcomes: list[Outcome] = []
     try:
         measurer.start()  # loads TVM while we do
@@ -226,8 +229,8 @@ def _row(outcome: Outcome) -> list[str]:
 def _speed(choice: dict[str, Any], seconds: float) -> str:
     """Microseconds, and GB/s beside the ceiling for one token, GMAC/s for several."""
     scale = choice["seconds"]["median"] / seconds
-    if choice["workload"].get("m") == 1 or not choice["gmac_s"]:
+    if choice["workload"].get("m") == 1:
         rate = f"{choice['gb_s'] * scale:.1f} of {choice['read_gb_s']:.1f} GB/s"
     else:
-        rate = f"{choice['gmac_s'] * scale:.0f} GMAC/s"
+        rate = f"{choice['gmac_s'] * scale:.0f} GMAC/s" if choice["gmac_s"] else ""
     return f"{seconds * 1e6:.0f} us {rate}"

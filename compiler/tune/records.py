@@ -96,11 +96,15 @@ class Database:
         except OSError:
             file.close()
             raise DatabaseError(f"{found.path}: another process is tuning into it. Wait for its end.") from None
-        file.seek(0)
-        raw = file.read()
-        found._load(raw)
-        file.truncate(raw.rfind(b"\n") + 1)
         found._file = file
+        try:
+            file.seek(0)
+            raw = file.read()
+            found._load(raw)
+            file.truncate(raw.rfind(b"\n") + 1)
+        except BaseException:
+            found.close()
+            raise
         return found
 
     def append(self, record: Record) -> None:

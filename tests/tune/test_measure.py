@@ -1,0 +1,83 @@
+"""The worker on this machine: honest figures, wrong candidates, and a worker that dies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from compiler.tune import measure
+from compiler.tune.measure import LocalMeasurer, NoisyError, Setting
+from schedules import kernel
+from schedules.kernel import Space
+from tests.tune.test_records import linear
+
+REQUEST = linear(64)
+LEAST_BYTES = 1 << 20
+
+
+def room() -> Space:
+    found = kernel.space(REQUEST)
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="module")
+def device() -> Iterator[LocalMeasurer]:
+    made = LocalMeasurer(Setting.here(1), most_drift=100, least_bytes=LEAST_BYTES)
+    yield made
+    made.close()
+
+
+def test_candidates_beside_the_default(device: LocalMeasurer) -> None:
+    space = room()
+    good, wrong = {**space.default, "row_blocks": 1}, {**space.default, "row_blocks": 3, "unroll": 5}
+    batch = device.measure(REQUEST, space, [good, wrong, space.default], rounds=3)
+    first, second, third = batch.timings
+    assert second.failure is not None and second.seconds == []
+    for timing in (first, third, batch.default):
+        assert timing.failure is None
+        assert len(timing.speedups) == 3 and len(timing.seconds) >= 3 * 4
+        assert all(0 < seconds < 1 for seconds in timing.seconds)
+    assert len(batch.reads) == 3 and min(batch.reads) > 0
+    # 4 blocks of 16 rows, 32 inputs: 1 KiB of codes, 128 bytes of scales, 64 of zeros
+    assert batch.bytes_per_call == 1024 + 128 + 64
+    assert batch.rotated_bytes >= LEAST_BYTES
+
+
+def test_a_worker_that_dies_costs_one_candidate(device: LocalMeasurer) -> None:
+    space = room()
+    device.measure(REQUEST, space, [], rounds=1)
+    assert device._process is not None
+    device._process.kill()
+    device._process.wait()
+    lost, good = device.measure(REQUEST, space, [space.default, {**space.default, "row_blocks": 1}], rounds=1).timings
+    assert lost.failure == "the process ended with -9"
+    assert good.failure is None and good.seconds
+
+
+def test_a_worker_that_hangs_is_killed(device: LocalMeasurer) -> None:
+    space = room()
+    device.measure(REQUEST, space, [], rounds=1)
+    process, device.reply_s = device._process, 0.0
+    try:
+        with pytest.raises(measure.CandidateLost) as caught:
+            device._ask("prepare", space.default)
+    finally:
+        device.reply_s = measure.REPLY_S
+    assert str(caught.value) == "no answer within 0 s"
+    assert process is not None and process.poll() == -9
+    assert device._process is None
+
+
+def test_a_busy_machine_gives_no_figures(device: LocalMeasurer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "drift", lambda values: 0.5)
+    monkeypatch.setattr(measure, "PAUSE_S", 0)
+    monkeypatch.setattr(device, "most_drift", 0.25)
+    with pytest.raises(NoisyError) as caught:
+        device.measure(REQUEST, room(), [], rounds=1)
+    assert str(caught.value) == (
+        "The speed of this machine drifts by 50% while one kernel runs again and again; 25% is the limit. Nothing of "
+        "this batch was recorded. Stop what else runs here, and run the same command again: it goes on where it "
+        "stopped."
+    )

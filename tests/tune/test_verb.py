@@ -1,0 +1,157 @@
+"""`tune` and `build` together: real records of the demo model, a kill in the middle, and a manifest that names them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import targets
+from compiler.__main__ import main
+from compiler.tune.records import FILE_NAME, ID_DIGITS, Database
+from runtime import info, manifest
+from tests.end_to_end import commands
+from tests.end_to_end.places import DEMO
+from tests.tune.test_records import choice, database
+
+NATIVE = targets.load("native")
+PATIENCE_S = 240
+TRIALS = 2
+TUNE = ("compiler", "tune", "--model", DEMO, "--tokens", 1, "--operators", "linear_int8", "--trials", TRIALS)
+QUICK = ("--threads", 1, "--drift", 10000, "--tuning-logs", "logs", "--json")
+
+
+@pytest.fixture(autouse=True)
+def _restore_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TVM_NUM_THREADS", os.environ.get("TVM_NUM_THREADS", "1"))  # tune sets it for its process
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "tune needs either a --model or --shapes: give one of the two."),
+        (["--model", "a", "--shapes", "b"], "tune needs either a --model or --shapes: give one of the two."),
+        (["--shapes", "gpt-9", "--tuning-logs", "logs"],
+         "There is no shape 'gpt-9'. Known shapes: tinyllama-1.1b, llama-3.2-1b, llama-3.2-3b, llama-2-7b, llama-3-8b, "
+         "a72-count."),
+        (["--shapes", "a72-count", "--operators", "softmax", "--tuning-logs", "logs"],
+         "Nothing to tune: no kernel of this model, with these --tokens and --operators, has knobs."),
+        (["--target", "aarch64" if NATIVE.arch == "x86_64" else "x86-64", "--shapes", "a72-count"],
+         f"{'aarch64' if NATIVE.arch == 'x86_64' else 'x86-64'}: candidates are timed on this machine, and it cannot "
+         f"run them: it is built for {'aarch64 (aarch64)' if NATIVE.arch == 'x86_64' else 'x86_64 (x86-64)'}, but this "
+         f"machine is {NATIVE.arch}. Run tune on such a device and copy its folder of tuning_logs/ here."),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_refused(
+    options: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["tune", *options]) == 2
+    assert capsys.readouterr() == ("", f"error: {said}\n")
+
+
+@pytest.mark.parametrize("text", ["0s", "soon", "5d", "-3"])
+def test_a_time_that_is_none(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["tune", f"--time-budget={text}"])
+    assert f"{text} is not a time like 90s, 10m or 2h" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, bytes, dict[str, Any], list[int]]]:
+    """A tuning of the demo model, killed after some records, then run to its end.
+
+    The database, its bytes after the kill, the second run's JSON, and worker processes that outlived the kill.
+    """
+    place = tmp_path_factory.mktemp("tune")
+    path = place / "logs" / NATIVE.tuning_key / FILE_NAME
+    process = subprocess.Popen(
+        commands.command(*TUNE, *QUICK), cwd=place, env=commands.environment({}), stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + PATIENCE_S
+    while not path.is_file() or path.read_bytes().count(b"\n") < TRIALS + 1:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    before = path.read_bytes()
+    whole = before[: before.rfind(b"\n") + 1]
+    path.write_bytes(whole + whole.splitlines()[0][:200])  # the worst moment: half a line
+    done = commands.run(*TUNE, *QUICK, cwd=place)
+    assert done.returncode == 0, done.stderr
+    alive = [int(child) for child in children if Path(f"/proc/{child}").exists()]
+    yield path, whole, json.loads(done.stdout), alive
+
+
+@pytest.mark.slow
+def test_a_killed_tuning_goes_on(resumed: tuple[Path, bytes, dict[str, Any], list[int]]) -> None:
+    path, whole, said, alive = resumed
+    assert alive == []
+    assert path.read_bytes().startswith(whole)
+    records = Database.read(path.parents[1], NATIVE.tuning_key).records
+    points = [json.dumps([r["workload"], r["knobs"]]) for r in records if r["kind"] != "choice"]
+    kept = sum(json.loads(line)["kind"] != "choice" for line in whole.splitlines())
+    assert len(points) == len(set(points)) == 5 * TRIALS  # qkv, o, gate and up, down, head
+    assert sum(shape["new"] for shape in said["shapes"]) == 5 * TRIALS - kept
+    assert (said["complete"], said["threads"], said["key"]) == (True, 1, NATIVE.tuning_key)
+    assert all(shape["choice"]["rounds"] == 16 for shape in said["shapes"])
+
+
+@pytest.fixture(scope="module")
+def linears() -> list[Any]:
+    """Spaces of the demo model's linear layers in decoding."""
+    from compiler import pipeline
+    from compiler.passes.lower_to_schedules import requests
+    from schedules.kernel import space
+
+    request = pipeline.Request(Path(), NATIVE, chunks=(16,), context=64)
+    graph = pipeline.import_checkpoint(DEMO, request).model.graph
+    asked = requests(pipeline.fuse(graph.module(), request), NATIVE)["decode"]
+    return [space(r) for r in asked if r.op.startswith("quern.linear_int8")]
+
+
+@pytest.mark.slow
+def test_build_uses_a_record_and_says_so(tmp_path: Path, linears: list[Any]) -> None:
+    asked = linears[0]
+    knobs = next(p for p in asked.points() if p["row_blocks"] != asked.default["row_blocks"])
+    about = {"schedule": asked.schedule, "workload": dict(asked.workload), "default": dict(asked.default)}
+    database(tmp_path / "logs", choice(**about, knobs=knobs), key=NATIVE.tuning_key)
+    (name,) = Database.read(tmp_path / "logs", NATIVE.tuning_key).names
+
+    def build(out: str, logs: str) -> manifest.Manifest:
+        options = ["--context", "64", "--quiet", "--tuning-logs", str(tmp_path / logs)]
+        assert main(["build", "--out", str(tmp_path / out), *options]) == 0
+        return manifest.load(tmp_path / out / manifest.FILE_NAME)
+
+    tuned, again, plain = build("tuned", "logs"), build("again", "logs"), build("plain", "none")
+    assert len(name) == ID_DIGITS
+    ((kernel, used),) = tuned.tuning.items()
+    assert used == manifest.TunedKernel(name, knobs)
+    workload = asked.workload
+    assert f"_m1_n{workload['n']}_k{workload['k']}_" in kernel
+    assert f"tuning:       1 kernels by records {name}\n" in info.as_text(tmp_path / "tuned")
+    assert plain.tuning == {}
+    assert "tuning:       none: every kernel has its schedule's default knobs\n" in info.as_text(tmp_path / "plain")
+    assert tuned == again and tuned.files["model.so"] != plain.files["model.so"]
+    assert tuned.files["weights.bin"] == plain.files["weights.bin"]
+
+
+def test_build_refuses_a_damaged_database(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = database(tmp_path, choice(), key=NATIVE.tuning_key)
+    path.write_bytes(path.read_bytes() + b"{}\n")
+    assert main(["build", "--out", str(tmp_path / "story"), "--quiet", "--tuning-logs", str(tmp_path)]) == 2
+    said = (
+        f"error: {path}:2: not a tuning record of {NATIVE.tuning_key}: kind is None, but must be one of trial, failure, "
+        f"choice. Remove the line, or restore the file; 'compiler tune' measures again what is missing.\n"
+    )
+    assert capsys.readouterr() == ("", said)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [NATIVE.tuning_key]
