@@ -29,6 +29,8 @@ LEAST_BYTES = 400 << 20  # of rotated weights, or four times the last-level cach
 DRIFT = 0.25  # how far a canary's quartiles may lie apart, as a share of its median: idle machines show 0.02 to 0.10
 REPEATS, PAUSE_S = 5, 0.5  # of a batch that drifted; the pause before it doubles every time
 REPLY_S = 60.0  # to compile one candidate, to run it, or to time a batch: seconds are usual
+OPEN_S = 300.0  # to load TVM and fill the arena
+STEP_S = 0.5  # replies are waited for in steps: while this process is stopped, at most one of them runs out
 
 Knobs = Mapping[str, int]
 
@@ -182,19 +184,20 @@ class LocalMeasurer:
         if self._opened == request:
             return
         try:
-            self._size = self._ask("open", request, dict(space.default), self.least_bytes)
+            self._size = self._ask("open", request, dict(space.default), self.least_bytes, within=OPEN_S)
             self._opened, self._quickest_s = request, math.inf
         except (CandidateFailed, CandidateLost) as error:
             self.close()
             what = f"{space.schedule} {dict(space.workload)}"
             raise RuntimeError(f"{what}: the default schedule failed: {error}") from error
 
-    def _ask(self, *message: Any) -> Any:
+    def _ask(self, *message: Any, within: float | None = None) -> Any:
         assert self._connection is not None
+        seconds = self.reply_s if within is None else within
         try:
             self._connection.send(message)
-            if not self._connection.poll(self.reply_s):
-                raise CandidateLost(f"no answer within {self.reply_s:g} s")
+            if not any(self._connection.poll(STEP_S) for _ in range(math.ceil(seconds / STEP_S))):
+                raise CandidateLost(f"no answer within {seconds:g} s")
             status, value = self._connection.recv()
         except (EOFError, ConnectionError):
             self._process.wait()  # type: ignore[union-attr]

@@ -7,14 +7,15 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import targets
+from compiler import pipeline
 from compiler.__main__ import main
+from compiler.progress import Reporter
 from compiler.tune.records import FILE_NAME, ID_DIGITS, Database
 from runtime import info, manifest
 from tests.end_to_end import commands
@@ -66,7 +67,7 @@ def test_a_time_that_is_none(text: str, capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.fixture(scope="module")
-def resumed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, bytes, dict[str, Any], list[int]]]:
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes, dict[str, Any], list[int]]:
     """A tuning of the demo model, killed after some records, then run to its end.
 
     The database, its bytes after the kill, the second run's JSON, and worker processes that outlived the kill.
@@ -89,7 +90,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, by
     done = commands.run(*TUNE, *QUICK, cwd=place)
     assert done.returncode == 0, done.stderr
     alive = [int(child) for child in children if Path(f"/proc/{child}").exists()]
-    yield path, whole, json.loads(done.stdout), alive
+    return path, whole, json.loads(done.stdout), alive
 
 
 @pytest.mark.slow
@@ -109,7 +110,6 @@ def test_a_killed_tuning_goes_on(resumed: tuple[Path, bytes, dict[str, Any], lis
 @pytest.fixture(scope="module")
 def linears() -> list[Any]:
     """Spaces of the demo model's linear layers in decoding."""
-    from compiler import pipeline
     from compiler.passes.lower_to_schedules import requests
     from schedules.kernel import space
 
@@ -128,9 +128,10 @@ def test_build_uses_a_record_and_says_so(tmp_path: Path, linears: list[Any]) -> 
     (name,) = Database.read(tmp_path / "logs", NATIVE.tuning_key).names
 
     def build(out: str, logs: str) -> manifest.Manifest:
-        options = ["--context", "64", "--quiet", "--tuning-logs", str(tmp_path / logs)]
-        assert main(["build", "--out", str(tmp_path / out), *options]) == 0
-        return manifest.load(tmp_path / out / manifest.FILE_NAME)
+        request = pipeline.Request(
+            tmp_path / out, NATIVE, context=64, chunks=(16,), tuning_logs=tmp_path / logs
+        )
+        return pipeline.build(DEMO, request, Reporter(quiet=True))
 
     tuned, again, plain = build("tuned", "logs"), build("again", "logs"), build("plain", "none")
     assert len(name) == ID_DIGITS
@@ -150,8 +151,8 @@ def test_build_refuses_a_damaged_database(tmp_path: Path, capsys: pytest.Capture
     path.write_bytes(path.read_bytes() + b"{}\n")
     assert main(["build", "--out", str(tmp_path / "story"), "--quiet", "--tuning-logs", str(tmp_path)]) == 2
     said = (
-        f"error: {path}:2: not a tuning record of {NATIVE.tuning_key}: kind is None, but must be one of trial, failure, "
-        f"choice. Remove the line, or restore the file; 'compiler tune' measures again what is missing.\n"
+        f"error: {path}:2: not a tuning record of {NATIVE.tuning_key}: kind is None, but must be one of trial, "
+        f"failure, choice. Remove the line, or restore the file; 'compiler tune' measures again what is missing.\n"
     )
     assert capsys.readouterr() == ("", said)
     assert sorted(p.name for p in tmp_path.iterdir()) == [NATIVE.tuning_key]
