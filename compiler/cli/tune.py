@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
     threads = options.threads or device.default_threads()
     os.environ["TVM_NUM_THREADS"] = str(threads)  # before TVM is loaded
     from compiler.tune import records, search
-    from compiler.tune.measure import DRIFT, LocalMeasurer, NoisyError, Setting
+    from compiler.tune.measure import DRIFT, LocalMeasurer, Setting
 
     stop = search.until(options.time_budget)
     database = records.Database.writing(options.tuning_logs or records.DEFAULT_FOLDER, target.tuning_key)
@@ -83,9 +83,6 @@ def run(options: argparse.Namespace) -> int:
         found = _tasks(options, target)
         tuner = search.Tuner(database, measurer, options.trials, stop)
         outcomes.extend(tuner.tune(task) for task in _shown(tuner, found, quiet=options.json))
-    except NoisyError:
-        _print(options, target, threads, database.path, outcomes, len(found))
-        raise
     finally:
         measurer.close()
         database.close()
@@ -192,6 +189,11 @@ def _print(
         table.add_row(*_row(outcome))
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     console.print(table)
+    if noisy := [o for o in outcomes if o.noise is not None]:
+        console.print(
+            f"{len(noisy)} shapes were left: {noisy[-1].noise}. Nothing of such batches is recorded. Stop what else "
+            f"runs here, and run the same command again: it goes on where it stopped."
+        )
     kept = len(complete) - sum(o in gained for o in complete)
     console.print(
         f"{path}: {len(gained)} of {asked} shapes gained, {kept} keep the default because nothing beat it beyond the "
@@ -203,7 +205,7 @@ def _print(
 def _as_json(outcome: Outcome) -> dict[str, Any]:
     space, choice = outcome.task.space, outcome.choice
     about = {"schedule": space.schedule, "workload": dict(space.workload), "points": outcome.points}
-    about |= {"trials": outcome.trials, "new": outcome.new, "failed": outcome.failed}
+    about |= {"noise": outcome.noise, "trials": outcome.trials, "new": outcome.new, "failed": outcome.failed}
     keys = ("gained", "knobs", "best", "default", "seconds", "default_seconds", "speedup", "wins", "rounds", "gb_s",
             "gmac_s", "read_gb_s")  # fmt: skip
     return about | {"choice": None if choice is None else {key: choice[key] for key in keys}}

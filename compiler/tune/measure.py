@@ -21,7 +21,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
 
-from compiler.errors import UserError
 from schedules.kernel import Request, Space
 
 REPOSITORY = Path(__file__).parents[2]
@@ -35,8 +34,8 @@ STEP_S = 0.5  # replies are waited for in steps: while this process is stopped, 
 Knobs = Mapping[str, int]
 
 
-class NoisyError(UserError):
-    """The machine is too busy to time anything on it."""
+class NoisyError(Exception):
+    """The machine is too busy to time anything on it; nothing of the batch may be recorded."""
 
 
 class CandidateLost(Exception):
@@ -148,8 +147,7 @@ class LocalMeasurer:
             time.sleep(PAUSE_S * 2**repeat)
         raise NoisyError(
             f"The speed of this machine drifts by {worst:.0%} while one kernel runs again and again; "
-            f"{self.most_drift:.0%} is the limit. Nothing of this batch was recorded. Stop what else runs here, and "
-            f"run the same command again: it goes on where it stopped."
+            f"{self.most_drift:.0%} is the limit"
         )
 
     def _drift(self, batch: Batch) -> float:

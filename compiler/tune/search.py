@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from compiler.errors import UserError
-from compiler.tune.measure import Batch, Measurer, Timing
+from compiler.tune.measure import Batch, Measurer, NoisyError, Timing
 from compiler.tune.records import Database, Record, frozen
 from schedules.kernel import Request, Space
 
@@ -47,7 +47,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a task ended. trials: recorded in all; new: by this run; choice: the verdict, None while there is none."""
+    """How a task ended. trials: recorded in all; new: by this run; choice: the verdict, None while there is none.
+
+    noise: why the task was left, when the machine was too busy for it; a later run goes on with it.
+    """
 
     task: Task
     trials: int
@@ -55,6 +58,7 @@ class Outcome:
     failed: int
     points: int
     choice: Record | None
+    noise: str | None = None
 
 
 def propose(space: Space, done: Results, count: int) -> list[dict[str, int]]:
@@ -115,20 +119,23 @@ class Tuner:
 
     def tune(self, task: Task) -> Outcome:
         """Measure what is still missing, then decide; a task that is complete costs nothing."""
-        threads, new = self.measurer.setting.threads, 0
-        wanted = self.wanted(task)
-        done = self.database.trials(task.space, threads)
-        while len(done) < wanted and not self.stop():
-            new += self._batch(task, propose(task.space, done, min(BATCH, wanted - len(done))))
-            done = self.database.trials(task.space, threads)
-        choice = self.database.choice(task.space, threads)
-        behind = bool(done) and (choice is None or choice["trials"] < len(done))
-        if behind and (new or not self.stop()):
-            choice = self._decide(task, done)
+        threads, wanted, noise = self.measurer.setting.threads, self.wanted(task), None
+        done = before = self.database.trials(task.space, threads)
+        try:
+            while len(done) < wanted and not self.stop():
+                self._batch(task, propose(task.space, done, min(BATCH, wanted - len(done))))
+                done = self.database.trials(task.space, threads)
+            choice = self.database.choice(task.space, threads)
+            behind = bool(done) and (choice is None or choice["trials"] < len(done))
+            if behind and (len(done) > len(before) or not self.stop()):
+                self._decide(task, done)
+        except NoisyError as error:
+            noise = str(error)
         failed = sum(record["kind"] == "failure" for record in done.values())
-        return Outcome(task, len(done), new, failed, sum(1 for _ in task.space.points()), choice)
+        points, choice = sum(1 for _ in task.space.points()), self.database.choice(task.space, threads)
+        return Outcome(task, len(done), len(done) - len(before), failed, points, choice, noise)
 
-    def _batch(self, task: Task, candidates: list[dict[str, int]]) -> int:
+    def _batch(self, task: Task, candidates: list[dict[str, int]]) -> None:
         batch = self.measurer.measure(task.request, task.space, candidates, ROUNDS)
         for knobs, timing in zip(candidates, batch.timings, strict=True):
             if timing.failure is not None:
@@ -137,20 +144,19 @@ class Tuner:
                 figures = {"runs": len(timing.seconds), "speedup": spread(timing.speedups)}
                 self.database.append(self._record(task, "trial", knobs) | _figures(task, batch, timing) | figures)
             self.advance(1)
-        return len(candidates)
 
-    def _decide(self, task: Task, done: Results) -> Record | None:
-        """The finalists against the default; None when every trial failed."""
+    def _decide(self, task: Task, done: Results) -> None:
+        """The finalists against the default; no verdict when every trial failed."""
         ranked = sorted(
             (r for r in done.values() if r["kind"] == "trial"), key=lambda r: r["speedup"]["median"], reverse=True
         )
         if not ranked:
-            return None
+            return
         finalists = [dict(record["knobs"]) for record in ranked[:FINALISTS]]
         batch = self.measurer.measure(task.request, task.space, finalists, FINAL_ROUNDS)
         finished = [(k, t) for k, t in zip(finalists, batch.timings, strict=True) if t.failure is None]
         if not finished:
-            return None
+            return
         best, timing = max(finished, key=lambda pair: statistics.median(pair[1].speedups))
         wins = sum(speedup > 1 for speedup in timing.speedups)
         gained = statistics.median(timing.speedups) >= MIN_GAIN and wins >= MIN_WINS * len(timing.speedups)
@@ -159,7 +165,6 @@ class Tuner:
         record |= {"wins": wins, "rounds": len(timing.speedups), "trials": len(done)}
         record |= _figures(task, batch, timing) | {"speedup": spread(timing.speedups)}
         self.database.append(record)
-        return record
 
     def _record(self, task: Task, kind: str, knobs: Knobs) -> Record:
         space = task.space

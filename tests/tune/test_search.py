@@ -95,11 +95,11 @@ def test_only_failures_are_no_choice(tmp_path: Path) -> None:
 
 def test_nothing_is_measured_twice(tmp_path: Path) -> None:
     device = Formula(lambda knobs: 1 + sum(knobs.values()), die_after=16)
-    with pytest.raises(NoisyError):
-        tune(tmp_path, LARGE, device, trials=24)
+    stopped = tune(tmp_path, LARGE, device, trials=24)
+    assert (stopped.trials, stopped.choice, stopped.noise) == (16, None, "too loud")
     device.die_after = 99
     outcome = tune(tmp_path, LARGE, device, trials=24)
-    assert (outcome.trials, outcome.new) == (24, 8)
+    assert (outcome.trials, outcome.new, outcome.noise) == (24, 8, None)
     assert len({frozen(knobs) for knobs in device.asked}) == len(device.asked) == 24
     before = (tmp_path / "mill" / "tune.jsonl").read_bytes()
     assert tune(tmp_path, LARGE, device, trials=24).new == 0

@@ -128,9 +128,7 @@ def test_build_uses_a_record_and_says_so(tmp_path: Path, linears: list[Any]) -> 
     (name,) = Database.read(tmp_path / "logs", NATIVE.tuning_key).names
 
     def build(out: str, logs: str) -> manifest.Manifest:
-        request = pipeline.Request(
-            tmp_path / out, NATIVE, context=64, chunks=(16,), tuning_logs=tmp_path / logs
-        )
+        request = pipeline.Request(tmp_path / out, NATIVE, context=64, chunks=(16,), tuning_logs=tmp_path / logs)
         return pipeline.build(DEMO, request, Reporter(quiet=True))
 
     tuned, again, plain = build("tuned", "logs"), build("again", "logs"), build("plain", "none")
