@@ -61,10 +61,10 @@ class Outcome:
     noise: str | None = None
 
 
-def propose(space: Space, done: Results, count: int) -> list[dict[str, int]]:
+def propose(space: Space, done: Results, count: int, hints: Sequence[Knobs] = ()) -> list[dict[str, int]]:
     """The next `count` points that nobody has tried, fewer when none are left.
 
-    First the default's neighbours, one knob away, in turns with random points; then the cost model's guesses.
+    First hints, then the default's neighbours, one knob away, in turns with random points; then the cost model's guesses.
     """
     points = list(space.points())
     seed = zlib.crc32(repr((space.schedule, sorted(space.workload.items()))).encode())
@@ -79,8 +79,20 @@ def propose(space: Space, done: Results, count: int) -> list[dict[str, int]]:
         chosen = ranked[: count - explored]
         return chosen + [point for point in left if point not in chosen][:explored]
     near = [point for point in left if sum(point[k] != v for k, v in space.default.items()) == 1]
-    chosen = near[: count - count // 2]
+    chosen = [point for hint in hints for point in left if point == hint][: count - count // 4]
+    chosen += [point for point in near if point not in chosen][: max(0, count - count // 2 - len(chosen))]
     return chosen + [point for point in left if point not in chosen][: count - len(chosen)]
+
+
+def siblings_best(database: Database, space: Space) -> list[dict[str, int]]:
+    """What was fastest for other workloads of this schedule with as many tokens a call, the best first."""
+    found: dict[tuple[tuple[str, int], ...], list[float]] = {}
+    for record in database.records:
+        kin = record["schedule"] == space.schedule and record["workload"].get("m") == space.workload.get("m")
+        if record["kind"] == "trial" and kin and record["workload"] != dict(space.workload):
+            found.setdefault(frozen(record["knobs"]), []).append(record["speedup"]["median"])
+    ranked = sorted(found, key=lambda knobs: statistics.fmean(found[knobs]), reverse=True)
+    return [dict(knobs) for knobs in ranked]
 
 
 def by_model(space: Space, measured: Sequence[Record], points: list[dict[str, int]]) -> list[dict[str, int]]:
@@ -123,7 +135,8 @@ class Tuner:
         done = before = self.database.trials(task.space, threads)
         try:
             while len(done) < wanted and not self.stop():
-                self._batch(task, propose(task.space, done, min(BATCH, wanted - len(done))))
+                hints = siblings_best(self.database, task.space)
+                self._batch(task, propose(task.space, done, min(BATCH, wanted - len(done)), hints))
                 done = self.database.trials(task.space, threads)
             choice = self.database.choice(task.space, threads)
             behind = bool(done) and (choice is None or choice["trials"] < len(done))

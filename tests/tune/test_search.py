@@ -122,6 +122,17 @@ def test_the_first_batch_looks_around_the_default() -> None:
     assert propose(LARGE, {}, 8) == first
 
 
+def test_what_was_best_for_a_sibling_comes_first(tmp_path: Path) -> None:
+    tune(tmp_path, LARGE, Formula(lambda knobs: 1 + abs(knobs["a"] - 3)), trials=32)
+    database = Database.read(tmp_path, "mill")
+    sibling = Space.around(dict.fromkeys("abcd", 0), WIDE, schedule="mill.stone", workload={"m": 1, "n": 10})
+    hints = search.siblings_best(database, sibling)
+    assert hints[0]["a"] == 3
+    assert propose(sibling, {}, 8, hints)[:6] == hints[:6]
+    prompt = Space.around(dict.fromkeys("abcd", 0), WIDE, schedule="mill.stone", workload={"m": 16, "n": 9})
+    assert search.siblings_best(database, prompt) == search.siblings_best(database, LARGE) == []
+
+
 def test_senseless_points_are_no_points() -> None:
     space = Space.around({"a": 1, "b": 1}, {"a": (1, 2), "b": (1, 2)}, schedule="s", workload={},
                          allowed=lambda knobs: knobs["a"] >= knobs["b"])  # fmt: skip
