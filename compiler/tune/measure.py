@@ -26,7 +26,7 @@ from schedules.kernel import Request, Space
 REPOSITORY = Path(__file__).parents[2]
 LEAST_BYTES = 400 << 20  # of rotated weights, or four times the last-level cache, whichever is more
 DRIFT = 0.25  # how far a canary's quartiles may lie apart, as a share of its median: idle machines show 0.02 to 0.10
-REPEATS, PAUSE_S = 5, 0.5  # of a batch that drifted; the pause before it doubles every time
+REPEATS, PAUSE_S = 5, 0.25  # of a batch that drifted; the pause before it doubles every time
 REPLY_S = 60.0  # to compile one candidate, to run it, or to time a batch: seconds are usual
 OPEN_S = 300.0  # to load TVM and fill the arena
 STEP_S = 0.5  # replies are waited for in steps: while this process is stopped, at most one of them runs out

@@ -64,7 +64,7 @@ class Outcome:
 def propose(space: Space, done: Results, count: int, hints: Sequence[Knobs] = ()) -> list[dict[str, int]]:
     """The next `count` points that nobody has tried, fewer when none are left.
 
-    First hints, then the default's neighbours, one knob away, in turns with random points; then the cost model's guesses.
+    First hints, then the neighbours of the default, one knob away, and random points; then the guesses of the model.
     """
     points = list(space.points())
     seed = zlib.crc32(repr((space.schedule, sorted(space.workload.items()))).encode())
