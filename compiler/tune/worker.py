@@ -31,7 +31,7 @@ ALIGNMENT = 64  # as in a weights file
 MOST_COPIES = 4096  # of small weights: beyond it the calls cost more than the memory
 READ_BYTES = 32 << 20  # of the arena, each time that the reader is timed
 READS = 5  # a round: one takes a millisecond, and somebody else's millisecond is not the memory's speed
-LEAST_CALLS, SLOT_S = 4, 0.012  # what a candidate gets in a round
+LEAST_CALLS, SLOT_S = 2, 0.012  # what a candidate gets in a round
 # Rows differ in the order of their fp32 sums only: some thousand roundings of 2^-24 each, far below this share of the
 # largest result, and a kernel that forgets a block is far above it.
 TOLERANCE = 1e-4
