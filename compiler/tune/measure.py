@@ -247,9 +247,11 @@ def last_level_cache_bytes(cpu: Path = Path("/sys/devices/system/cpu/cpu0")) -> 
 
 
 def commit() -> str:
-    """The tree's commit, with a + when it has changes; "unknown" outside of a repository."""
-    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty=+", "--exclude=*"]
+    """The tree's commit, with a + when the code that makes kernels has changes; "unknown" outside of a repository."""
+    git = ["git", "-C", str(REPOSITORY)]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        code = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "compiler", "schedules", "targets"], check=False)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return head.stdout.strip() + ("+" if code.returncode else "")
