@@ -1,6 +1,8 @@
 """`native` from /proc/cpuinfo, on text of machines that we do not have."""
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from targets import TargetError, load
@@ -88,3 +90,14 @@ def test_arm_boards(features: str, parts: list[str], mcpu: str, flags: str) -> N
 def test_arm_without_neon() -> None:
     with pytest.raises(TargetError, match=r"^/proc/cpuinfo: this CPU lacks asimd; quern needs NEON\.$"):
         load("native", arm("fp crc32", "0xd03"))
+
+
+def test_who_shares_tuning_records() -> None:
+    """Machines with the same level, the same multipliers of integers and the same first-level cache."""
+    zen4, sapphire = f"{V4} avx512_vnni gfni", f"{V4} avx512_vnni avx_vnni amx_int8 amx_tile"
+    assert load("native", x86(zen4)).tuning_key == "x86-64-v4-avx512vnni-l1d-unknown"
+    assert load("native", x86(sapphire)).tuning_key == "x86-64-v4-amx-int8-avx512vnni-avxvnni-l1d-unknown"
+    assert load("native", x86(f"{V3} avx_vnni")).tuning_key == "x86-64-v3-avxvnni-l1d-unknown"
+    here = replace(load("native", x86(V3)), l1d_kib_per_core=32)
+    assert here.tuning_key == "x86-64-v3-l1d32k"
+    assert load("x86-64").tuning_key == "x86-64"  # a target by name shares with nobody
