@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -169,17 +170,34 @@ def prepare(workload: Workload, knobs: Mapping[str, int]) -> int:
 
 
 def times(workload: Workload, numbers: list[int], rounds: int) -> dict[str, Any]:
-    """Seconds of every call, by round and candidate, and GB/s of the reader after every round, the best of a few.
+    """Seconds of every call, by round and candidate; GB/s of the reader after every round, the best of a few; and the
+    share of all processors that others took meanwhile.
 
     Candidates take turns, in an order that turns from round to round, so that nobody always follows the same one.
     """
-    reads, seconds = [], []
+    reads, seconds, before = [], [], processor_seconds()
     for n in range(rounds):
         order = numbers[n % len(numbers) :] + numbers[: n % len(numbers)]
         row = {number: slot(workload, workload.functions[number]) for number in order}
         seconds.append([row[number] for number in numbers])
         reads.append(max(workload.read() for _ in range(READS)))
-    return {"seconds": seconds, "reads": reads}
+    return {"seconds": seconds, "reads": reads, "foreign": foreign_share(before, processor_seconds())}
+
+
+def processor_seconds(stat: Path = Path("/proc/stat")) -> tuple[float, float, float]:
+    """Now, as monotonic seconds times processors; what all processors were busy for, a hypervisor's thefts included;
+    and this process's part of it.
+    """
+    # user nice system idle iowait irq softirq steal guest guest_nice, in ticks; the guests' are in user and nice, too
+    ticks = [int(word) for word in stat.read_text().splitlines()[0].split()[1:9]]
+    busy = (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
+    return time.monotonic() * (os.cpu_count() or 1), busy, time.process_time()
+
+
+def foreign_share(before: tuple[float, float, float], after: tuple[float, float, float]) -> float:
+    """The part of all processors' time that was neither idle nor ours."""
+    whole, busy, own = (b - a for a, b in zip(before, after, strict=True))
+    return max(0.0, busy - own) / whole
 
 
 def slot(workload: Workload, function: Any) -> list[float]:

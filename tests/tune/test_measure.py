@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Iterator
 
 import pytest
 
-from compiler.tune import measure
+from compiler.tune import measure, worker
 from compiler.tune.measure import LocalMeasurer, NoisyError, Setting
 from schedules import kernel
 from schedules.kernel import Space
@@ -76,6 +78,20 @@ def test_a_busy_machine_gives_no_figures(device: LocalMeasurer, monkeypatch: pyt
     monkeypatch.setattr(device, "most_drift", 0.25)
     with pytest.raises(NoisyError) as caught:
         device.measure(REQUEST, room(), [], rounds=1)
-    assert str(caught.value) == (
-        "The speed of this machine drifts by 50% while one kernel runs again and again; 25% is the limit"
+    said = (
+        r"other processes take \d+% of the processors, and the speed of one kernel drifts by 50% \(25% is the limit\)"
     )
+    assert re.fullmatch(said, str(caught.value))
+
+
+def test_what_others_took_by_hand() -> None:  # 2 processors for 3 s, 5 s busy, 4 s of them ours
+    assert worker.foreign_share((10.0, 1.0, 1.0), (16.0, 6.0, 5.0)) == pytest.approx(1 / 6)
+    assert worker.foreign_share((0.0, 0.0, 0.0), (4.0, 1.0, 1.01)) == 0
+
+
+def test_the_processors_clocks_go_forward() -> None:
+    before = worker.processor_seconds()
+    while time.process_time() < before[2] + 0.05:
+        pass
+    after = worker.processor_seconds()
+    assert after[0] > before[0] and after[1] > before[1] and after[2] > before[2]
