@@ -144,13 +144,18 @@ class LocalMeasurer:
             answer = self._ask("time", [0, *numbers.values()], rounds)
             batch = self._batch(answer, list(numbers), failures, len(candidates))
             worst = self._drift(batch)
-            if worst <= self.most_drift and batch.foreign <= self.most_drift * FOREIGN / DRIFT:
+            if worst <= self.most_drift and batch.foreign <= self._most_foreign():
                 return batch
             time.sleep(PAUSE_S * 2**repeat)
         raise NoisyError(
             f"other processes take {batch.foreign:.0%} of the processors, and the speed of one kernel drifts by "
             f"{worst:.0%} ({self.most_drift:.0%} is the limit)"
         )
+
+    def _most_foreign(self) -> float:
+        """Processors that our threads leave idle are for everyone; of ours, as much more as drift is allowed."""
+        unused = max(0.0, 1 - self.setting.threads / (os.cpu_count() or 1))
+        return unused + FOREIGN * self.most_drift / DRIFT
 
     def _drift(self, batch: Batch) -> float:
         """The worst of: the reader in this batch, the default kernel in it, the default against its best batch."""
