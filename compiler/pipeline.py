@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -12,31 +10,30 @@ from typing import Any
 
 import numpy as np
 import tvm
-from numpy.typing import NDArray
 
 from compiler import models
 from compiler.checkpoint import Checkpoint, open_checkpoint
 from compiler.codegen import bundle, chat_format, link, tokenizer_files, weights_file
 from compiler.codegen.build import Compiled, compile_module
-from compiler.errors import CheckpointError, ConfigError, UnsupportedError
-from compiler.graph.weights import Constant, Linear, Table, Vector, Weight
+from compiler.errors import ConfigError, UnsupportedError
+from compiler.graph.weights import Linear, Table
 from compiler.models import Model
 from compiler.passes.fuse_quantize import FuseQuantize
 from compiler.passes.fuse_residual import FuseResidual
-from compiler.passes.lower_to_schedules import Lowered, lower_to_schedules
+from compiler.passes.lower_to_schedules import lower_to_schedules
 from compiler.passes.quantize_activations import QuantizeActivations
 from compiler.passes.verify import verify
 from compiler.progress import Reporter
 from compiler.quant.formats import open_source
 from compiler.quant.grids import integer_grid
-from compiler.quant.ir import DenseWeight, QuantWeight, WeightType, join
+from compiler.quant.ir import WeightType
 from compiler.quant.source import Source
 from compiler.quantize import rtn
+from compiler.weights import packed
 from runtime import manifest
 from targets import Target
 
 LIBRARY, WEIGHTS = "model.so", "weights.bin"
-DECODERS = 2  # weights decoded at a time; numpy lets threads run beside each other, and each holds one layer
 CHUNKS = (16, 128)  # prompt tokens a call; the runtime cuts a prompt into these
 
 
@@ -179,14 +176,15 @@ def compile_inputs(inputs: Inputs, request: Request, report: Reporter) -> manife
             stage.note = f"{target.zig_triple}"
         with report.stage("pack") as stage:
             stage.total(len(model.weights))
-            weights = weights_file.write(folder / WEIGHTS, _packed(inputs, lowered, stage.advance))
-            stage.bytes = (folder / WEIGHTS).stat().st_size
+            pieces = packed(model.weights, inputs.source, lowered.packings, stage.advance)
+            weights, digest = weights_file.write(folder / WEIGHTS, pieces)
+            stage.bytes = digest.bytes
         with report.stage("seal") as stage:
             chat, note = None, ""
             if inputs.tokenizer is not None:
                 tokenizer_files.copy(inputs.tokenizer, folder)
                 chat, note = chat_format.derive(inputs.tokenizer, inputs.path)
-            made = _manifest(inputs, request, compiled, weights, chat, bundle.digests(folder, WEIGHTS))
+            made = _manifest(inputs, request, compiled, weights, chat, bundle.digests(folder, {WEIGHTS: digest}))
             manifest.dump(made, folder / manifest.FILE_NAME)
             stage.note = note
     report.line(f"{request.out}: needs {made.memory.planned_peak_bytes / (1 << 20):.1f} MiB to run")
@@ -214,86 +212,6 @@ def _dump(folder: Path | None, name: str, text: Any) -> None:
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text(), encoding="utf-8")
-
-
-def _packed(inputs: Inputs, lowered: Lowered, advance: Any) -> Iterator[tuple[str, NDArray[Any]]]:
-    """Every graph parameter in its kernel's layout, in order; the next weights are decoded while one is written."""
-
-    def prepare(weight: Weight) -> list[tuple[str, NDArray[Any]]]:
-        made = []
-        for name, array in load_weight(weight, inputs.source):
-            packing = lowered.packings.get(name)
-            made.append((name, array if packing is None else packing.pack(array)))
-        return made
-
-    ahead: deque[Future[list[tuple[str, NDArray[Any]]]]] = deque()
-    with ThreadPoolExecutor(DECODERS) as pool:
-        for weight in inputs.model.weights:
-            ahead.append(pool.submit(prepare, weight))
-            if len(ahead) > DECODERS:
-                yield from ahead.popleft().result()
-                advance(1)
-        while ahead:
-            yield from ahead.popleft().result()
-            advance(1)
-
-
-def load_weight(weight: Weight, source: Source) -> Iterator[tuple[str, NDArray[Any]]]:
-    """The graph parameters of one weight in canonical form; a dense one is quantised here if the graph wants that."""
-    if isinstance(weight, Constant):
-        yield weight.name, weight.values
-    elif isinstance(weight, Vector):
-        yield weight.name, _norm(weight, source)
-    elif isinstance(weight, Table):
-        yield from _parameters(weight.name, weight.name, source.load(weight.source))
-    else:
-        if weight.bias:
-            yield f"{weight.name}.bias", _bias(weight, source)
-        loaded = _as_asked(join([source.load(module) for module in weight.sources]), weight)
-        yield from _parameters(weight.name, f"{weight.name}.weight", loaded)
-
-
-def _parameters(name: str, dense: str, weight: QuantWeight | DenseWeight) -> Iterator[tuple[str, NDArray[Any]]]:
-    """A matrix by the names that compiler/graph/build.py gives its parameters; `dense` for one that has no codes."""
-    if isinstance(weight, DenseWeight):
-        yield dense, weight.values
-        return
-    yield f"{name}.codes", weight.codes
-    yield f"{name}.scale", weight.scale
-    if weight.offset is not None:
-        yield f"{name}.offset", weight.offset
-    elif not weight.type.table:
-        yield f"{name}.zero", weight.zero
-    if weight.permutation is not None:
-        yield f"{name}.permutation", weight.permutation
-
-
-def _norm(weight: Vector, source: Source) -> NDArray[np.float32]:
-    """A norm's weight with its constants folded in, each a rounding to fp32 at most."""
-    values = source.vector(weight.source)
-    if values.shape != (weight.n,):
-        raise CheckpointError(
-            f"{weight.source} has {values.size} values, but config.json's widths need {weight.n}. "
-            f"The configuration belongs to another checkpoint, or was edited."
-        )
-    values = values if weight.plus == 0 else values + np.float32(weight.plus)
-    return values if weight.times == 1 else values * np.float32(weight.times)
-
-
-def _bias(weight: Linear, source: Source) -> NDArray[np.float32]:
-    """The biases of all sources, one after another; none is zeros."""
-    parts = [source.bias(module) for module in weight.sources]
-    filled = [np.zeros(n, np.float32) if b is None else b for b, n in zip(parts, weight.rows, strict=True)]
-    return np.concatenate(filled)
-
-
-def _as_asked(loaded: QuantWeight | DenseWeight, weight: Linear) -> QuantWeight | DenseWeight:
-    if isinstance(loaded, DenseWeight) and not weight.type.dense:
-        bits = 8 if weight.type.bits == 8 else 4
-        return rtn.quantize(loaded, bits, weight.type.group_size, where=weight.sources[0])
-    wanted = weight.type if weight.type.order else replace(weight.type, order=loaded.type.order)
-    assert loaded.type == wanted, (loaded.type, wanted)
-    return loaded
 
 
 def _manifest(
