@@ -112,12 +112,17 @@ class _File:
         self._free.append(chunk)
 
     def _put(self, handle: int, chunk: NDArray[np.uint8], start: int) -> str:
-        digest, done = hashlib.sha256(chunk).hexdigest(), 0
-        while done < len(chunk):
-            try:
-                done += os.pwrite(handle, chunk[done:], start + done)
-            except OSError:
-                if handle == self._handles[0]:
-                    raise
-                handle = self._handles[0]
+        digest = hashlib.sha256(chunk).hexdigest()
+        try:
+            _write_all(handle, chunk, start)
+        except OSError:
+            if handle == self._handles[0]:
+                raise
+            _write_all(self._handles[0], chunk, start)
         return digest
+
+
+def _write_all(handle: int, data: NDArray[np.uint8], start: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(handle, data[done:], start + done)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from compiler.codegen import weights_file
-from compiler.codegen.weights_file import ALIGNMENT, Piece
+from compiler.codegen.weights_file import ALIGNMENT, CHUNKS_AHEAD, Piece
 from runtime.manifest import FileDigest, Weight, Weights, digest_file
 
 Arrays = list[tuple[str, NDArray[Any]]]
@@ -78,20 +79,32 @@ def test_views_are_written_in_their_own_order(tmp_path: Path) -> None:
         assert np.array_equal(read(tmp_path / "w", weight), array)
 
 
-def test_one_piece_at_a_time(tmp_path: Path) -> None:
-    """A large model passes through memory piece by piece: none is asked for before the one before it is written."""
+def test_few_pieces_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large model passes through memory in pieces: all but the last few are in the file when one is asked for."""
+    monkeypatch.setattr(weights_file, "CHUNK_BYTES", 1 << 16)
     path, seen = tmp_path / "w", []
 
     def pieces() -> Iterator[Piece]:
-        for number in range(4):
-            seen.append(path.stat().st_size)
-            yield Piece(str(number // 2), "uint8", (2 << 20,), np.full(1 << 20, number, np.uint8))
+        for number in range(16):
+            seen.append(path.stat().st_size >> 16)
+            yield Piece(str(number // 2), "uint8", (2 << 16,), np.full(1 << 16, number, np.uint8))
 
-    written, _ = weights_file.write(path, pieces())
-    assert seen == [number << 20 for number in range(4)]
-    assert written.tensors == (Weight("0", "uint8", (2 << 20,), 0, 2 << 20),
-                               Weight("1", "uint8", (2 << 20,), 2 << 20, 2 << 20))  # fmt: skip
-    assert set(read(path, written.tensors[0]).reshape(2, -1)[1]) == {1}
+    written, digest = weights_file.write(path, pieces())
+    assert seen[0] == 0
+    assert all(size >= number - CHUNKS_AHEAD for number, size in enumerate(seen))
+    assert written.tensors[:2] == (Weight("0", "uint8", (2 << 16,), 0, 2 << 16),
+                                   Weight("1", "uint8", (2 << 16,), 2 << 16, 2 << 16))  # fmt: skip
+    assert read(path, written.tensors[0])[:: 1 << 16].tolist() == [0, 1]
+    assert digest == digest_file(path, 1 << 16)
+
+
+def test_a_full_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(weights_file.os, "pwrite", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        write(tmp_path / "w", [("a", np.zeros(100, np.uint8))])
 
 
 def test_pieces_that_do_not_add_up_are_our_bug(tmp_path: Path) -> None:
