@@ -65,11 +65,15 @@ class TensorType:
 
 @dataclass(frozen=True)
 class Function:
-    """A Relax function in the library: names of its arguments in order, `tokens` rows a call, one fresh output."""
+    """A Relax function in the library: names of its arguments in order, `tokens` rows a call, one fresh output.
+
+    tiled: name of the same function, with the same results, for a process that may use AMX tiles.
+    """
 
     tokens: int
     inputs: tuple[str, ...]
     output: TensorType
+    tiled: Optional[str] = None
 
 
 @dataclass(frozen=True)
