@@ -71,7 +71,7 @@ def allow_tiles() -> bool:
     The answer holds for the process, so asking again costs a system call and changes nothing. Without it the first tile
     instruction is a SIGILL (Linux: Documentation/arch/x86/xstate.rst).
     """
-    if arch() != "x86_64" or not TILE_FEATURES <= cpu_features():
+    if arch() != "x86_64" or not cpu_features() >= TILE_FEATURES:
         return False
     import ctypes
 

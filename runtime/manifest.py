@@ -227,7 +227,8 @@ def dumps(manifest: Manifest) -> str:
 
     check(manifest, FILE_NAME)
     data = {"format": FORMAT, "version": VERSION, "abi": ABI, **asdict(manifest)}
-    data["files"] = {name: {k: v for k, v in digest.items() if v is not None} for name, digest in data["files"].items()}
+    for part in ("files", "functions"):
+        data[part] = {name: {k: v for k, v in entry.items() if v is not None} for name, entry in data[part].items()}
     data["sha256"] = _digest_of_keys(data)
     return json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n"
 

@@ -1,26 +1,27 @@
 """AMX: the integer linear layers of schedules.linear_int8 for many tokens, on tiles; weights lie as they do there.
 
-Operators, arguments, sums and their order are those of schedules.linear_int8, so results are equal to the bit: a token's
-logits do not depend on which of the two computed them. Not suited below LEAST_TOKENS tokens.
+Operators, arguments, sums and their order are those of schedules.linear_int8, so results are equal to the bit: what a
+token gives does not depend on which of the two computed it. Not suited below LEAST_TOKENS tokens.
 
-Tiles (at most 16 rows of 64 bytes), for `depth` inputs of a span, at most 64 and a multiple of 4:
-  A  16 tokens x depth bytes           activations as they lie in q
-  B  depth / 4 rows x (16 rows of W x 4 inputs)   codes unpacked to bytes: exactly one vector of the packed layout a row
-  C  16 tokens x 16 rows of W, int32   the integer of a span
-TDPBSSD multiplies signed weights: levels of a table grid, or code - zero, which is within +-63 up to 6 bits, so that no
-correction is left. TDPBSUD takes 8-bit codes and those with an offset as they are; zero * asum then leaves in fp32, where
-both products are integers of at most 128 * 255 * 127 < 2**22 and their difference is exact.
+Tiles have at most 16 rows of 64 bytes. For `depth` inputs of a span, at most 64 and a multiple of 4:
+  A  16 tokens x depth bytes                      activations as they lie in q
+  B  depth / 4 rows x (16 rows of W x 4 inputs)   codes unpacked to bytes: a vector of the packed layout is a tile's row
+  C  16 tokens x 16 rows of W, int32              the integer of a span
+TDPBSSD multiplies signed weights: levels of a table grid, or code - zero, which lies within +-63 up to 6 bits and leaves
+no correction. TDPBSUD takes 8-bit codes, and those with an offset, as they are; zero * asum then leaves in fp32: both
+products are integers of at most 128 * 255 * 127 < 2**22, so that their difference is exact.
 
-A task is two blocks of 16 rows (row_blocks) and all tokens, span by span: it unpacks the span's codes once into the first
-level cache, and takes token_tiles tiles of 16 tokens at a time. m need be no multiple of 16: the last tile then begins at
-token m - 16, its rows are partly computed twice and written twice with the same values.
+A task is 32 rows (row_blocks of 16) and all tokens, span by span: it unpacks the span's codes once, into the first-level
+cache, and takes token_tiles tiles of 16 tokens a step. m need be no multiple of 16: the last tile then begins at token
+m - 16, and some tokens are computed twice and written twice, with the same values.
 
-What one step costs (2 x 2 tiles, a span of 128 inputs; no machine with AMX has timed it here): 8 TDP of 16 cycles are
-128; the store port has 64 lines of C and 64 of accumulators, 128; the two ports of 512-bit arithmetic share 64 x 3
-operations (64 x 4 with 8-bit codes), 96; the two load ports 8 tiles of 16 lines, C, accumulators and a scale a token,
-144. All of them overlap, as the step's 400 micro-operations fit into the reorder buffer with the next step's tiles: the
-ceiling is 128 / 144 = 0.89 of what TDP can do, and with spans of 64 or less, where the scaling stays and the product
-halves, 0.47 and below. Unpacking costs 80 cycles a step of which 128 tokens have four: 0.14 more.
+What a step costs by count, 2 x 2 tiles and a span of 128 inputs (no machine with AMX has timed it): 8 TDP of 16 cycles,
+128. Two load ports: 8 tiles of 16 lines, 64 lines of C, 64 of accumulators, 32 scales, 144. One store port: C and
+accumulators, 128. Two arithmetic ports: conversion, product, multiply-add for 64 vectors, 96 (128 with TDPBSUD). The step's
+about 400 micro-operations and the next one's tiles fit into the reorder buffer of 512, so these overlap, and the ceiling
+is 128 / 144 = 0.89 of what TDP can do; unpacking, 80 cycles a span and task, makes it 0.78 for 128 tokens, 0.86 for 512.
+Spans of 64 and 32 are bound by stores: 0.50 and 0.25. With token_tiles 1 the B tiles stay in registers over all tokens
+(loads 56, stores 64 of 64 cycles), but only two sums are under way, and TDP's latency is 52: for a machine to decide.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ RANK = 10
 NEEDS = ("avx512f", "avx512bw", "avx512vl", "avx512vnni", "amx-tile", "amx-int8")
 LEAST_TOKENS = 16
 TILES, TILE_ROWS, TILE_BYTES = 8, 16, 64
+Factors = tuple[Expr, Expr | None, Expr | None]  # scale, zero, offset: fp32 vectors of 16 rows of W
 SIGNED_BITS = 6  # code - zero of at most so many bits is an int8
 
 
@@ -117,7 +119,8 @@ class Task:
         first: Expr,
     ) -> None:
         self.m, self.n, self.geometry, self.storage, self.plan, self.signed = m, n, geometry, storage, plan, signed
-        self.table, self.unit = levels or (None, 1.0)
+        self.table: Table | None = levels and levels[0]
+        self.unit = levels[1] if levels else 1.0
         self.buffers, self.first = buffers, first  # first: the first of the task's row blocks
         self.depth = geometry.width // plan.parts
         tokens = plan.token_tiles * TILE_ROWS
@@ -183,10 +186,10 @@ class Task:
                 place = [b, j * storage.quads + f, T.ramp(0, 1, wide)]
                 T.buffer_store(self.weights, T.reinterpret(f"uint8x{wide}", value), place)
 
-    def _row_factors(self, s: Expr, b: int) -> tuple[Expr, Expr | None, Expr | None]:
-        """fp32 vectors of scale, zero where it is still to be taken away, and offset."""
+    def _row_factors(self, s: Expr, b: int) -> Factors:
+        """What a span of row block b is scaled with; zero where it is still to be taken away."""
         index = (self.first + b, s, 0)
-        found = []
+        found: list[Expr | None] = []
         for name in ("scale", "zero", "offset"):
             buffer = self.buffers.get(name)
             if buffer is None or (name == "zero" and self.signed):
@@ -218,7 +221,7 @@ class Task:
         for t, b in pairs:
             _tile("tilestored64", plan.c(t, b), T.address_of(self.sums[t, b, 0, 0]), T.int64(LANES * 4))
 
-    def _scale(self, s: Expr, step: Expr, t: int, r: Expr, factors: list[tuple[Expr, Expr | None, Expr | None]]) -> None:
+    def _scale(self, s: Expr, step: Expr, t: int, r: Expr, factors: list[Factors]) -> None:
         """Add the span of one token to its accumulators, in the operations and the order of schedules.linear_int8."""
         token, row = self._start(step, t) + r, (step * self.plan.token_tiles + t) * TILE_ROWS + r
         ascale, asum = self.buffers["ascale"][token, s], T.Cast("float32", self.buffers["asum"][token, s])
@@ -291,9 +294,7 @@ def lower(request: Request) -> Kernel:
             T.reads(*(region for label, region in regions.items() if label != "out"))
             T.writes(regions["out"])
             with T.parallel(nb // plan.row_blocks) as i:
-                Task(
-                    m, n, geometry, storage, plan, signed, levels, buffers, i * plan.row_blocks
-                ).emit()
+                Task(m, n, geometry, storage, plan, signed, levels, buffers, i * plan.row_blocks).emit()
     return Kernel(name, builder.get(), weight_packings(CODES, n, geometry, storage, scale_dtype, affine))
 
 

@@ -61,7 +61,7 @@ def l1d_kib(cpu: Path = Path("/sys/devices/system/cpu/cpu0")) -> int | None:
 
 
 def kernel_has_tiles() -> bool:
-    """Whether this machine's kernel gives AMX tiles to who asks. The flags in cpuinfo are older than that (Linux 5.16)."""
+    """Whether this machine's kernel gives AMX tiles to who asks. cpuinfo's flags are older than that (Linux 5.16)."""
     supported = ctypes.c_uint64()
     try:
         failed = ctypes.CDLL(None).arch_prctl(ARCH_GET_XCOMP_SUPP, ctypes.byref(supported))

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-
 # LLVM's name beside /proc/cpuinfo's. Linux gives tiles to processes that ask: Documentation/arch/x86/xstate.rst.
 OS_GRANTED = {"amx-tile": "amx_tile", "amx-int8": "amx_int8", "amx-bf16": "amx_bf16"}
 
@@ -43,7 +42,7 @@ class Target:
 
     @property
     def plain(self) -> Target:
-        """The same device without what an operating system may refuse a process (OS_GRANTED): every process has this."""
+        """The same device without what an operating system may refuse a process (OS_GRANTED)."""
         granted = {f"+{llvm}": cpuinfo for llvm, cpuinfo in OS_GRANTED.items()}
         return replace(
             self,

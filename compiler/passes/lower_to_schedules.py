@@ -16,7 +16,6 @@ from compiler.quant.grids import GRIDS
 from schedules.kernel import Kernel, Packing, Request, TensorSpec, Unsupported, lowerings
 from targets import Target
 
-
 TILED = "_amx"
 
 

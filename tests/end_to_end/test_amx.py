@@ -14,12 +14,12 @@ import targets
 from compiler import pipeline
 from compiler.progress import Reporter
 from runtime.manifest import FILE_NAME, Manifest, load
+from targets.native import read_cpuinfo
 from tests.emulator import x86
 from tests.end_to_end.commands import environment
 from tests.end_to_end.places import DEMO, OWN_TEXT, REPO
 from tests.schedules.linears import require
 from tests.schedules.test_linear_int8_amx import AMX
-from targets.native import read_cpuinfo
 
 TOKENS, NEW = 150, 24  # a prompt of one call of 128 rows and more, of which the last is partly padding
 
@@ -97,12 +97,3 @@ def test_tiles_refused_tiles_and_no_tiles_give_equal_logits(bundle: Path, cpuinf
     assert here["tiles"] == ("amx_tile" not in x86.missing())
     results = [(done["logits"], done["tokens"]) for done in (tiled, refused, here)]
     assert results[0] == results[1] == results[2]
-
-
-def test_a_build_for_this_machine_without_amx_is_the_same_model(bundle: Path, cpuinfo: Path, tmp_path: Path) -> None:
-    target = targets.load("native", cpuinfo.read_text()).plain
-    pipeline.build(DEMO, pipeline.Request(tmp_path / "plain", target), Reporter(quiet=True))
-    assert all(f.tiled is None for f in load(tmp_path / "plain" / FILE_NAME).functions.values())
-    assert (tmp_path / "plain" / "weights.bin").read_bytes() == (bundle / "weights.bin").read_bytes()
-    emulated, plain = run(bundle, cpuinfo, LD_PRELOAD=str(x86.library())), run(tmp_path / "plain", cpuinfo)
-    assert (plain["tiles"], plain["logits"], plain["tokens"]) == (False, emulated["logits"], emulated["tokens"])
