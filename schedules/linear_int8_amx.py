@@ -5,23 +5,24 @@ token gives does not depend on which of the two computed it. Not suited below LE
 
 Tiles have at most 16 rows of 64 bytes. For `depth` inputs of a span, at most 64 and a multiple of 4:
   A  16 tokens x depth bytes                      activations as they lie in q
-  B  depth / 4 rows x (16 rows of W x 4 inputs)   codes unpacked to bytes: a vector of the packed layout is a tile's row
+  B  depth / 4 rows x (16 rows of W x 4 inputs)   codes unpacked to bytes: a vector of the packed layout is a row of B
   C  16 tokens x 16 rows of W, int32              the integer of a span
-TDPBSSD multiplies signed weights: levels of a table grid, or code - zero, which lies within +-63 up to 6 bits and leaves
-no correction. TDPBSUD takes 8-bit codes, and those with an offset, as they are; zero * asum then leaves in fp32: both
-products are integers of at most 128 * 255 * 127 < 2**22, so that their difference is exact.
+TDPBSSD multiplies signed weights: levels of a table grid, or code - zero, which lies within +-63 up to 6 bits and
+leaves no correction. TDPBSUD takes 8-bit codes, and those with an offset, as they are; zero * asum then
+leaves in fp32: both products are integers of at most 128 * 255 * 127 < 2**22, so that their difference is exact.
 
-A task is 32 rows (row_blocks of 16) and all tokens, span by span: it unpacks the span's codes once, into the first-level
-cache, and takes token_tiles tiles of 16 tokens a step. m need be no multiple of 16: the last tile then begins at token
-m - 16, and some tokens are computed twice and written twice, with the same values.
+A task is 32 rows (row_blocks of 16) and all tokens, span by span: it unpacks the span's codes once, into the
+first-level cache, and takes token_tiles tiles of 16 tokens a step. m need be no multiple of 16: the last tile then begins at
+token m - 16, and some tokens are computed twice and written twice, with the same values.
 
 What a step costs by count, 2 x 2 tiles and a span of 128 inputs (no machine with AMX has timed it): 8 TDP of 16 cycles,
 128. Two load ports: 8 tiles of 16 lines, 64 lines of C, 64 of accumulators, 32 scales, 144. One store port: C and
-accumulators, 128. Two arithmetic ports: conversion, product, multiply-add for 64 vectors, 96 (128 with TDPBSUD). The step's
-about 400 micro-operations and the next one's tiles fit into the reorder buffer of 512, so these overlap, and the ceiling
-is 128 / 144 = 0.89 of what TDP can do; unpacking, 80 cycles a span and task, makes it 0.78 for 128 tokens, 0.86 for 512.
-Spans of 64 and 32 are bound by stores: 0.50 and 0.25. With token_tiles 1 the B tiles stay in registers over all tokens
-(loads 56, stores 64 of 64 cycles), but only two sums are under way, and TDP's latency is 52: for a machine to decide.
+accumulators, 128. Two arithmetic ports: conversion, product, multiply-add for 64 vectors, 96 (128 with TDPBSUD). The
+some 400 micro-operations of a step and the next one's tiles fit into the reorder buffer of 512, so these overlap. The
+ceiling is 128 / 144 = 0.89 of what TDP can do; unpacking, 80 cycles a span and task, makes it 0.78 for 128 tokens and
+0.86 for 512. Spans of 64 and 32 are bound by stores: 0.50 and 0.25. With token_tiles 1 the B tiles stay in registers
+over all tokens (loads 56, stores 64 of 64 cycles), but only two sums are under way, and TDP's latency is 52 cycles:
+that is for a machine to decide.
 """
 
 from __future__ import annotations
