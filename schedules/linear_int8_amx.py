@@ -12,8 +12,8 @@ leaves no correction. TDPBSUD takes 8-bit codes, and those with an offset, as th
 leaves in fp32: both products are integers of at most 128 * 255 * 127 < 2**22, so that their difference is exact.
 
 A task is 32 rows (row_blocks of 16) and all tokens, span by span: it unpacks the span's codes once, into the
-first-level cache, and takes token_tiles tiles of 16 tokens a step. m need be no multiple of 16: the last tile then begins at
-token m - 16, and some tokens are computed twice and written twice, with the same values.
+first-level cache, and takes token_tiles tiles of 16 tokens a step. m need be no multiple of 16: the last tile then
+begins at token m - 16, and some tokens are computed twice and written twice, with the same values.
 
 What a step costs by count, 2 x 2 tiles and a span of 128 inputs (no machine with AMX has timed it): 8 TDP of 16 cycles,
 128. Two load ports: 8 tiles of 16 lines, 64 lines of C, 64 of accumulators, 32 scales, 144. One store port: C and

@@ -28,7 +28,7 @@ import ctypes, hashlib, json, sys
 from pathlib import Path
 import numpy as np
 from runtime import device
-bundle, cpuinfo, text, count, new = sys.argv[1:]
+bundle, cpuinfo, text, count, new = sys.argv[1:6]
 device.CPUINFO = Path(cpuinfo)
 from runtime.bundle import open_bundle
 from runtime.session import Session
@@ -41,11 +41,11 @@ tokens = [int(session.prefill(ids).argmax())]
 while len(tokens) < int(new):
     tokens.append(int(session.step(tokens[-1]).argmax()))
 try:
-    products = ctypes.c_uint64.in_dll(ctypes.CDLL(None), "emulated_products").value
+    counts = [ctypes.c_uint64.in_dll(ctypes.CDLL(None), f"emulated_{name}").value for name in sys.argv[6:]]
 except ValueError:
-    products = None
+    counts = None
 digest = hashlib.sha256(logits.tobytes()).hexdigest()
-print(json.dumps({"tiles": session.tiles, "products": products, "logits": digest, "tokens": tokens}))
+print(json.dumps({"tiles": session.tiles, "counts": counts, "logits": digest, "tokens": tokens}))
 """
 
 
@@ -71,7 +71,7 @@ def bundle(cpuinfo: Path) -> Path:
 
 
 def run(bundle: Path, cpuinfo: Path, **env: str) -> Any:
-    command = [sys.executable, "-c", WORKER, *map(str, (bundle, cpuinfo, OWN_TEXT, TOKENS, NEW))]
+    command = [sys.executable, "-c", WORKER, *map(str, (bundle, cpuinfo, OWN_TEXT, TOKENS, NEW, *x86.COUNTERS[:3]))]
     done = subprocess.run(command, env=environment(env), cwd=REPO, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -93,7 +93,9 @@ def test_tiles_refused_tiles_and_no_tiles_give_equal_logits(bundle: Path, cpuinf
     refused = run(bundle, cpuinfo, LD_PRELOAD=emulator, QUERN_EMULATOR_REFUSES="1")
     here = run(bundle, Path("/proc/cpuinfo"))
     assert (tiled["tiles"], refused["tiles"]) == (True, False)
-    assert (tiled["products"] > 0, refused["products"], here["products"]) == (True, 0, None)
+    configured, released, products = tiled["counts"]
+    assert configured == released > 0 and products > configured  # on two threads
+    assert (refused["counts"], here["counts"]) == ([0, 0, 0], None)
     assert here["tiles"] == ("amx_tile" not in x86.missing())
     results = [(done["logits"], done["tokens"]) for done in (tiled, refused, here)]
     assert results[0] == results[1] == results[2]
