@@ -1,14 +1,16 @@
 """The packed layout all integer kernels on x86 and the generic one share.
 
-W u8[blocks, spans, steps, vectors, 16, 4]      16 rows side by side, 4 consecutive inputs of a row in one 32-bit lane;
+W u8[blocks/x, spans, steps, x, vectors, 16, 4] 16 rows side by side, 4 consecutive inputs of a row in one 32-bit lane;
                                                 how many inputs a step has and how codes share bytes: schedules.storage
-S f16|f32[blocks, spans, 16]                    scale of the row in that span (repeated when a weight group has parts)
-Z u8[blocks, spans, 16]                         zero point, or F f32[blocks, spans, 16], the offset
-Spans and their padding: schedules.geometry. Rows are padded to a multiple of ROW_PAD with scale 0.
+S f16|f32[blocks/x, spans, x, 16]               scale of the row in that span (repeated when a weight group has parts)
+Z u8[blocks/x, spans, x, 16]                    zero point, or F f32[blocks/x, spans, x, 16], the offset
+x = interleave: that many blocks lie step by step beside each other, so that a kernel that works on x blocks at once
+reads one stream. Spans and their padding: schedules.geometry. Rows are padded to a multiple of ROW_PAD with scale 0.
 """
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import numpy as np
@@ -26,27 +28,32 @@ def blocks(n: int) -> int:
     return -(-n // ROW_PAD) * (ROW_PAD // LANES)
 
 
-def code_packing(n: int, geometry: Geometry, storage: Storage) -> Packing:
+def interleave(n: int, most: int) -> int:
+    """How many of the lane blocks of n rows lie beside each other: a power of two up to `most`, itself one."""
+    return math.gcd(blocks(n), most)
+
+
+def code_packing(n: int, geometry: Geometry, storage: Storage, x: int = 1) -> Packing:
     """codes u8[n, k] -> W."""
     steps = geometry.width // storage.inputs
-    spec = TensorSpec((blocks(n), geometry.spans, steps, storage.vectors, LANES, QUAD), "uint8")
-    pack = partial(_pack_codes, geometry=geometry, storage=storage)
-    return Packing(f"{storage.name}_g{geometry.group}", spec, pack)
+    spec = TensorSpec((blocks(n) // x, geometry.spans, steps, x, storage.vectors, LANES, QUAD), "uint8")
+    pack = partial(_pack_codes, geometry=geometry, storage=storage, x=x)
+    return Packing(f"{storage.name}_g{geometry.group}_x{x}", spec, pack)
 
 
-def scale_packing(n: int, geometry: Geometry, dtype: str) -> Packing:
+def scale_packing(n: int, geometry: Geometry, dtype: str, x: int = 1) -> Packing:
     """scale [n, groups] -> S."""
-    return _group_packing("s", n, geometry, dtype)
+    return _group_packing("s", n, geometry, dtype, x)
 
 
-def zero_packing(n: int, geometry: Geometry) -> Packing:
+def zero_packing(n: int, geometry: Geometry, x: int = 1) -> Packing:
     """zero i16[n, groups] -> Z; a zero is below 256."""
-    return _group_packing("z", n, geometry, "uint8")
+    return _group_packing("z", n, geometry, "uint8", x)
 
 
-def offset_packing(n: int, geometry: Geometry) -> Packing:
+def offset_packing(n: int, geometry: Geometry, x: int = 1) -> Packing:
     """offset f32[n, groups] -> F."""
-    return _group_packing("f", n, geometry, "float32")
+    return _group_packing("f", n, geometry, "float32", x)
 
 
 def affine_of(op: str) -> str:
@@ -55,40 +62,42 @@ def affine_of(op: str) -> str:
 
 
 def weight_packings(
-    first: int, n: int, geometry: Geometry, storage: Storage, scale: str, affine: str
+    first: int, n: int, geometry: Geometry, storage: Storage, scale: str, affine: str, x: int = 1
 ) -> dict[int, Packing]:
     """Layouts of codes, scale, and zero or offset, which are the arguments from `first` on."""
-    found = {first: code_packing(n, geometry, storage), first + 1: scale_packing(n, geometry, scale)}
+    found = {first: code_packing(n, geometry, storage, x), first + 1: scale_packing(n, geometry, scale, x)}
     if affine != "table":
-        found[first + 2] = (offset_packing if affine == "offset" else zero_packing)(n, geometry)
+        found[first + 2] = (offset_packing if affine == "offset" else zero_packing)(n, geometry, x)
     return found
 
 
-def _group_packing(letter: str, n: int, geometry: Geometry, dtype: str) -> Packing:
-    spec = TensorSpec((blocks(n), geometry.spans, LANES), dtype)
-    return Packing(f"{letter}_{dtype}_g{geometry.group}", spec, partial(_pack_groups, geometry=geometry, dtype=dtype))
+def _group_packing(letter: str, n: int, geometry: Geometry, dtype: str, x: int) -> Packing:
+    spec = TensorSpec((blocks(n) // x, geometry.spans, x, LANES), dtype)
+    pack = partial(_pack_groups, geometry=geometry, dtype=dtype, x=x)
+    return Packing(f"{letter}_{dtype}_g{geometry.group}_x{x}", spec, pack)
 
 
-def _pack_codes(codes: np.ndarray, *, geometry: Geometry, storage: Storage) -> np.ndarray:
+def _pack_codes(codes: np.ndarray, *, geometry: Geometry, storage: Storage, x: int) -> np.ndarray:
     """The inverse is `unpack_codes`. Padding holds code 0; its activations are 0. Some rows at a time: see BLOCK_CODES.
 
     Words of four codes move as one: the shifts and masks below keep every field inside its byte.
     """
     n, steps = codes.shape[0], geometry.width // storage.inputs
-    packed = np.empty((blocks(n), geometry.spans, steps, storage.vectors, LANES), "<u4")
-    at_once = max(1, BLOCK_CODES // (LANES * geometry.spans * geometry.width))
-    for start in range(0, blocks(n), at_once):
-        part = packed[start : start + at_once]
-        rows = _placed(codes[start * LANES : (start + at_once) * LANES], len(part) * LANES, geometry)
-        quads = rows.view("<u4").reshape(-1, LANES, geometry.spans, steps, storage.quads)
+    packed = np.empty((blocks(n) // x, geometry.spans, steps, x, storage.vectors, LANES), "<u4")
+    at_once = max(1, BLOCK_CODES // (x * LANES * geometry.spans * geometry.width))
+    for start in range(0, len(packed), at_once):
+        part = packed[start : start + at_once].transpose(0, 3, 1, 2, 4, 5)
+        rows = len(part) * x * LANES
+        placed = _placed(codes[start * x * LANES : start * x * LANES + rows], rows, geometry)
+        quads = placed.view("<u4").reshape(-1, x, LANES, geometry.spans, steps, storage.quads)
         if storage.high:
             lows, high = storage.vectors - 1, quads >> np.uint32(storage.low) & _every_byte(storage.high)
-            part[:, :, :, -1] = _share_bytes(high, storage.high).transpose(0, 2, 3, 1)
+            part[..., -1, :] = _share_bytes(high, storage.high).transpose(0, 1, 3, 4, 2)
             quads = quads & _every_byte(storage.low)
         else:
             lows = storage.vectors
         low = quads.reshape(*quads.shape[:-1], lows, storage.per_vector)
-        part[:, :, :, :lows] = _share_bytes(low, storage.low).transpose(0, 2, 3, 4, 1)
+        part[..., :lows, :] = _share_bytes(low, storage.low).transpose(0, 1, 3, 4, 5, 2)
     return packed.view(np.uint8).reshape(*packed.shape, QUAD)
 
 
@@ -122,22 +131,22 @@ def unpack_codes(packed: np.ndarray, n: int, geometry: Geometry, storage: Storag
     """W -> codes u8[n, k]: proves that packing loses nothing."""
     quads = []
     for f in range(storage.quads):
-        low = packed[:, :, :, f // storage.per_vector] >> np.uint8(f % storage.per_vector * storage.low)
+        low = packed[..., f // storage.per_vector, :, :] >> np.uint8(f % storage.per_vector * storage.low)
         code = low & np.uint8((1 << storage.low) - 1)
         if storage.high:
-            high = (packed[:, :, :, -1] >> np.uint8(f * storage.high)) & np.uint8((1 << storage.high) - 1)
+            high = (packed[..., -1, :, :] >> np.uint8(f * storage.high)) & np.uint8((1 << storage.high) - 1)
             code = code | (high << np.uint8(storage.low))
         quads.append(code)
-    stacked = np.stack(quads, axis=3)  # blocks, spans, steps, quads, 16, 4
-    rows = stacked.transpose(0, 4, 1, 2, 3, 5).reshape(blocks(n) * LANES, geometry.spans * geometry.width)
+    stacked = np.stack(quads, axis=4)  # blocks/x, spans, steps, x, quads, 16, 4
+    rows = stacked.transpose(0, 3, 5, 1, 2, 4, 6).reshape(blocks(n) * LANES, geometry.spans * geometry.width)
     source = geometry.source.reshape(-1)
     codes = np.zeros((n, geometry.k), np.uint8)
     codes[:, source[source >= 0]] = rows[:n, source >= 0]
     return codes
 
 
-def _pack_groups(array: np.ndarray, *, geometry: Geometry, dtype: str) -> np.ndarray:
+def _pack_groups(array: np.ndarray, *, geometry: Geometry, dtype: str, x: int) -> np.ndarray:
     n = array.shape[0]
     spread = np.zeros((blocks(n) * LANES, geometry.spans), dtype)
     spread[:n] = array[:, geometry.weight_group]
-    return np.ascontiguousarray(spread.reshape(blocks(n), LANES, geometry.spans).transpose(0, 2, 1))
+    return np.ascontiguousarray(spread.reshape(blocks(n) // x, x, LANES, geometry.spans).transpose(0, 3, 1, 2))

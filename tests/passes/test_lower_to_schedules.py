@@ -25,7 +25,7 @@ Q1, Scale1, Sum1 = R.Tensor((1, 2, 32), "int8"), R.Tensor((1, 2), "float32"), R.
 Q16, Scale16, Sum16 = R.Tensor((16, 2, 32), "int8"), R.Tensor((16, 2), "float32"), R.Tensor((16, 2), "int32")
 Codes, Scales, Zeros = R.Tensor((40, 64), "uint8"), R.Tensor((40, 2), "float16"), R.Tensor((40, 2), "int16")
 Qkv, Rope, Span = R.Tensor((1, 12), "float32"), R.Tensor((32, 4), "float32"), R.Tensor((2,), "int32")
-Keys, Values = R.Tensor((1, 2, 4, 16), "float16"), R.Tensor((1, 32, 4), "float16")
+Keys, Values = R.Tensor((2, 2, 2, 16), "float16"), R.Tensor((1, 32, 4), "float16")
 Appended = R.Tuple(R.Tensor((1, 4), "float32"), Keys, Values)
 
 
@@ -107,10 +107,10 @@ def test_equal_calls_share_a_kernel(lowered: Lowered) -> None:
 
 
 def test_weights_take_the_layout_of_their_kernel_in_every_function(lowered: Lowered) -> None:
-    want = {  # 40 rows are 4 blocks of 16 in pairs; 32 inputs of 4 bits are 4 steps of one vector, 4 bytes a row
-        "codes": ((4, 2, 4, 1, 16, 4), "uint8"),
-        "scale": ((4, 2, 16), "float16"),
-        "zero": ((4, 2, 16), "uint8"),
+    want = {  # 40 rows are 4 blocks of 16, two by two; 32 inputs of 4 bits are 4 steps of one vector, 4 bytes a row
+        "codes": ((2, 2, 4, 2, 1, 16, 4), "uint8"),
+        "scale": ((2, 2, 2, 16), "float16"),
+        "zero": ((2, 2, 2, 16), "uint8"),
     }
     assert {name: (p.spec.shape, p.spec.dtype) for name, p in lowered.packings.items()} == want
     for function in ("decode", "prefill"):

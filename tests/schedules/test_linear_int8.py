@@ -286,8 +286,12 @@ BIG = Shape(4, 1, 344, 704, 128, "float16", residual=True)
 @for_all
 def test_instructions(isa: Any, bits: int, m: int) -> None:  # compiles anywhere, whatever this CPU can run
     assembly = layer(replace(BIG, bits=bits, m=m), stand_in(isa)).built.assembly
-    assert re.search(WITNESS[isa.NAME], assembly)
-    assert_no_heap(assembly)
+    loops = multiplying_blocks(assembly, WITNESS[isa.NAME])
+    assert loops
+    for loop in loops:
+        assert not re.search(r"\tcallq?\t|\tblr?\t", loop)
+    if m == 1:  # with many tokens, 16 accumulators are taken from the heap once a task, far outside the loop
+        assert_no_heap(assembly)
 
 
 def multiplying_blocks(assembly: str, vector: str) -> list[str]:
