@@ -34,6 +34,7 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
+from schedules import isa as isas
 from schedules import storage as storages
 from schedules import vector
 from schedules.geometry import Geometry
@@ -41,7 +42,7 @@ from schedules.isa import broadcast_table
 from schedules.kernel import Kernel, NotSuited, Request
 from schedules.linear_int8 import CODES, SCALE, int8_levels
 from schedules.linear_int8 import LOWERS as FAMILY
-from schedules.packed import affine_of, blocks, weight_packings
+from schedules.packed import affine_of, blocks, interleave, weight_packings
 from schedules.storage import LANES, QUAD, Storage, Table
 from schedules.vector import Expr
 
@@ -113,6 +114,7 @@ class Task:
         n: int,
         geometry: Geometry,
         storage: Storage,
+        x: int,
         plan: Plan,
         signed: bool,
         levels: tuple[Table, float] | None,
@@ -122,7 +124,7 @@ class Task:
         self.m, self.n, self.geometry, self.storage, self.plan, self.signed = m, n, geometry, storage, plan, signed
         self.table: Table | None = levels and levels[0]
         self.unit = levels[1] if levels else 1.0
-        self.buffers, self.first = buffers, first  # first: the first of the task's row blocks
+        self.buffers, self.first, self.x = buffers, first, x  # the task's first row block; blocks beside each other
         self.depth = geometry.width // plan.parts
         tokens = plan.token_tiles * TILE_ROWS
         self.steps = -(-m // tokens)
@@ -167,17 +169,21 @@ class Task:
         start = (step * self.plan.token_tiles + t) * TILE_ROWS
         return start if self.steps * self.plan.token_tiles * TILE_ROWS == self.m else T.min(start, self.m - TILE_ROWS)
 
+    def _block(self, b: int) -> tuple[Expr, Expr]:
+        """Where the task's row block b lies in weights: which x blocks, and which of them."""
+        return (self.first + b) // self.x, (self.first + b) % self.x
+
     def _unpack(self, s: Expr, b: int) -> None:
         """The span's codes as bytes, or what they stand for, to `weights`."""
-        storage, codes, wide = self.storage, self.buffers["codes"], QUAD * LANES
+        storage, codes, wide, (outer, inner) = self.storage, self.buffers["codes"], QUAD * LANES, self._block(b)
         zero = None
         if self.signed and self.table is None:
-            row_zero = T.Cast(f"int32x{LANES}", self.buffers["zero"][self.first + b, s, T.ramp(0, 1, LANES)])
+            row_zero = T.Cast(f"int32x{LANES}", self.buffers["zero"][outer, s, inner, T.ramp(0, 1, LANES)])
             each = T.reinterpret(f"int8x{wide}", row_zero * T.broadcast(T.int32(0x01010101), LANES))
             zero = vector.hold(each, wide, "int8")
         with T.serial(self.geometry.width // storage.inputs) as j:
-            stored = [codes.vload([self.first + b, s, j, v, 0, 0], f"uint8x{wide}") for v in range(storage.vectors)]
-            held = [vector.hold(value, wide, "uint8") for value in stored]
+            stored = [[outer, s, j, inner, v, 0, 0] for v in range(storage.vectors)]
+            held = [vector.hold(codes.vload(place, f"uint8x{wide}"), wide, "uint8") for place in stored]
             for f, value in enumerate(storages.unpack(storage, held, LANES)):
                 if self.table is not None:
                     table = broadcast_table(self.table, LANES)
@@ -189,14 +195,14 @@ class Task:
 
     def _row_factors(self, s: Expr, b: int) -> Factors:
         """What a span of row block b is scaled with; zero where it is still to be taken away."""
-        index = (self.first + b, s, 0)
+        outer, inner = self._block(b)
         found: list[Expr | None] = []
         for name in ("scale", "zero", "offset"):
             buffer = self.buffers.get(name)
             if buffer is None or (name == "zero" and self.signed):
                 found.append(None)
             else:
-                found.append(vector.hold(vector.load(buffer, *index, lanes=LANES), LANES))
+                found.append(vector.hold(vector.load(buffer, outer, s, inner, 0, lanes=LANES), LANES))
         scale, zero, offset = found
         return scale, zero, offset
 
@@ -275,15 +281,16 @@ def lower(request: Request) -> Kernel:
     tiles = f"t{plan.token_tiles}x{plan.row_blocks}" + ("" if signed else "_unsigned")
     name = f"linear_{kind}a8_amx_{tiles}_m{m}_n{n}_k{k}_g{geometry.group}_s{scale_dtype[5:]}{tail}"
     nb, spans, width = blocks(n), geometry.spans, geometry.width
+    x = interleave(n, isas.choose(request.target).KNOBS["row_blocks"])
     shapes: dict[str, tuple[tuple[int, ...], str]] = {
         "q": ((m, spans, width), "int8"),
         "ascale": ((m, spans), "float32"),
         "asum": ((m, spans), "int32"),
-        "codes": ((nb, spans, width // storage.inputs, storage.vectors, LANES, QUAD), "uint8"),
-        "scale": ((nb, spans, LANES), scale_dtype),
+        "codes": ((nb // x, spans, width // storage.inputs, x, storage.vectors, LANES, QUAD), "uint8"),
+        "scale": ((nb // x, spans, x, LANES), scale_dtype),
     }
     if affine != "table":
-        shapes[affine] = ((nb, spans, LANES), "uint8" if affine == "zero" else "float32")
+        shapes[affine] = ((nb // x, spans, x, LANES), "uint8" if affine == "zero" else "float32")
     if residual:
         shapes["residual"] = ((m, n), "float32")
     shapes["out"] = ((m, n), "float32")
@@ -295,8 +302,8 @@ def lower(request: Request) -> Kernel:
             T.reads(*(region for label, region in regions.items() if label != "out"))
             T.writes(regions["out"])
             with T.parallel(nb // plan.row_blocks) as i:
-                Task(m, n, geometry, storage, plan, signed, levels, buffers, i * plan.row_blocks).emit()
-    return Kernel(name, builder.get(), weight_packings(CODES, n, geometry, storage, scale_dtype, affine))
+                Task(m, n, geometry, storage, x, plan, signed, levels, buffers, i * plan.row_blocks).emit()
+    return Kernel(name, builder.get(), weight_packings(CODES, n, geometry, storage, scale_dtype, affine, x))
 
 
 LOWERS = dict.fromkeys(FAMILY, lower)
