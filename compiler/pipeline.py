@@ -184,7 +184,8 @@ def compile_inputs(inputs: Inputs, request: Request, report: Reporter) -> manife
             if inputs.tokenizer is not None:
                 tokenizer_files.copy(inputs.tokenizer, folder)
                 chat, note = chat_format.derive(inputs.tokenizer, inputs.path)
-            made = _manifest(inputs, request, compiled, weights, chat, bundle.digests(folder, {WEIGHTS: digest}))
+            digests = bundle.digests(folder, {WEIGHTS: digest})
+            made = _manifest(inputs, request, lowered, compiled, weights, chat, digests)
             manifest.dump(made, folder / manifest.FILE_NAME)
             stage.note = note
     report.line(f"{request.out}: needs {made.memory.planned_peak_bytes / (1 << 20):.1f} MiB to run")
@@ -217,6 +218,7 @@ def _dump(folder: Path | None, name: str, text: Any) -> None:
 def _manifest(
     inputs: Inputs,
     request: Request,
+    lowered: Lowered,
     compiled: Compiled,
     weights: manifest.Weights,
     chat: manifest.ChatFormat | None,
@@ -242,11 +244,15 @@ def _manifest(
             "checkpoint_activations": None if linears[0].activations == "any" else linears[0].activations,
             "head_bits": linears[-1].bits,
         },
-        target=manifest.Target(target.name, target.arch, target.triple, target.mcpu, target.cpuinfo, target.glibc),
+        target=manifest.Target(
+            target.name, target.arch, target.triple, target.mcpu, target.plain.cpuinfo, target.glibc
+        ),
         tvm=manifest.TvmVersions(version("apache-tvm"), version("apache-tvm-ffi")),
         library=LIBRARY,
         functions={
-            f.name: manifest.Function(f.tokens, f.inputs, manifest.TensorType("float32", f.shape))
+            f.name: manifest.Function(
+                f.tokens, f.inputs, manifest.TensorType("float32", f.shape), lowered.tiled.get(f.name)
+            )
             for f in model.graph.functions
         },
         caches=tuple(caches),

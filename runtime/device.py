@@ -17,6 +17,9 @@ from .errors import DeviceError
 from .manifest import Target
 
 CPUINFO, CGROUP, CPU_FOLDER = Path("/proc/cpuinfo"), Path("/sys/fs/cgroup"), Path("/sys/devices/system/cpu")
+TILE_FEATURES = frozenset(("amx_tile", "amx_int8"))
+# Linux arch/x86/include/uapi/asm/prctl.h, and the number of the state component that tiles take in XSAVE areas.
+ARCH_REQ_XCOMP_PERM, XTILEDATA = 0x1023, 18
 
 # Linux arch/arm64/include/uapi/asm/hwcap.h: the names /proc/cpuinfo prints, by bit of AT_HWCAP and AT_HWCAP2.
 _HWCAP = (  # noqa: SIM905
@@ -60,6 +63,24 @@ def _arm64_capabilities() -> frozenset[str]:
         for bit, name in enumerate(names)
         if getauxval(key) >> bit & 1
     )
+
+
+def allow_tiles() -> bool:
+    """Ask the kernel for AMX tiles, for this process and threads it starts from now on; False where there are none.
+
+    The answer holds for the process, so asking again costs a system call and changes nothing. Without it the first tile
+    instruction is a SIGILL (Linux: Documentation/arch/x86/xstate.rst).
+    """
+    if arch() != "x86_64" or not cpu_features() >= TILE_FEATURES:
+        return False
+    import ctypes
+
+    try:
+        ask = ctypes.CDLL(None).arch_prctl
+    except (AttributeError, OSError):
+        return False
+    ask.restype, ask.argtypes = ctypes.c_int, [ctypes.c_int, ctypes.c_ulong]
+    return bool(ask(ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0)
 
 
 def glibc() -> Optional[str]:

@@ -65,11 +65,15 @@ class TensorType:
 
 @dataclass(frozen=True)
 class Function:
-    """A Relax function in the library: names of its arguments in order, `tokens` rows a call, one fresh output."""
+    """A Relax function in the library: names of its arguments in order, `tokens` rows a call, one fresh output.
+
+    tiled: name of the same function, with the same results, for a process that may use AMX tiles.
+    """
 
     tokens: int
     inputs: tuple[str, ...]
     output: TensorType
+    tiled: Optional[str] = None
 
 
 @dataclass(frozen=True)
@@ -223,7 +227,8 @@ def dumps(manifest: Manifest) -> str:
 
     check(manifest, FILE_NAME)
     data = {"format": FORMAT, "version": VERSION, "abi": ABI, **asdict(manifest)}
-    data["files"] = {name: {k: v for k, v in digest.items() if v is not None} for name, digest in data["files"].items()}
+    for part in ("files", "functions"):
+        data[part] = {name: {k: v for k, v in entry.items() if v is not None} for name, entry in data[part].items()}
     data["sha256"] = _digest_of_keys(data)
     return json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n"
 

@@ -27,7 +27,8 @@ def _restore_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--shape", "a72-count", "--group-size", "0"], "--group-size is 0, but it must be at least 1."),
         (["--shape", "gpt-9"], "There is no shape 'gpt-9'. Known shapes: tinyllama-1.1b, a72-count."),
         (["--shape", "a72-count", "--target", "rpi5"],
-         "There is no target 'rpi5'. Did you mean 'rpi4'? Known targets: native, aarch64, rpi4, x86-64."),
+         "There is no target 'rpi5'. Did you mean 'rpi4'? "
+         "Known targets: native, aarch64, rpi4, sapphire-rapids, x86-64."),
     ],
     ids=str,
 )  # fmt: skip

@@ -20,6 +20,17 @@ def test_x86_features_are_those_of_every_core(monkeypatch: pytest.MonkeyPatch) -
     assert device.cpu_features("nothing") == frozenset()
 
 
+def test_tiles_are_asked_for_only_where_the_cpu_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernel answers where it has them, and where it refuses: tests/end_to_end/test_amx.py."""
+    asked: list[object] = []
+    monkeypatch.setattr("ctypes.CDLL", asked.append)
+    for arch, features in (("aarch64", device.TILE_FEATURES), ("x86_64", frozenset({"avx512f", "amx_tile"}))):
+        monkeypatch.setattr(device, "arch", lambda arch=arch: arch)
+        monkeypatch.setattr(device, "cpu_features", lambda features=features: features)
+        assert device.allow_tiles() is False
+    assert asked == []
+
+
 def test_arm_features(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "arch", lambda: "aarch64")
     text = "processor\t: 0\nFeatures\t: fp asimd crc32 asimddp\nflags\t: avx2\n"
