@@ -104,20 +104,21 @@ def plan(request: Request, m: int, kv_heads: int, group: int, d: int, item_bytes
         "tile": tile,
         "block": min(max(BLOCK_BYTES // (d * item_bytes) // LANES * LANES, 32), 256),
         "key_rows": key_rows,
-        "key_chains": _largest_divisor(d, max(1, chains // key_rows)),
+        "key_chains": largest_divisor(d, max(1, chains // key_rows)),
         "value_rows": value_rows,
-        "value_vectors": _largest_divisor(max(1, d // LANES), max(1, (few if rows < 4 else many) // value_rows)),
+        "value_vectors": largest_divisor(max(1, d // LANES), max(1, (few if rows < 4 else many) // value_rows)),
         "prefetch": int(rows > 1),  # one row: the hardware's prefetcher keeps up, and the instructions cost
         "parts": parts(m, kv_heads),
     }
     return Plan(**{key: int(request.knobs.get(key, default)) for key, default in chosen.items()})
 
 
-def _largest_divisor(of: int, most: int) -> int:
+def largest_divisor(of: int, most: int) -> int:
+    """Largest number up to `most` that divides `of`."""
     return next(n for n in range(min(of, most), 0, -1) if of % n == 0)
 
 
-def _multiple(of: int, least: int, divides: int) -> int:
+def multiple(of: int, least: int, divides: int) -> int:
     """Smallest multiple of `of` that is at least `least` and divides `divides`; `of` itself if there is none."""
     return next((n for n in range(of, divides + 1, of) if n >= least and divides % n == 0), of)
 
@@ -175,7 +176,7 @@ class Task:
                 with T.serial(vectors) as j:
                     self._scores(group, start, base, j)
             with T.serial(self.rows) as r:
-                self._softmax(r, vectors)
+                self._softmax(r, base, vectors)
             for group in balanced(self.rows, self.plan.value_rows):
                 self._values(group, base, count)
 
@@ -218,7 +219,7 @@ class Task:
         sums = {(r, a): vector.registers(1) for r in group for a in range(chains)}
         for cell in sums.values():
             vector.store(cell, vector.splat(0.0, LANES), 0, 0, lanes=LANES)
-        unroll = _multiple(chains, self.line // LANES, self.d)
+        unroll = multiple(chains, self.line // LANES, self.d)
         with T.serial(self.d // unroll) as c:
             for u in range(unroll):
                 element, a = c * unroll + u, u % chains
@@ -228,19 +229,23 @@ class Task:
                 for r in group:
                     product = vector.splat(self.work[r, self.query + element], LANES) * keys
                     vector.store(sums[r, a], vector.load(sums[r, a], 0, 0, lanes=LANES) + product, 0, 0, lanes=LANES)
-        position = T.ramp(base + j * LANES, 1, LANES)
         for r in group:
             score = reduce(add, [vector.load(sums[r, a], 0, 0, lanes=LANES) for a in range(chains)])
-            if self.scores.softcap:
-                score = vector.tanh2(score, LANES) * vector.splat(self.scores.softcap * LOG2_E, LANES)
-            own, masked = start + r // self.group, vector.splat(MASKED, LANES)
-            if self.scores.window:
-                score = T.Select(position > vector.splat(own - self.scores.window, LANES), score, masked)
-            score = T.Select(position <= vector.splat(own, LANES), score, masked)
-            vector.store(self.work, score, r, j * LANES, lanes=LANES)
+            masked = self._masked(score, r, start, base + j * LANES, LANES)
+            vector.store(self.work, masked, r, j * LANES, lanes=LANES)
 
-    def _softmax(self, r: Expr, vectors: Expr) -> None:
-        """Row r's scores to weights; its maximum, sums and factor."""
+    def _masked(self, score: Expr, r: Expr, start: Expr, first: Expr, lanes: int) -> Expr:
+        """Products of row r with the keys of positions first.., capped, and MASKED where the row does not see them."""
+        if self.scores.softcap:
+            score = vector.tanh2(score, lanes) * vector.splat(self.scores.softcap * LOG2_E, lanes)
+        position, masked = T.ramp(first, 1, lanes), vector.splat(MASKED, lanes)
+        own = start + r // self.group
+        if self.scores.window:
+            score = T.Select(position > vector.splat(own - self.scores.window, lanes), score, masked)
+        return T.Select(position <= vector.splat(own, lanes), score, masked)
+
+    def _softmax(self, r: Expr, base: Expr, vectors: Expr) -> None:
+        """Row r's scores of the positions from `base` on to weights; its maximum, sums and factor."""
         most = vector.registers(1)
         old = vector.hold(self.work[r, self.maximum], 1)
         vector.store(most, vector.splat(old, LANES), 0, 0, lanes=LANES)
