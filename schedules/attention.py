@@ -262,9 +262,13 @@ class Task:
         with T.serial(vectors) as j:
             score = vector.load(self.work, r, j * LANES, lanes=LANES)
             weight = vector.hold(vector.exp2(score - vector.splat(new, LANES), LANES), LANES)
-            vector.store(self.work, weight, r, j * LANES, lanes=LANES)
+            self._keep(r, base, j, weight)
             vector.store(sums, vector.load(sums, 0, 0, lanes=LANES) + weight, 0, 0, lanes=LANES)
         vector.store(self.work, vector.load(sums, 0, 0, lanes=LANES), r, self.sums, lanes=LANES)
+
+    def _keep(self, r: Expr, base: Expr, j: Expr, weight: Expr) -> None:
+        """Row r's weights of the j-th 16 positions from `base` on, for `_values`."""
+        vector.store(self.work, weight, r, j * LANES, lanes=LANES)
 
     def _values(self, group: range, base: Expr, count: Expr) -> None:
         """out = out * factor + weights x V, for rows `group` over the block's `count` positions.

@@ -31,9 +31,10 @@ from schedules.kernel import Kernel, Request
 from schedules.vector import LANES, Expr
 
 LEVELS, INT8_LEVELS = 32767, 127
+ROUNDS = 1.5 * 2**23
 SMALLEST = 1e-34  # LEVELS / SMALLEST is still finite; a row or block with no larger element counts as zero
 # Accumulators of one register each, by vector_bits: of scores (with up to two loads' latency to hide), of values.
-ACCUMULATORS = {512: (8, 16), 256: (8, 8), 128: (8, 8)}
+ACCUMULATORS = {512: (16, 16), 256: (8, 8), 128: (8, 8)}
 MOST_BLOCK = ((1 << 31) - 1) // (LEVELS * INT8_LEVELS) // LANES * LANES
 
 
@@ -48,7 +49,7 @@ def plan(request: Request, m: int, kv_heads: int, group: int, d: int) -> Plan:
     columns = -(-d // LANES) * registers
     chosen = {
         "tile": tile,
-        "block": min(max(attention.BLOCK_BYTES // d // LANES * LANES, 32), 256),
+        "block": min(max(attention.BLOCK_BYTES * 2 // d // LANES * LANES, 32), MOST_BLOCK),
         "key_rows": key_rows,
         "key_chains": attention.largest_divisor(d // 2, max(1, scores // registers // key_rows)),
         "value_rows": value_rows,
@@ -184,21 +185,26 @@ class Int8Task(Task):
 
     def _softmax(self, r: Expr, base: Expr, vectors: Expr) -> None:
         """As Task, then weights * v_scale rounded to int16."""
+        self.most = vector.registers(1)
+        vector.store(self.most, vector.splat(0.0, LANES), 0, 0, lanes=LANES)
         super()._softmax(r, base, vectors)
-        most = vector.registers(1)
-        vector.store(most, vector.splat(0.0, LANES), 0, 0, lanes=LANES)
-        with T.serial(vectors) as j:
-            scale = vector.load(self.v_scale, self.head, base + j * LANES, lanes=LANES)
-            weight = vector.hold(vector.load(self.work, r, j * LANES, lanes=LANES) * scale, LANES)
-            vector.store(self.work, weight, r, j * LANES, lanes=LANES)
-            vector.store(most, T.max(vector.load(most, 0, 0, lanes=LANES), weight), 0, 0, lanes=LANES)
-        largest = vector.hold(vector.largest(vector.load(most, 0, 0, lanes=LANES), LANES), 1)
+        largest = vector.hold(vector.largest(vector.load(self.most, 0, 0, lanes=LANES), LANES), 1)
         some = largest >= T.float32(SMALLEST)
         inverse = vector.hold(T.Select(some, T.float32(LEVELS) / largest, T.float32(0)), 1)
         T.buffer_store(self.work, T.Select(some, largest / T.float32(LEVELS), T.float32(0)), [r, self.weight_scale])
         with T.serial(vectors) as j:
             scaled = vector.load(self.work, r, j * LANES, lanes=LANES) * vector.splat(inverse, LANES)
-            vector.store(self.weights, vector.to_int32(scaled, LANES), r, j * LANES, lanes=LANES)
+            # The sum has its last bit at 1, so it is rounded to an integer, half to even, in its low 16 bits.
+            bits = T.reinterpret("int32x16", scaled + vector.splat(ROUNDS, LANES))
+            vector.store(self.weights, bits, r, j * LANES, lanes=LANES)
+
+    def _keep(self, r: Expr, base: Expr, j: Expr, weight: Expr) -> None:
+        """Weights * v_scale, and the largest of them."""
+        scale = vector.load(self.v_scale, self.head, base + j * LANES, lanes=LANES)
+        scaled = vector.hold(weight * scale, LANES)
+        super()._keep(r, base, j, scaled)
+        most = T.max(vector.load(self.most, 0, 0, lanes=LANES), scaled)
+        vector.store(self.most, most, 0, 0, lanes=LANES)
 
     def _values(self, group: range, base: Expr, count: Expr) -> None:
         """total = total * factor + weights x V, for rows `group` over the block's `count` positions.
