@@ -17,9 +17,9 @@ Scores live for one block only, so memory does not grow with the context. Positi
 skipped, 16 at a time. A row that sees nothing of its first blocks gathers weights 2^0 there, and drops them when its
 first real score brings the factor 2^(MASKED - score) = 0.
 
-A single token has no more tasks than kv heads. Where these do not fill TASKS threads evenly, what the token sees is cut
-into `parts` equal ranges of 16 positions (flash decoding, arXiv:2311.01282 section 3): each leaves its weighted sum, its
-maximum and its sum of weights, and the caller's thread joins them. The number of parts follows from the shape alone,
+A single token has no more tasks than kv heads. Where these do not fill TASKS threads evenly, what the token sees is
+cut into `parts` equal ranges of 16 positions (flash decoding): each leaves its weighted sum, its maximum
+and its sum of weights, and the caller's thread joins them. The number of parts follows from the shape alone,
 never from the threads or the target, so neither changes a result.
 """
 
@@ -311,7 +311,7 @@ class Task:
 
 
 def join(partial: Any, stats: Any, out: Any, count: int, heads: int, d: int) -> None:
-    """out[0, head] = weighted mean over all parts: sums partial[part, head], and (maximum, weights) stats[part, head]."""
+    """out[0, head] = weighted mean over all parts: sums partial[part, head], (maximum, weights) stats[part, head]."""
     factors = vector.registers(count, 1)
     with T.serial(heads) as h:
         most = vector.hold(reduce(T.max, [stats[p, h, 0] for p in range(count)]), 1)

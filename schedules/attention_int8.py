@@ -4,8 +4,8 @@
                         v_cache i8[kv_heads, capacity/2, 2 * dp], k_scale f32[kv_heads, capacity],
                         v_scale f32[kv_heads, capacity], span i32[2]; attributes as quern.attention -> f32[m, heads * d]
 
-Key (h, t) = k_scale[h, t] * codes, element i at [h, t // 16, i // 2, t % 16 * 2 + i % 2]; value (h, t) likewise, element
-i at [h, t // 2, 2 i + t % 2], dp = d rounded up to 16. What lies beyond the positions in use must be finite.
+Key (h, t) = k_scale[h, t] * codes, element i at [h, t // 16, i // 2, t % 16 * 2 + i % 2]; value (h, t) likewise,
+element i at [h, t // 2, 2 i + t % 2], dp = d rounded up to 16. What lies beyond the positions in use must be finite.
 
 The frame is schedules.attention's: tasks, blocks, parts, masks. Products are integer, two of them a lane and
 instruction, which is twice what fp32 does on every register width:

@@ -5,8 +5,8 @@
                      heads, kv_heads, head_dim -> q f32[m, heads * d]; both caches are updated in place
   quern.rope_append_int8  the same with caches i8[kv_heads, capacity/16, d/2, 32], i8[kv_heads, capacity/2, 2 * dp] and
                      after them k_scale, v_scale f32[kv_heads, capacity] (schedules.attention_int8 has the layout)
-  quern.rope_append_norm[_int8]  the same with q_norm, k_norm after span, and eps: q and k are RMS-normed first. Where a norm's
-                     weight has d values, each head is normed by itself; else all of them together.
+  quern.rope_append_norm[_int8]  the same with q_norm, k_norm after span, and eps: q and k are RMS-normed first. Where a
+                     norm's weight has d values, each head is normed by itself; else all of them together.
 
 Position of row t: p = span[0] + t. rope[p] holds cos of d/2 angles, then their sines. Halves rotate as in GPT-NeoX:
     out[i] = x[i] cos[i] - x[i + d/2] sin[i];  out[i + d/2] = x[i + d/2] cos[i] + x[i] sin[i]
@@ -67,7 +67,8 @@ class Cache:
         self.kv_heads, self.d = kv_heads, d
         names = ("k_cache", "v_cache", "k_scale", "v_scale")
         self.buffers = [T.arg(n, T.buffer(s.shape, s.dtype, layout=None)) for n, s in zip(names, specs, strict=False)]
-        self.regions = [buffer[tuple(slice(0, n) for n in s.shape)] for buffer, s in zip(self.buffers, specs, strict=True)]
+        whole = [tuple(slice(0, n) for n in spec.shape) for spec in specs]
+        self.regions = [buffer[region] for buffer, region in zip(self.buffers, whole, strict=True)]
 
     def append(self, fresh: Heads, value: Value, position: Expr, angles: Angles) -> None:
         """All heads of one token; value(head, i, lanes) gives elements of its values."""

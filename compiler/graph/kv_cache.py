@@ -18,7 +18,7 @@ class CacheArray:
 
 @dataclass(frozen=True)
 class KvCache:
-    """Room for `capacity` tokens, a multiple of BLOCK. dtype float16, float32, or int8 with a scale a head and token."""
+    """Room for `capacity` tokens, a multiple of BLOCK. dtype float16, float32, or int8 with scales."""
 
     kv_heads: int
     head_dim: int

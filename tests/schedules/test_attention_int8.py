@@ -47,10 +47,12 @@ def check(kernel, q, codes, scales, start: int, valid: int, scale=None, softcap:
     m, heads, d = q.shape
     end, scale = start + valid, d**-0.5 if scale is None else scale
     (keys, values), (k_scale, v_scale) = (x.copy() for x in codes), (x.copy() for x in scales)
-    real = [x[:, :end] * s[:, :end, None].astype(np.float64) for x, s in ((keys, k_scale), (values, v_scale))]
-    want = oracle(q[:valid], *real, start, scale, softcap, window)
-    limit = tolerance(q * np.float32(scale * d**0.5), *real, d, end) + rounding(q, *real, d, end, scale)
-    limit += 2 * TANH2_ERROR * softcap * np.abs(real[1]).max()
+    real_keys = keys[:, :end] * k_scale[:, :end, None].astype(np.float64)
+    real_values = values[:, :end] * v_scale[:, :end, None].astype(np.float64)
+    want = oracle(q[:valid], real_keys, real_values, start, scale, softcap, window)
+    limit = tolerance(q * np.float32(scale * d**0.5), real_keys, real_values, d, end)
+    limit += rounding(q, real_keys, real_values, d, end, scale)
+    limit += 2 * TANH2_ERROR * softcap * np.abs(real_values).max()
     keys[:, end:], values[:, end:], k_scale[:, end:], v_scale[:, end:] = 127, -128, 1e30, 1e30
     span = np.array([start, valid], np.int32)
     (got,) = kernel(q.reshape(m, heads * d), *pack(keys, values), k_scale, v_scale, span)
@@ -87,7 +89,9 @@ def test_against_float64(m, heads, kv_heads, d, target):
 
 @pytest.mark.parametrize("target", RUNNABLE, ids=lambda t: t.name)
 @pytest.mark.parametrize(("m", "heads", "kv_heads", "d"), [(1, 6, 2, 80), (8, 4, 2, 64)])
-@pytest.mark.parametrize("own", [{"window": 1}, {"window": 130}, {"softcap": 30.0, "window": 40, "scale": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "own", [{"window": 1}, {"window": 130}, {"softcap": 30.0, "window": 40, "scale": 0.1}], ids=str
+)
 def test_windows_caps_and_scales(m, heads, kv_heads, d, own, target):
     rng, kernel = np.random.default_rng(d), compiled(m, heads, kv_heads, d, target, **own)
     q = rng.standard_normal((m, heads, d)).astype(np.float32)
@@ -108,7 +112,8 @@ def test_no_sum_overflows(d, block, target):
     for key, value in ((127, 127), (-127, 127), (127, -127)):
         codes, scale = np.full((2, 1, capacity, d), key, np.int8), np.full((1, capacity), 1 / 127, np.float32)
         codes[1] = value
-        args = np.full((1, heads * d), 3.5, np.float32), *pack(*codes), scale, scale, np.array([capacity - 1, 1], np.int32)
+        span = np.array([capacity - 1, 1], np.int32)
+        args = np.full((1, heads * d), 3.5, np.float32), *pack(*codes), scale, scale, span
         # the sum of 1024 equal weights and of their products rounds by 2^-24 each time
         np.testing.assert_allclose(kernel(*args)[0], np.sign(value), rtol=1024 * 2.0**-24)
 
@@ -129,9 +134,10 @@ def test_extreme_scales_and_queries(target):
     one[0, 77] = 1e4  # one position takes all weight: it comes back to the rounding of its weight
     first = codes[0].copy()
     first[0, 77] = np.sign(q[0, 0]) * 127
-    args = np.repeat(q[:, :1], 2, 1).reshape(1, 128), *pack(first, codes[1]), one, scales[1], np.array([303, 1], np.int32)
+    span = np.array([303, 1], np.int32)
+    (got,) = kernel(np.repeat(q[:, :1], 2, 1).reshape(1, 128), *pack(first, codes[1]), one, scales[1], span)
     want = codes[1][0, 77] * scales[1][0, 77]
-    np.testing.assert_allclose(kernel(*args)[0][0, :64], want, rtol=4 * 2.0**-24, atol=1e-6)
+    np.testing.assert_allclose(got[0, :64], want, rtol=4 * 2.0**-24, atol=1e-6)
 
 
 @pytest.mark.parametrize("target", [NATIVE, AVX2, ARM], ids=lambda t: t.name)

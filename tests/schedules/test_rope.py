@@ -105,12 +105,13 @@ def unpack(keys: np.ndarray, values: np.ndarray, d: int) -> tuple[np.ndarray, np
     ("m", "heads", "kv_heads", "d", "start", "valid"),
     [(1, 7, 1, 64, 31, 1), (5, 3, 1, 80, 14, 5), (5, 6, 2, 12, 30, 3), (3, 4, 2, 256, 45, 3)],
 )
-def test_int8_cache_rounds_to_the_nearest_code_and_leaves_the_rest_alone(m, heads, kv_heads, d, start, valid, size, target):
+def test_int8_cache_takes_the_nearest_code(m, heads, kv_heads, d, start, valid, size, target):
     rng, table = np.random.default_rng(d), angles(d)
     qkv = (rng.standard_normal((m, (heads + 2 * kv_heads) * d)) * size).astype(np.float32)
     qkv[:, heads * d] = size  # no head is all zeros but where size is 0
     padded = 2 * -(-d // 16) * 16
-    before = [rng.integers(-127, 128, shape).astype(np.int8) for shape in ((kv_heads, 3, d // 2, 32), (kv_heads, 24, padded))]
+    shapes = (kv_heads, 3, d // 2, 32), (kv_heads, 24, padded)
+    before = [rng.integers(-127, 128, shape).astype(np.int8) for shape in shapes]
     before += [rng.standard_normal((kv_heads, 48)).astype(np.float32) for _ in range(2)]
     caches = [array.copy() for array in before]
     call = request(
@@ -123,9 +124,8 @@ def test_int8_cache_rounds_to_the_nearest_code_and_leaves_the_rest_alone(m, head
     positions = start + np.arange(valid)
     others = np.setdiff1d(np.arange(48), positions)
     rotated = oracle(rows[:, heads : heads + kv_heads], table, positions)
-    for i, (want, was, got) in enumerate(
-        zip((rotated, rows[:, heads + kv_heads :]), unpack(*before[:2], d), unpack(*caches[:2], d), strict=True)
-    ):
+    old, new = unpack(before[0], before[1], d), unpack(caches[0], caches[1], d)
+    for i, (want, was, got) in enumerate(zip((rotated, rows[:, heads + kv_heads :]), old, new, strict=True)):
         want, largest = want.transpose(1, 0, 2), np.abs(want).max(2).T
         codes, scale = got[:, positions, :d].astype(np.float64), caches[2 + i][:, positions].astype(np.float64)
         if size < 1e-36:
