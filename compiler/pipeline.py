@@ -39,7 +39,10 @@ CHUNKS = (16, 128)  # prompt tokens a call; the runtime cuts a prompt into these
 
 @dataclass(frozen=True)
 class Request:
-    """What `build` was asked for. bits: for dense linear layers; head_bits: for a dense output head, None = default."""
+    """What `build` was asked for. bits: for dense linear layers; head_bits: for a dense output head, None = default.
+
+    kv_cache: element type of keys and values, None = default.
+    """
 
     out: Path
     target: Target
@@ -48,6 +51,7 @@ class Request:
     group_size: int | None = None
     head_bits: int | None = None
     context: int | None = None
+    kv_cache: str | None = None
     dump_ir: Path | None = None
     chunks: tuple[int, ...] = CHUNKS
 
@@ -55,6 +59,11 @@ class Request:
     def head(self) -> int:
         """Bits of a head that the checkpoint left dense: 8 with int8 activations, untouched on the exact path."""
         return self.head_bits or (8 if self.activations == "int8" else 16)
+
+    @property
+    def cache(self) -> str:
+        """Element type of keys and values: float16 with int8 activations, float32 on the exact path, or as asked."""
+        return self.kv_cache or ("float16" if self.activations == "int8" else "float32")
 
 
 @dataclass(frozen=True)
@@ -139,7 +148,7 @@ def model_options(request: Request) -> models.Options:
     return models.Options(
         context=request.context,
         chunks=request.chunks,
-        cache_dtype="float16" if request.activations == "int8" else "float32",
+        cache_dtype=request.cache,
         linear=lambda weight: quantised(request.bits, request.group_size, weight),
         head=lambda weight: quantised(request.head, None, weight),
     )
@@ -227,8 +236,7 @@ def _manifest(
     model, target = inputs.model, request.target
     caches = []
     for i, cache in enumerate(model.caches):
-        caches.append(manifest.Cache(f"layers.{i}.k", cache.dtype, cache.key_shape))
-        caches.append(manifest.Cache(f"layers.{i}.v", cache.dtype, cache.value_shape))
+        caches += [manifest.Cache(f"layers.{i}.{array.name}", array.dtype, array.shape) for array in cache.arrays]
     cache_bytes = sum(int(np.prod(c.shape)) * np.dtype(c.dtype).itemsize for c in caches)
     weight_bytes = files[WEIGHTS].bytes
     linears = [w.type for w in model.weights if isinstance(w, Linear)]
@@ -243,6 +251,7 @@ def _manifest(
             "activations": request.activations,
             "checkpoint_activations": None if linears[0].activations == "any" else linears[0].activations,
             "head_bits": linears[-1].bits,
+            "kv_cache": model.caches[0].dtype if model.caches else None,
         },
         target=manifest.Target(
             target.name, target.arch, target.triple, target.mcpu, target.plain.cpuinfo, target.glibc
