@@ -47,6 +47,10 @@ LAW: dict[str, set[str]] = {
         "targets", "tvm",
     },
     "compiler.report": {"jinja2"},
+    "compiler.weights": {
+        "compiler.codegen.weights_file", "compiler.graph.weights", "compiler.quant", "compiler.quantize", "numpy",
+        "schedules.kernel",
+    },
 }
 
 

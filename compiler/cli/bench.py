@@ -105,7 +105,14 @@ def _bundle(options: argparse.Namespace, target: Target) -> Iterator[Path]:
 
 
 def _print(options: argparse.Namespace, speed: Speed, prompt: int, context: int) -> None:
-    spreads = ("prefill_tok_s", "decode_tok_s", "read_gb_s", "decode_bandwidth_ratio")
+    rows = {
+        "prefill_tok_s": f"prefill, {prompt} tokens (tokens/s)",
+        "prefill_plain_tok_s": "the same without AMX",
+        "decode_tok_s": f"decode after {context} (tokens/s)",
+        "read_gb_s": "read ceiling (GB/s)",
+        "decode_bandwidth_ratio": "decode / ceiling",
+    }
+    spreads = [name for name in rows if getattr(speed, name) is not None]
     if options.json:
         record: dict[str, object] = {name: getattr(speed, name).median for name in spreads}
         record["spread"] = {name: asdict(getattr(speed, name)) for name in spreads}
@@ -118,16 +125,10 @@ def _print(options: argparse.Namespace, speed: Speed, prompt: int, context: int)
     from rich.table import Table
 
     table = Table("", "median", "min", "max", box=None, pad_edge=False)
-    labels = (
-        f"prefill, {prompt} tokens (tokens/s)",
-        f"decode after {context} (tokens/s)",
-        "read ceiling (GB/s)",
-        "decode / ceiling",
-    )
-    for label, name in zip(labels, spreads, strict=True):
+    for name in spreads:
         values: Spread = getattr(speed, name)
         table.add_row(
-            label,
+            rows[name],
             *(f"{value:.3g}" if value < 1 else f"{value:.1f}" for value in (values.median, values.min, values.max)),
         )
     console = Console(highlight=False)

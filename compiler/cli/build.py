@@ -57,6 +57,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tuning-logs", type=Path, metavar="DIR", help="databases written by `tune` (default: the repository's)"
     )
+    parser.add_argument(
+        "--kv-cache",
+        choices=("float16", "int8", "float32"),
+        help="what keys and values of past tokens are kept in (default: float16, exact: float32)",
+    )
     parser.add_argument("--dump-ir", type=Path, metavar="DIR", help="write every stage of the compile into DIR")
     parser.add_argument("--json", action="store_true", help="print one JSON object about the build to stdout")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
@@ -84,6 +89,7 @@ def run(options: argparse.Namespace) -> int:
         group_size=options.group_size,
         head_bits=options.head_bits,
         context=options.context,
+        kv_cache=options.kv_cache,
         dump_ir=options.dump_ir,
         tuning_logs=options.tuning_logs or records.DEFAULT_FOLDER,
     )

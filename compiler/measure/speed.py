@@ -35,7 +35,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class Speed:
-    """tokens/s, GB/s (10^9 bytes), and bytes of weights that one decoded token reads."""
+    """tokens/s, GB/s (10^9 bytes), and bytes of weights that one decoded token reads.
+
+    prefill_plain_tok_s: prefill without AMX tiles, beside one that used them; None where the session has none.
+    """
 
     prefill_tok_s: Spread
     decode_tok_s: Spread
@@ -43,6 +46,7 @@ class Speed:
     weight_bytes_per_token: int
     decode_bandwidth_ratio: Spread
     threads: int
+    prefill_plain_tok_s: Spread | None = None
 
 
 def weight_bytes_per_token(bundle: Bundle) -> int:
@@ -66,24 +70,33 @@ def measure(
     """
     bundle = open_bundle(path)
     session = Session(bundle, threads)
+    plain = Session(bundle, threads, tiles=False) if session.tiles else None
     reader = _reader(bundle, target, session.threads)
     random = np.random.default_rng(0)
     ids = random.integers(0, bundle.manifest.model.vocab_size, max(prompt, context, 1)).astype(np.int32)
     used = weight_bytes_per_token(bundle)
     _decode(session, ids[:context], min(2, steps))
-    prefill, decode, read, ratio = [], [], [], []
+    prefill, without, decode, read, ratio = [], [], [], [], []
     for _ in range(rounds):
-        session.reset()
-        started = time.perf_counter()
-        session.prefill(ids[:prompt])
-        prefill.append(prompt / (time.perf_counter() - started))
+        prefill.append(_prefill(session, ids[:prompt]))
+        if plain is not None:
+            without.append(_prefill(plain, ids[:prompt]))
         before = reader()
         seconds = _decode(session, ids[:context], steps)
         gb_s = (before + reader()) / 2
         decode.append(1 / seconds)
         read.append(gb_s)
         ratio.append(used / seconds / 1e9 / gb_s)
-    return Speed(Spread.of(prefill), Spread.of(decode), Spread.of(read), used, Spread.of(ratio), session.threads)
+    spreads = Spread.of(prefill), Spread.of(decode), Spread.of(read), used, Spread.of(ratio)
+    return Speed(*spreads, session.threads, Spread.of(without) if without else None)
+
+
+def _prefill(session: Session, ids: np.ndarray) -> float:
+    """Tokens a second of one prefill."""
+    session.reset()
+    started = time.perf_counter()
+    session.prefill(ids)
+    return len(ids) / (time.perf_counter() - started)
 
 
 def _decode(session: Session, ids: np.ndarray, steps: int) -> float:

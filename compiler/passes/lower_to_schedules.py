@@ -16,6 +16,8 @@ from compiler.quant.grids import GRIDS
 from schedules.kernel import Kernel, Packing, Request, TensorSpec, Unsupported, lowerings
 from targets import Target
 
+TILED = "_amx"
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -30,12 +32,15 @@ Decide = Callable[[Request], Decision | None]
 
 @dataclass(frozen=True)
 class Lowered:
-    """The module of `call_tir`s, the layout of every weight parameter that changed, by parameter name, and decisions
-    that were applied, by kernel name.
+    """The module of `call_tir`s, and the layout of every weight parameter that changed, by parameter name.
+
+    tiled: names of functions that there are twice, and of their second form, which needs what an OS may refuse.
+    tuned: decisions that were applied, by kernel name.
     """
 
     mod: tvm.IRModule
     packings: Mapping[str, Packing]
+    tiled: Mapping[str, str]
     tuned: Mapping[str, Decision]
 
 
@@ -54,6 +59,8 @@ def lower_to_schedules(mod: tvm.IRModule, target: Target, decide: Decide = lambd
     """quern.OP(args) -> call_tir(kernel, args). Needs stage `fused`; leaves no `quern.*` call.
 
     `decide` gives the knobs of a request, or None for the schedule's default.
+    What an operating system may refuse a process (AMX tiles), only second forms of functions use: NAME_amx is NAME with
+    the kernels of the whole target, and is there when one of them is another. All other kernels are the plain target's.
     Raises UnsupportedError when the target has no schedule for an operator. Two kernels that want one weight in two
     layouts are a bug in schedules/.
     """
@@ -62,8 +69,8 @@ def lower_to_schedules(mod: tvm.IRModule, target: Target, decide: Decide = lambd
     packings: dict[str, Packing] = {}
     tuned: dict[str, Decision] = {}
 
-    def kernel_for(op: Op) -> Kernel:
-        request = _request(op, target)
+    def kernel_for(op: Op, device: Target) -> Kernel:
+        request = _request(op, device)
         key = _key(request)
         if key not in kernels:
             try:
@@ -76,10 +83,19 @@ def lower_to_schedules(mod: tvm.IRModule, target: Target, decide: Decide = lambd
                 tuned[kernels[key].name] = decision
         return kernels[key]
 
+    tiled: dict[str, str] = {}
+
+    def compare(op: Op, context: Context) -> None:
+        if kernel_for(op, target).name != kernel_for(op, target.plain).name:
+            tiled[context.function] = f"{context.function}{TILED}"
+
+    if target != target.plain:
+        rewrite(mod, compare)
+        mod = _with_copies(mod, tiled)
     chosen: dict[relax.Var, Kernel] = {}
 
     def choose(op: Op, context: Context) -> None:
-        kernel = kernel_for(op)
+        kernel = kernel_for(op, target if context.function in tiled.values() else target.plain)
         chosen[context.original] = kernel
         for index, packing in kernel.packings.items():
             name = op.args[index].name
@@ -102,7 +118,16 @@ def lower_to_schedules(mod: tvm.IRModule, target: Target, decide: Decide = lambd
             return relax.op.call_tir_inplace(function, relax.Tuple(op.args), indices, types)
         return relax.call_tir(function, relax.Tuple(op.args), types if len(types) > 1 else types[0])
 
-    return Lowered(rewrite(mod, call, retype), packings, tuned)
+    return Lowered(rewrite(mod, call, retype), packings, tiled, tuned)
+
+
+def _with_copies(mod: tvm.IRModule, names: Mapping[str, str]) -> tvm.IRModule:
+    """The module with a copy of each named function under its second name. Copies have variables of their own."""
+    functions = {var.name_hint: function for var, function in mod.functions_items()}
+    for name, copy in names.items():
+        function = relax.utils.copy_with_new_vars(functions[name])
+        functions[copy] = function.with_attr("global_symbol", copy)
+    return tvm.IRModule(functions)
 
 
 def _request(op: Op, target: Target) -> Request:
@@ -119,7 +144,7 @@ def _request(op: Op, target: Target) -> Request:
 
 
 def _key(request: Request) -> tuple[object, ...]:
-    return (request.op, request.args, request.outs, tuple(request.attrs.items()))
+    return (request.target.features, request.op, request.args, request.outs, tuple(request.attrs.items()))
 
 
 def _spec(type_: relax.TensorType) -> TensorSpec:

@@ -29,7 +29,8 @@ def _restore_threads(monkeypatch: pytest.MonkeyPatch) -> None:
          "There is no shape 'gpt-9'. Known shapes: tinyllama-1.1b, llama-3.2-1b, llama-3.2-3b, llama-2-7b, llama-3-8b, "
          "a72-count."),
         (["--shape", "a72-count", "--target", "rpi5"],
-         "There is no target 'rpi5'. Did you mean 'rpi4'? Known targets: native, aarch64, rpi4, x86-64."),
+         "There is no target 'rpi5'. Did you mean 'rpi4'? "
+         "Known targets: native, aarch64, rpi4, sapphire-rapids, x86-64."),
     ],
     ids=str,
 )  # fmt: skip

@@ -14,7 +14,8 @@ from compiler.errors import UserError
 from compiler.measure import speed
 from compiler.measure.speed import Spread
 from compiler.progress import Reporter
-from runtime.bundle import open_bundle
+from runtime.bundle import Bundle, open_bundle
+from runtime.session import Session
 from tests.runtime import tiny
 
 REPO = Path(__file__).parents[2]
@@ -64,6 +65,24 @@ def test_figures_fit_together(stories: Path, prompt: int, steps: int, context: i
     ratio, decode, read = measured.decode_bandwidth_ratio, measured.decode_tok_s, measured.read_gb_s
     assert used * decode.min / read.max <= ratio.median * (1 + 1e-9)
     assert ratio.median <= used * decode.max / read.min * (1 + 1e-9)
+
+
+def test_with_tiles_prefill_is_measured_without_them_too(stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    class Tiled(Session):
+        """Says that it uses tiles unless told not to: what code it runs is no matter here."""
+
+        def __init__(self, bundle: Bundle, threads: int | None = None, tiles: bool = True) -> None:
+            super().__init__(bundle, threads, tiles)
+            self.tiles = tiles
+            made.append(tiles)
+
+    monkeypatch.setattr(speed, "Session", Tiled)
+    measured = speed.measure(stories, NATIVE, 16, 1, rounds=2, threads=1, context=4)
+    assert made == [True, False]
+    assert measured.prefill_plain_tok_s is not None
+    assert 0 < measured.prefill_plain_tok_s.min <= measured.prefill_plain_tok_s.max
 
 
 def test_weights_too_few_to_time(tmp_path: Path) -> None:

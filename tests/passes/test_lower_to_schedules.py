@@ -124,6 +124,22 @@ def test_attributes_and_results_stay(lowered: Lowered) -> None:
     assert ops.shape_of(lowered.mod["prefill"].ret_ty) == (16, 40)
 
 
+def test_kernels_with_tiles_stand_in_functions_of_their_own() -> None:
+    """An operating system may refuse tiles: prefill is there in both forms, decode has no use for them."""
+    target = targets.load("sapphire-rapids")
+    made = lower_to_schedules(TwoFunctions, target)
+    verify(made.mod, "scheduled")
+    assert made.tiled == {"prefill": "prefill_amx"}
+    kernels = {f: [call.args[0].name_hint for call in calls(made.mod, f)] for f in ("decode", "prefill", "prefill_amx")}
+    plain, tiled = kernels["prefill"], kernels["prefill_amx"]
+    assert [a == b for a, b in zip(plain, tiled, strict=True)] == [True, False, True, True]
+    assert (plain[1].split("_")[2], tiled[1].split("_")[2]) == ("avx512", "amx")
+    assert not any("amx" in name for f in ("decode", "prefill") for name in kernels[f])
+    assert lower_to_schedules(TwoFunctions, target.plain).packings.keys() == made.packings.keys()
+    assert lower_to_schedules(TwoFunctions, target.plain).tiled == {}
+    assert {p.name for p in made.mod["prefill_amx"].params} == {p.name for p in made.mod["prefill"].params}
+
+
 def test_what_is_written_in_place_stays_an_argument() -> None:
     made = lower_to_schedules(InPlace, NATIVE)
     verify(made.mod, "scheduled")

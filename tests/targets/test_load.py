@@ -120,7 +120,8 @@ def test_an_unknown_name() -> None:
     with pytest.raises(targets.TargetError) as caught:
         targets.load("rpi-4")
     assert str(caught.value) == (
-        "There is no target 'rpi-4'. Did you mean 'rpi4'? Known targets: native, aarch64, rpi4, x86-64."
+        "There is no target 'rpi-4'. Did you mean 'rpi4'? "
+        "Known targets: native, aarch64, rpi4, sapphire-rapids, x86-64."
     )
 
 
