@@ -29,10 +29,13 @@ from compiler.quant.source import Source
 
 Bytes = NDArray[np.uint8]
 # Bytes at which a block has its fp16 scales, as ggml-common.h lays out block_q4_0 and the others.
-SCALES_AT = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_0": (0,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q8_0": (0,)}
+SCALES_AT = {
+    "Q2_K": (80, 82), "Q3_K": (108,), "Q4_0": (0,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q8_0": (0,),
+}  # fmt: skip
 LINEARS = {
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
 }  # fmt: skip
 EXACT = {"Q4_0": ("int4", 8), "Q8_0": ("int8", 128)}  # type -> grid and zero that it holds without rounding
 
@@ -56,7 +59,8 @@ class Shape:
     def of(cls, config: dict[str, Any]) -> Shape:
         """UnsupportedError for what the file would not say truly: other architectures, scaled rotation."""
         if config["model_type"] not in ("llama", "mistral"):
-            raise UnsupportedError(f"llama.cpp: the comparison writes llama and mistral models, not {config['model_type']}.")
+            kind = config["model_type"]
+            raise UnsupportedError(f"llama.cpp: the comparison writes llama and mistral models, not {kind}.")
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if rope.get("rope_type", rope.get("type", "default")) != "default":
             raise UnsupportedError("llama.cpp: the comparison writes models with the default rotary embedding only.")
@@ -72,8 +76,8 @@ class Shape:
         """(GGUF name, module, n, k) of every linear layer but the head."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         sizes = {"attn_q": (q, self.hidden), "attn_k": (kv, self.hidden), "attn_v": (kv, self.hidden),
-                 "attn_output": (self.hidden, q), "ffn_gate": (self.ffn, self.hidden), "ffn_up": (self.ffn, self.hidden),
-                 "ffn_down": (self.hidden, self.ffn)}  # fmt: skip
+                 "attn_output": (self.hidden, q), "ffn_gate": (self.ffn, self.hidden),
+                 "ffn_up": (self.ffn, self.hidden), "ffn_down": (self.hidden, self.ffn)}  # fmt: skip
         for i in range(self.layers):
             for name, module in LINEARS.items():
                 yield f"blk.{i}.{name}", f"model.layers.{i}.{module}", *sizes[name]
@@ -84,7 +88,7 @@ def random_blocks(name: str, kind: str, n: int, k: int) -> Bytes:
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     if k % block:
         raise UnsupportedError(
-            f"llama.cpp: {name} has {k} inputs, but {kind} has blocks of {block}. Take 4 or 8 bits, whose blocks have 32."
+            f"llama.cpp: {name} has {k} inputs, but {kind} has blocks of {block}. Take 4 or 8 bits: their blocks have 32."
         )
     random = np.random.default_rng(zlib.crc32(name.encode()))
     blocks = np.frombuffer(random.bytes(n * (k // block) * size), np.uint8).reshape(-1, size).copy()
@@ -136,8 +140,9 @@ class Writer:
             writer.add_tensor_info(
                 f"{name}.weight", (n, row), np.dtype(np.uint8), n * row, gguf.GGMLQuantizationType[kind]
             )
+        hidden = self._shape.hidden
         for name in self._norms():
-            writer.add_tensor_info(f"{name}.weight", (self._shape.hidden,), np.dtype(np.float32), 4 * self._shape.hidden)
+            writer.add_tensor_info(f"{name}.weight", (hidden,), np.dtype(np.float32), 4 * hidden)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()

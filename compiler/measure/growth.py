@@ -72,7 +72,7 @@ def values(kind: str, given: str | None) -> list[Any]:
     try:
         numbers = [int(part) for part in parts]
     except ValueError:
-        raise UserError(f"--growth-values is {given!r}, but --growth {kind} needs numbers, such as 32,64,128.") from None
+        raise UserError(f"--growth-values is {given!r}, but --growth {kind} needs numbers, as in 32,64.") from None
     if kind == "bits" and (unknown := [n for n in numbers if n not in points and n != 5]):
         raise UserError(f"--growth-values: quern has no {unknown[0]}-bit weights. Take some of 2, 3, 4, 5, 6, 8.")
     if (low := min(numbers)) < (0 if kind == "context" else 1):

@@ -27,7 +27,7 @@ class Process:
         self, python: Path | str, module: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None
     ) -> None:
         self._name = module.rpartition(".")[2]
-        self._stderr = tempfile.TemporaryFile()
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 closed by close()
         # `compiler` has to be importable there, but nothing else of this environment.
         variables = {**os.environ, "PYTHONPATH": str(REPO), **(environment or {})}
         self._child = subprocess.Popen(

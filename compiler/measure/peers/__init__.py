@@ -119,7 +119,7 @@ def require(peer: Peer, folder: Path, variant: str, install: bool, say: Say) -> 
     folder.mkdir(parents=True, exist_ok=True)
     peer.install(folder, variant, say)
     if (missing := peer.missing(folder, variant)) is not None:
-        raise UserError(f"{peer.NAME}: was installed, but {missing} is not in {folder}. Remove the folder and try again.")
+        raise UserError(f"{peer.NAME}: was installed, but {missing} is not in {folder}. Remove that and try again.")
 
 
 def environment(folder: Path, packages: list[str], say: Say) -> Path:

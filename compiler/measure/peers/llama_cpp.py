@@ -57,9 +57,9 @@ def missing(place: Path, variant: str) -> str | None:
 def install(place: Path, variant: str, say: Say) -> None:
     """Fetch the source once, build the variant: some minutes on two cores."""
     if variant == "no-amx" and "amx_tile" not in Path("/proc/cpuinfo").read_text(encoding="utf-8"):
-        raise UnsupportedError("llama.cpp:no-amx: this CPU has no AMX, so the build would be the native one. Take that.")
+        raise UnsupportedError("llama.cpp:no-amx: this CPU has no AMX, so that build is the native one. Take it.")
     if shutil.which("c++") is None:
-        raise UserError("llama.cpp is built from its source, and there is no C++ compiler. Install g++ (apt-get install g++).")
+        raise UserError("llama.cpp is built from its source, but there is no C++ compiler. Run: apt-get install g++")
     python = environment(home(place) / "venv", PACKAGES, say)
     source = home(place) / "source"
     if not source.is_dir():
@@ -116,7 +116,7 @@ class LlamaCpp:
     def _bench(self, *options: str) -> float:
         command = [str(self._tools / "llama-bench"), "-m", str(self._model), "-t", str(self.threads), "-r", "1"]
         (result,) = json.loads(run([*command, "-o", "json", *options]))
-        self.about |= {key: result[key] for key in ("build_commit", "type_k", "flash_attn", "cpu_info") if key in result}
+        self.about |= {key: result.get(key) for key in ("build_commit", "type_k", "flash_attn")}
         return float(result["avg_ts"])
 
     def perplexity(self, windows: list[list[int]]) -> float:
