@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -239,14 +240,22 @@ def _sides(
     options: argparse.Namespace, stack: ExitStack, path: Path, setup: Setup, peers: Sequence[tuple[Peer, str]],
     threads: int | None,
 ) -> list[Side]:  # fmt: skip
+    from compiler.errors import UserError
     from compiler.measure import speed
     from compiler.measure.peers import place
 
     quern = stack.enter_context(speed.open_side(path, threads))
     sides: list[Side] = [quern]
-    if peers:
-        model, folder = _peer_model(options, path, setup), place(options.peers_dir)
-        sides += [stack.enter_context(p.opened(folder, variant, model, quern.threads)) for p, variant in peers]
+    if not peers:
+        return sides
+    model, folder = _peer_model(options, path, setup), place(options.peers_dir)
+    for peer, variant in peers:
+        try:
+            sides.append(stack.enter_context(peer.opened(folder, variant, model, quern.threads)))
+        except UserError as error:  # noqa: PERF203 an engine takes seconds to start
+            if options.growth is None:
+                raise
+            print(f"left out: {error}", file=sys.stderr)  # the other points and engines are worth having
     return sides
 
 

@@ -88,7 +88,8 @@ def random_blocks(name: str, kind: str, n: int, k: int) -> Bytes:
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     if k % block:
         raise UnsupportedError(
-            f"llama.cpp: {name} has {k} inputs, but {kind} has blocks of {block}. Take 4 or 8 bits: their blocks have 32."
+            f"llama.cpp: {name} has {k} inputs, but {kind} has blocks of {block}. "
+            f"Take 4 or 8 bits: their blocks have 32."
         )
     random = np.random.default_rng(zlib.crc32(name.encode()))
     blocks = np.frombuffer(random.bytes(n * (k // block) * size), np.uint8).reshape(-1, size).copy()

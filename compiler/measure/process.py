@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +77,33 @@ class Process:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Timed:
+    """What asks a process that has the verbs prefill and decode, both of which give seconds. Speeds are tokens/s."""
+
+    def __init__(self, process: Process) -> None:
+        self.process = process
+
+    def prefill(self, tokens: int) -> float:
+        """A prompt of `tokens` from an empty context to the logits after it."""
+        return tokens / float(self.process.ask("prefill", tokens=tokens)["seconds"])
+
+    def decode(self, context: int, tokens: int) -> float:
+        """`tokens` tokens one by one, after `context` others."""
+        return tokens / float(self.process.ask("decode", context=context, tokens=tokens)["seconds"])
+
+
+def serve(measured: Callable[[], object]) -> int:
+    """The other end: answer with the methods of what `measured` makes, until stdin ends. A UserError is an answer."""
+    made: object = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            made = made or measured()
+            answer = getattr(made, request.pop("verb"))(**request)
+        except UserError as error:
+            answer = {"error": str(error)}
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+    return 0

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from compiler.errors import UserError
 from compiler.measure import perplexity, read_bandwidth
-from compiler.measure.process import Process
+from compiler.measure.process import Process, Timed
 from runtime.bundle import Bundle, open_bundle
 from targets import Target
 
@@ -59,37 +59,30 @@ def weight_bytes_per_token(bundle: Bundle) -> int:
     return total
 
 
-class QuernSide:
+class QuernSide(Timed):
     """A bundle in its process, for speed.measure and for compare.py."""
 
     name = "quern"
 
     def __init__(self, process: Process, bundle: Bundle) -> None:
-        self._process, self.used = process, weight_bytes_per_token(bundle)
+        super().__init__(process)
+        self.used = weight_bytes_per_token(bundle)
         self.threads: int = process.ask("about")["threads"]
         self.about: dict[str, object] = {
             **bundle.manifest.quantization, "target": bundle.manifest.target.name, "weight_bytes_per_token": self.used,
         }  # fmt: skip
 
-    def prefill(self, tokens: int) -> float:
-        """tokens/s of a prompt, from an empty context."""
-        return tokens / float(self._process.ask("prefill", tokens=tokens)["seconds"])
-
-    def decode(self, context: int, tokens: int) -> float:
-        """tokens/s after `context` tokens."""
-        return tokens / float(self._process.ask("decode", context=context, tokens=tokens)["seconds"])
-
     def read(self) -> float:
         """GB/s of reading all weights; `load_readers` first."""
-        return float(self._process.ask("read")["gb_s"])
+        return float(self.process.ask("read")["gb_s"])
 
     def perplexity(self, windows: list[list[int]]) -> float:
         """Of windows of ids, the second half of each scored."""
-        return perplexity.perplexity(self._process, windows)
+        return perplexity.perplexity(self.process, windows)
 
     def peak_rss_mib(self) -> float:
         """The most memory that the process ever held, mapped weights included."""
-        return float(self._process.ask("memory")["peak_rss_mib"])
+        return float(self.process.ask("memory")["peak_rss_mib"])
 
     def load_readers(self, bundle: Bundle, target: Target) -> None:
         """Compile the reading kernels here, and have the process load them."""
@@ -97,7 +90,7 @@ class QuernSide:
         with tempfile.TemporaryDirectory(prefix="quern-bench-") as folder:
             library = Path(folder) / "read.so"
             names = read_bandwidth.build(nbytes, target, library)
-            self._process.ask("reader", library=str(library), names=names, nbytes=nbytes)
+            self.process.ask("reader", library=str(library), names=names, nbytes=nbytes)
 
 
 @contextmanager

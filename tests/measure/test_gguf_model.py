@@ -50,7 +50,7 @@ def test_random_blocks_keep_activations_near_one(kind: str) -> None:
 
 
 def test_a_checkpoint_reads_back_as_it_was(tmp_path: Path) -> None:
-    """Q4_0 holds a symmetric GPTQ checkpoint to the bit; the head is rounded to Q8_0. q and k change their rows' order."""
+    """Q4_0 holds a symmetric GPTQ checkpoint to the bit, the head is rounded to Q8_0, rows of q and k are reordered."""
     source = open_source(open_checkpoint(STORY))
     writer = Writer(Shape.of(CONFIG), "Q4_0", "Q8_0", source)
     writer.write(tmp_path / "story.gguf")

@@ -34,12 +34,12 @@ TYPES = {2: "Q2_K", 3: "Q3_K", 4: "Q4_0", 5: "Q5_K", 6: "Q6_K", 8: "Q8_0"}  # bi
 OFF = ("LLAMA_BUILD_SERVER", "LLAMA_BUILD_TESTS", "LLAMA_BUILD_EXAMPLES", "LLAMA_BUILD_UI", "LLAMA_USE_PREBUILT_UI",
        "LLAMA_BUILD_APP", "LLAMA_OPENSSL", "BUILD_SHARED_LIBS")  # fmt: skip
 NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
-FLAGS = {
-    "native": ["-DGGML_NATIVE=ON"],
+CPU = ("SSE42", "AVX", "AVX2", "FMA", "F16C", "BMI2")
+FLAGS = {  # every one states all that another may have set: the variants share a build folder
+    "native": ["-DGGML_NATIVE=ON", "-DCMAKE_C_FLAGS=", "-DCMAKE_CXX_FLAGS="],
     "no-amx": ["-DGGML_NATIVE=ON", f"-DCMAKE_C_FLAGS={NO_AMX}", f"-DCMAKE_CXX_FLAGS={NO_AMX}"],
-    "avx2": ["-DGGML_NATIVE=OFF", "-DGGML_AVX2=ON", "-DGGML_FMA=ON", "-DGGML_F16C=ON", "-DGGML_BMI2=ON"],
+    "avx2": ["-DGGML_NATIVE=OFF", *(f"-DGGML_{name}=ON" for name in CPU), "-DCMAKE_C_FLAGS=", "-DCMAKE_CXX_FLAGS="],
 }
-WINDOW = 256
 
 
 def home(place: Path) -> Path:
@@ -55,7 +55,7 @@ def missing(place: Path, variant: str) -> str | None:
 
 
 def install(place: Path, variant: str, say: Say) -> None:
-    """Fetch the source once, build the variant: some minutes on two cores."""
+    """Fetch the source once, build the variant: ten minutes on two cores, one for a second variant."""
     if variant == "no-amx" and "amx_tile" not in Path("/proc/cpuinfo").read_text(encoding="utf-8"):
         raise UnsupportedError("llama.cpp:no-amx: this CPU has no AMX, so that build is the native one. Take it.")
     if shutil.which("c++") is None:
@@ -66,11 +66,15 @@ def install(place: Path, variant: str, say: Say) -> None:
         say(f"{SOURCE}: fetching the source")
         _fetch(python, source)
     say(f"llama.cpp, {VARIANTS[variant]}: building, which takes minutes")
-    tools, build = python.parent, home(place) / variant
+    tools, build = python.parent, home(place) / "build"
     run([str(tools / "cmake"), "-S", str(source), "-B", str(build), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
          f"-DCMAKE_MAKE_PROGRAM={tools / 'ninja'}", *(f"-D{name}=OFF" for name in OFF), *FLAGS[variant]])  # fmt: skip
     jobs = str(len(os.sched_getaffinity(0)))
     run([str(tools / "cmake"), "--build", str(build), "--parallel", jobs, "--target", *TOOLS])
+    kept = home(place) / variant / "bin"
+    kept.mkdir(parents=True, exist_ok=True)
+    for tool in TOOLS:
+        shutil.copy2(build / "bin" / tool, kept / tool)
 
 
 def _fetch(python: Path, source: Path) -> None:
@@ -145,6 +149,10 @@ def letter(token: int) -> str:
 @contextmanager
 def opened(place: Path, variant: str, model: PeerModel, threads: int) -> Iterator[LlamaCpp]:
     """The model as a GGUF file, written by the environment's own gguf package."""
+    if {model.bits, model.head_bits} - TYPES.keys():
+        raise UnsupportedError(
+            f"llama.cpp: is compared with 2, 3, 4, 5, 6 and 8 bits, not {model.bits} with a head of {model.head_bits}."
+        )
     kind = TYPES[model.bits]
     request: Mapping[str, Any] = {
         "config": dict(model.config), "type": kind, "head": TYPES[model.head_bits],

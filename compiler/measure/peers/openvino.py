@@ -20,13 +20,15 @@ from typing import Any
 
 from compiler.errors import UnsupportedError
 from compiler.measure.peers import PeerModel, Say, environment
-from compiler.measure.process import Process
+from compiler.measure.process import Process, Timed, serve
 
 NAME = "openvino"
 VARIANTS = {"native": "the CPU plugin with its defaults"}
 VERSION = "2026.4.1"
 PACKAGES = [f"openvino=={VERSION}", "numpy==2.4.6; python_version >= '3.11'", "numpy==2.2.6; python_version < '3.11'"]
-PROPERTIES = ("INFERENCE_PRECISION_HINT", "DYNAMIC_QUANTIZATION_GROUP_SIZE", "KV_CACHE_PRECISION", "INFERENCE_NUM_THREADS")
+PROPERTIES = (
+    "INFERENCE_PRECISION_HINT", "DYNAMIC_QUANTIZATION_GROUP_SIZE", "KV_CACHE_PRECISION", "INFERENCE_NUM_THREADS",
+)  # fmt: skip
 
 
 def _venv(place: Path) -> Path:
@@ -44,23 +46,15 @@ def install(place: Path, variant: str, say: Say) -> None:
     environment(_venv(place), PACKAGES, say)
 
 
-class OpenVino:
+class OpenVino(Timed):
     """The measured process."""
 
     name = NAME
 
     def __init__(self, process: Process) -> None:
-        self._process = process
+        super().__init__(process)
         self.about: dict[str, object] = process.ask("about")
         self.threads = int(str(self.about["INFERENCE_NUM_THREADS"]))
-
-    def prefill(self, tokens: int) -> float:
-        """tokens/s of a prompt, from an empty context."""
-        return tokens / float(self._process.ask("prefill", tokens=tokens)["seconds"])
-
-    def decode(self, context: int, tokens: int) -> float:
-        """tokens/s after `context` tokens."""
-        return tokens / float(self._process.ask("decode", context=context, tokens=tokens)["seconds"])
 
     def perplexity(self, windows: list[list[int]]) -> float:
         """Its weights are random."""
@@ -71,9 +65,9 @@ class OpenVino:
 def opened(place: Path, variant: str, model: PeerModel, threads: int) -> Iterator[OpenVino]:
     """A graph with random weights of the model's shape. Raises UnsupportedError for bits that OpenVINO has not."""
     if {model.bits, model.head_bits} - {4, 8}:
-        raise UnsupportedError(f"openvino: has 4-bit and 8-bit weights, not {model.bits} with a head of {model.head_bits}.")
-    if model.config["model_type"] not in ("llama", "mistral"):
-        raise UnsupportedError(f"openvino: the comparison makes llama and mistral graphs, not {model.config['model_type']}.")
+        raise UnsupportedError(f"{NAME}: has 4-bit and 8-bit weights here, not {model.bits} and {model.head_bits}.")
+    if (kind := model.config["model_type"]) not in ("llama", "mistral"):
+        raise UnsupportedError(f"{NAME}: the comparison makes llama and mistral graphs, not {kind}.")
     request = {"config": {k: v for k, v in model.config.items() if k != "quantization_config"}, "bits": model.bits,
                "group_size": model.group_size, "head_bits": model.head_bits, "threads": threads}  # fmt: skip
     with Process(_venv(place) / "bin" / "python", __name__, [json.dumps(request)]) as process:
@@ -149,7 +143,8 @@ class Graph:
         times = self.heads // self.kv_heads
         if times == 1:
             return full
-        wide = op.broadcast(op.unsqueeze(full, self.ints(2)), self.ints(1, 1, times, 1, 1), broadcast_spec="BIDIRECTIONAL")
+        repeat = self.ints(1, 1, times, 1, 1)
+        wide = op.broadcast(op.unsqueeze(full, self.ints(2)), repeat, broadcast_spec="BIDIRECTIONAL")
         return op.reshape(wide, self.ints(0, self.heads, -1, self.head_dim), True)
 
     def model(self) -> Any:
@@ -172,8 +167,8 @@ class Graph:
             joined = op.reshape(op.transpose(seen, self.ints(0, 2, 1, 3)), self.ints(0, 0, q_width), True)
             x = op.add(x, self.linear(joined, hidden, q_width, self.bits))
             y = self.norm(x)
-            gate = op.swish(self.linear(y, ffn, hidden, self.bits))
-            x = op.add(x, self.linear(op.multiply(gate, self.linear(y, ffn, hidden, self.bits)), hidden, ffn, self.bits))
+            gate, up = op.swish(self.linear(y, ffn, hidden, self.bits)), self.linear(y, ffn, hidden, self.bits)
+            x = op.add(x, self.linear(op.multiply(gate, up), hidden, ffn, self.bits))
         last = op.gather(self.norm(x), self.ints(-1), op.constant(1))
         logits = self.linear(last, vocab, hidden, self.head_bits)
         return self.ov.Model([op.result(logits)], self.sinks, [ids, positions, beam], "llama")
@@ -232,15 +227,5 @@ class Measured:
         return {"seconds": sum(self._run(context + i, 1) for i in range(tokens))}
 
 
-def main() -> int:
-    """Answer until stdin ends."""
-    measured = Measured(json.loads(sys.argv[1]))
-    for line in sys.stdin:
-        asked = json.loads(line)
-        sys.stdout.write(json.dumps(getattr(measured, asked.pop("verb"))(**asked)) + "\n")
-        sys.stdout.flush()
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(serve(lambda: Measured(json.loads(sys.argv[1]))))
