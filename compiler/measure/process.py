@@ -10,29 +10,33 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from compiler.errors import UserError
 
 REPO = Path(__file__).parents[2]  # where `compiler` and `runtime` lie, for the process to import
+# Last in the path: where quern is installed, other packages lie beside it that must not hide the environment's own.
+START = f"import runpy, sys; sys.path.append({str(REPO)!r}); runpy.run_module(sys.argv.pop(1), None, '__main__', True)"
 LAST_LINES = 12  # of stderr that a message shows
 END_SECONDS = 20
+
+
+def command(python: Path | str, module: str, arguments: Sequence[str]) -> list[str]:
+    """`python -m module arguments...` for a Python that may not have quern in its environment."""
+    return [str(python), "-c", START, module, *arguments]
 
 
 class Process:
     """`python -m module arguments...` in whichever environment `python` belongs to. Use it as a context manager."""
 
-    def __init__(
-        self, python: Path | str, module: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, python: Path | str, module: str, arguments: Sequence[str]) -> None:
         self._name = module.rpartition(".")[2]
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 closed by close()
-        # `compiler` has to be importable there, but nothing else of this environment.
-        variables = {**os.environ, "PYTHONPATH": str(REPO), **(environment or {})}
+        variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
         self._child = subprocess.Popen(
-            [str(python), "-m", module, *arguments],
+            command(python, module, arguments),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, env=variables, text=True,
         )  # fmt: skip
 

@@ -54,7 +54,8 @@ def test_a_bundle_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_threads_that_are_no_numbers(capsys: pytest.CaptureFixture[str]) -> None:
-    for given, said in (("1,2,x", "'1,2,x' is not a number, nor several with commas"), ("2,2", "'2,2' has a number twice")):
+    refused = {"1,2,x": "'1,2,x' is not a number, nor several with commas", "2,2": "'2,2' has a number twice"}
+    for given, said in refused.items():
         with pytest.raises(SystemExit) as left:
             main(["bench", "story", "--threads", given])
         assert left.value.code == 2

@@ -19,7 +19,7 @@ from typing import Any
 
 from compiler.errors import UnsupportedError, UserError
 from compiler.measure.peers import PeerModel, Say, environment, run
-from compiler.measure.process import REPO
+from compiler.measure.process import command
 
 NAME = "llama.cpp"
 VARIANTS = {
@@ -118,8 +118,8 @@ class LlamaCpp:
         return self._bench("-p", "0", "-n", str(tokens), "-d", str(context))
 
     def _bench(self, *options: str) -> float:
-        command = [str(self._tools / "llama-bench"), "-m", str(self._model), "-t", str(self.threads), "-r", "1"]
-        (result,) = json.loads(run([*command, "-o", "json", *options]))
+        tool = [str(self._tools / "llama-bench"), "-m", str(self._model), "-t", str(self.threads), "-r", "1"]
+        (result,) = json.loads(run([*tool, "-o", "json", *options]))
         self.about |= {key: result.get(key) for key in ("build_commit", "type_k", "flash_attn")}
         return float(result["avg_ts"])
 
@@ -162,5 +162,5 @@ def opened(place: Path, variant: str, model: PeerModel, threads: int) -> Iterato
         file, wanted = Path(folder) / "model.gguf", Path(folder) / "request.json"
         wanted.write_text(json.dumps(request), encoding="utf-8")
         python = home(place) / "venv" / "bin" / "python"
-        run([str(python), "-m", "compiler.measure.gguf_model", str(wanted), str(file)], cwd=REPO)
+        run(command(python, "compiler.measure.gguf_model", [str(wanted), str(file)]))
         yield LlamaCpp(home(place) / variant / "bin", variant, file, kind, threads)
