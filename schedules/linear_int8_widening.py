@@ -26,6 +26,7 @@ from tvm.script.ir_builder import tirx as T
 
 from schedules import vector
 from schedules.geometry import Geometry
+from schedules.isa import broadcast_table
 from schedules.kernel import Kernel, NotSuited, Request
 from schedules.linear_int8 import CODES, SCALE, int8_levels
 from schedules.packed import affine_of
@@ -176,6 +177,8 @@ class _Tile:
         if layer.affine == "zero":
             zero = T.Cast("int32x4", self.buffers["zero"][self.block, s, lanes])
             centred = centred - zero * T.broadcast(asum, ROWS)
+        elif layer.storage.bits == 8:
+            centred = centred + T.broadcast(asum * MIDDLE, ROWS)
         by_token = self.buffers["ascale"][token, s]
         if layer.table is not None:
             by_token = by_token * T.float32(layer.unit)
@@ -219,8 +222,6 @@ def _field(value: Expr, f: int, bits: int) -> Expr:
 
 def _register(table: Table) -> Expr:
     """Sixteen levels in one register."""
-    from schedules.isa import broadcast_table
-
     return broadcast_table(table, ROWS)
 
 
