@@ -79,6 +79,7 @@ def detect(cpuinfo: str, base: Target, l1d_kib_per_core: int | None = None) -> T
         l1d_kib_per_core=l1d_kib_per_core,
         l2_kib=None,
         dram_read_mb_per_s=None,
+        storage_read_mb_per_s=None,
     )
 
 

@@ -43,6 +43,11 @@ LAW: dict[str, set[str]] = {
         "compiler.checkpoint.config", "compiler.codegen", "compiler.graph", "compiler.quant", "numpy", "runtime",
         "targets", "tvm",
     },
+    "compiler.measure.forecast": {
+        "compiler.codegen", "compiler.graph", "compiler.measure", "compiler.models", "compiler.passes",
+        "compiler.pipeline", "numpy", "targets", "tvm",
+    },
+    "compiler.measure.forecast_report": {"compiler.measure", "rich", "targets"},
     "compiler.report": {"jinja2"},
 }
 

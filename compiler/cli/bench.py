@@ -51,6 +51,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rounds", type=int, default=5, metavar="N", help="rounds of prefill, decode and reading (default: 5)"
     )
+    parser.add_argument(
+        "--cost", choices=("time", "model"), default="time",
+        help="with --shape: 'model' counts instructions under qemu and models cycles instead of timing (default: time)",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object to stdout")
 
 
@@ -71,6 +75,13 @@ def run(options: argparse.Namespace) -> int:
             raise UserError(f"--threads is {options.threads}, but it must be at least 1.")
         os.environ["TVM_NUM_THREADS"] = str(options.threads)  # before TVM's compiler starts its pool in this process
     target = targets.load(options.target)
+    if options.cost == "model":
+        if options.shape is None:
+            raise UserError("--cost model compiles a shape for its target: give a --shape, not a BUNDLE.")
+        from compiler.measure import forecast_report
+
+        forecast_report.show(options, target)
+        return 0
     with _bundle(options, target) as path:
         from compiler.measure import speed
         from runtime.bundle import read_manifest

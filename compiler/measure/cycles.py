@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,21 +75,22 @@ def disassemble(words: set[int], target: Target) -> dict[int, str]:
     return dict(zip(ordered, texts, strict=True))
 
 
-def of(executed: Sequence[Executed], target: Target) -> dict[int, float]:
-    """Cycles of every stretch, all its repetitions together, by the stretch's first address. For aarch64."""
-    if not executed:
-        return {}
-    assembly = disassemble({e.word for e in executed}, target)
-    parts = stretches(executed, assembly)
+def of(executed: Mapping[str, Sequence[Executed]], target: Target) -> dict[str, float]:
+    """Cycles of what each kernel executed, all repetitions together. For aarch64."""
+    assembly = disassemble({e.word for part in executed.values() for e in part}, target)
+    parts = [(name, part) for name, run in executed.items() for part in stretches(run, assembly)]
     text = []
-    for i, part in enumerate(parts):
+    for i, (_, part) in enumerate(parts):
         text += [f"# LLVM-MCA-BEGIN {i}", *(assembly[word] for word in part.words), f"# LLVM-MCA-END {i}"]
     _, mca, _ = tools()
     settings = [f"-mtriple={target.triple}", f"-mcpu={target.mcpu}", f"-mattr={','.join(target.features)}"]
     wanted = ["-instruction-info=0", "-resource-pressure=0", f"-iterations={ITERATIONS}"]
     totals = re.findall(r"^Total Cycles:\s+(\d+)$", _run([mca, *settings, *wanted], "\n".join(text)), re.MULTILINE)
     assert len(totals) == len(parts), f"llvm-mca gave {len(totals)} results for {len(parts)} stretches"
-    return {p.address: int(total) / ITERATIONS * p.count for p, total in zip(parts, totals, strict=True)}
+    found = dict.fromkeys(executed, 0.0)
+    for (name, part), total in zip(parts, totals, strict=True):
+        found[name] += int(total) / ITERATIONS * part.count
+    return found
 
 
 def _run(command: list[str], text: str) -> str:

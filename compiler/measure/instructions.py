@@ -36,6 +36,7 @@ class Cost:
     instructions_by_kernel: Mapping[str, int]
     cycles_by_kernel: Mapping[str, float]
     macs_by_kernel: Mapping[str, int]
+    calls_by_kernel: Mapping[str, int]
 
     @property
     def instructions_per_mac(self) -> float:
@@ -47,10 +48,15 @@ class Cost:
         """The same of the modelled cycles."""
         return None if self.cycles is None else self.cycles / self.macs
 
-    def of_kernel(self, name: str) -> tuple[float, float]:
+    @property
+    def largest(self) -> str:
+        """The linear kernel that multiplies most."""
+        return max(self.macs_by_kernel, key=self.macs_by_kernel.__getitem__)
+
+    def of_kernel(self, name: str) -> tuple[float, float | None]:
         """(instructions, cycles) a multiplication of one linear kernel."""
-        macs = self.macs_by_kernel[name]
-        return self.instructions_by_kernel[name] / macs, self.cycles_by_kernel[name] / macs
+        macs, modelled = self.macs_by_kernel[name], self.cycles_by_kernel.get(name)
+        return self.instructions_by_kernel[name] / macs, None if modelled is None else modelled / macs
 
 
 Type = tuple[tuple[int, ...], str]
@@ -104,33 +110,36 @@ def link(mod: tvm.IRModule, llvm: Any, target: Target, out: Path) -> Program:
 
 
 def measure(
-    program: Program, mod: tvm.IRModule, function: str, macs: Mapping[str, int], context: int, cycles_too: bool = True
+    program: Program, mod: tvm.IRModule, function: str, macs: Mapping[str, int], context: int, cycles_too: bool = True,
+    values: bool = False,
 ) -> Cost:
-    """One call of `function` after `context` tokens, on random weights. macs: of one token, by parameter name."""
+    """One call of `function` after `context` tokens, on weights that are all zero. macs: of one token, by parameter name."""
     found = steps(mod, function)
     tokens = found.inputs[mod[function].params[0].name][0][0]
-    tensors = {name: _values(name, type_, context, tokens) for name, type_ in found.inputs.items()} | dict(found.results)
+    tensors = {name: _values(name, type_, context, tokens, values) for name, type_ in found.inputs.items()} | dict(found.results)
     executed = program.count(tensors, found.calls)
     kernels = [call.kernel for call in found.calls]
     by_kernel = _by_function(executed, program.symbols(), set(kernels))
-    modelled = {name: sum(cycles.of(part, program.target).values()) for name, part in by_kernel.items() if cycles_too}
+    modelled = cycles.of(by_kernel, program.target) if cycles_too else {}
     work: Counter[str] = Counter()
     for call in found.calls:
         work[call.kernel] += tokens * sum(macs.get(arg, 0) for arg in call.args)
     counts = {name: sum(e.count for e in part) for name, part in by_kernel.items()}
     return Cost(
         tokens, sum(work.values()), sum(counts.values()), sum(modelled.values()) if cycles_too else None,
-        counts, modelled, {name: n for name, n in work.items() if n},
+        counts, modelled, {name: n for name, n in work.items() if n}, Counter(kernels),
     )  # fmt: skip
 
 
-def _values(name: str, type_: Type, context: int, tokens: int) -> np.ndarray:
-    """Anything that a kernel takes: which values they are changes no count, for the kernels do not branch on them."""
+def _values(name: str, type_: Type, context: int, tokens: int, values: bool) -> np.ndarray | Type:
+    """Zeros, which cost no memory, or anything that a kernel takes: it changes no count, for kernels have no branches
+    on values. `span` alone says how far loops run.
+    """
     (shape, dtype), random = type_, np.random.default_rng(len(name))
     if name == "span":
         return np.array([context, tokens], dtype)
-    if dtype == "int32":
-        return np.zeros(shape, dtype)
+    if not values or dtype == "int32":
+        return type_
     if np.dtype(dtype).kind in "iu":
         return np.resize(random.integers(0, 100, 1 << 16), shape).astype(dtype)
     return np.resize(random.uniform(0.001, 0.02, 1 << 16), shape).astype(dtype)
