@@ -123,19 +123,16 @@ def _bytes(types: Mapping[str, Type]) -> int:
 
 def parallel_kernels(mod: tvm.IRModule) -> set[str]:
     """Names of the kernels that share their work among threads."""
-    found = set()
-    for var, function in mod.functions_items():
-        if isinstance(function, tvm.tirx.PrimFunc):
-            kinds: list[int] = []
+    functions = ((var.name_hint, f) for var, f in mod.functions_items() if isinstance(f, tvm.tirx.PrimFunc))
+    return {name for name, function in functions if _has_parallel_loop(function.body)}
 
-            def visit(node: Any, kinds: list[int] = kinds) -> None:
-                if isinstance(node, tvm.tirx.For):
-                    kinds.append(int(node.kind))
 
-            tvm.tirx.stmt_functor.post_order_visit(function.body, visit)
-            if int(tvm.tirx.ForKind.PARALLEL) in kinds:
-                found.add(var.name_hint)
-    return found
+def _has_parallel_loop(statement: Any) -> bool:
+    if isinstance(statement, tvm.tirx.For) and statement.kind == tvm.tirx.ForKind.PARALLEL:
+        return True
+    below = [getattr(statement, part, None) for part in ("body", "block", "then_case", "else_case")]
+    below += list(getattr(statement, "seq", ()))
+    return any(_has_parallel_loop(part) for part in below if part is not None)
 
 
 def _speed(cost: Cost, parallel: set[str], nbytes: int, target: Target) -> Spread:
