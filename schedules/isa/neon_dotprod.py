@@ -27,7 +27,7 @@ BYTES = QUAD * VECTOR
 
 def codes_or_levels(storage: Storage, table: Table | None, w: Sequence[Any]) -> list[Any]:
     """Of every quad of a step, u8 vectors [16]; a level is a signed byte."""
-    codes = unpack(storage, w, VECTOR)
+    codes = unpack(storage, w, VECTOR, shifts_bytes=True)
     if table is None:
         return codes
     levels = broadcast_table(table, VECTOR)

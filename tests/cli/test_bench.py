@@ -25,9 +25,11 @@ def _restore_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         (["story", "--decode-tokens", "0"], "--decode-tokens is 0, but it must be at least 1."),
         (["story", "--threads", "0"], "--threads is 0, but it must be at least 1."),
         (["--shape", "a72-count", "--group-size", "0"], "--group-size is 0, but it must be at least 1."),
-        (["--shape", "gpt-9"], "There is no shape 'gpt-9'. Known shapes: tinyllama-1.1b, a72-count."),
-        (["--shape", "a72-count", "--target", "rpi5"],
-         "There is no target 'rpi5'. Did you mean 'rpi4'? Known targets: native, aarch64, rpi4, x86-64."),
+        (["--shape", "gpt-9"], "There is no shape 'gpt-9'. Known shapes: tinyllama-1.1b, llama-3.2-1b, llama-3.2-3b, "
+         "llama-2-7b, qwen2.5-1.5b, a72-count."),
+        (["--shape", "a72-count", "--target", "rpi"],
+         "There is no target 'rpi'. Did you mean 'rpi5'? Known targets: native, aarch64, riscv64-v, rpi3, rpi4, rpi5, "
+         "snapdragon-8gen2, x86-64."),
     ],
     ids=str,
 )  # fmt: skip
