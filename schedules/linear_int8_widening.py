@@ -17,10 +17,13 @@ beside it. Tiles of four rows and two tokens share a row's unpacked codes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import product
 from math import lcm
 from typing import Any
 
+from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
@@ -32,10 +35,12 @@ from schedules.linear_int8 import CODES, SCALE, int8_levels
 from schedules.packed import affine_of
 from schedules.packed_rows import BYTES, MIDDLE, ROWS, blocks, inputs_of, storage_of, weight_packings
 from schedules.packed_rows import steps as steps_of
-from schedules.storage import Storage, Table
+from schedules.storage import Storage, Table, unpack
 from schedules.vector import Expr
 
 RANK = 10
+UNROLLED = 64  # inputs of a loop's body at least; from 128 on LLVM moves loads up until registers run out
+TOKENS = 4  # of a tile at most
 HALF = 8  # int16 sums in a register, products of one instruction
 QMAX = 127
 
@@ -58,12 +63,9 @@ class Layer:
     @property
     def most(self) -> int:
         """Products that one int16 sum holds."""
-        largest = max(map(abs, self.table)) if self.table else MIDDLE if self.storage.bits == 8 else self._top
+        top = (1 << self.storage.bits) - 1
+        largest = max(map(abs, self.table)) if self.table else MIDDLE if self.storage.bits == 8 else top
         return 32767 // (QMAX * largest)
-
-    @property
-    def _top(self) -> int:
-        return (1 << self.storage.bits) - 1
 
     @property
     def inputs(self) -> int:
@@ -75,26 +77,80 @@ class Layer:
 class _Sum:
     """A row's sum over one span and token so far: a chain of int16 products, and int32 of those that were moved."""
 
+    most: int
     short: Expr = None
     products: int = 0
     long: Expr = None
 
-    def add(self, code: Expr, activation: Expr, most: int) -> None:
-        if self.products == most:
-            self._move()
+    def add(self, code: Expr, activation: Expr) -> None:
+        """One more product in each lane."""
+        if self.products == self.most:
+            self.move()
         product = T.Cast("int16x8", code) * T.Cast("int16x8", activation)
         self.short = product if self.short is None else self.short + product
         self.products += 1
 
-    def _move(self) -> None:
+    def move(self) -> None:
+        """int16 to int32, pair by pair."""
         pairs = T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.saddlp", self.short)
         self.long = vector.hold(pairs if self.long is None else self.long + pairs, 4, "int32")
         self.short, self.products = None, 0
 
-    def total(self) -> Expr:
-        """int32 vector [4]; its lanes' sum is the row's."""
-        self._move()
-        return self.long
+
+class _Factors:
+    """What `spans` spans from `first` on are scaled with, loaded up to four spans at a time."""
+
+    def __init__(self, tile: _Tile, first: Expr, spans: int):
+        self._tile, self._first = tile, first
+        self._at_once = next(count for count in (4, 2, 1) if spans % count == 0)
+        self._loaded: dict[tuple[str, int, int], Expr] = {}
+
+    def zero(self, s: int) -> Expr:
+        """int32 vector [4] of the rows' zero points."""
+        return self._of_rows("zero", s, "int32")
+
+    def scale(self, s: int) -> Expr:
+        """fp32 vector [4]."""
+        return self._of_rows("scale", s, "float32")
+
+    def offset(self, s: int) -> Expr:
+        """fp32 vector [4]."""
+        return self._of_rows("offset", s, "float32")
+
+    def asum(self, t: int, s: int) -> Expr:
+        """int32 of a token."""
+        return self._of_token("asum", t, s, "int32")
+
+    def ascale(self, t: int, s: int) -> Expr:
+        """fp32 of a token."""
+        return self._of_token("ascale", t, s, "float32")
+
+    def _of_rows(self, name: str, s: int, dtype: str) -> Expr:
+        start, place = s // self._at_once * self._at_once, s % self._at_once
+        key, lanes = (name, start, 0), ROWS * self._at_once
+        if key not in self._loaded:
+            raw = self._tile.buffers[name][self._tile.block, self._first + start, T.ramp(0, 1, lanes)]
+            self._loaded[key] = vector.hold(T.Cast(f"{dtype}x{lanes}", raw), lanes, dtype)
+        return _part(self._loaded[key], place, self._at_once, dtype)
+
+    def _of_token(self, name: str, t: int, s: int, dtype: str) -> Expr:
+        token, start = self._tile.first + t, s // self._at_once * self._at_once
+        if self._at_once == 1:
+            return self._tile.buffers[name][token, self._first + s]
+        key = (name, start, t)
+        if key not in self._loaded:
+            values = self._tile.buffers[name][token, T.ramp(self._first + start, 1, self._at_once)]
+            self._loaded[key] = vector.hold(values, self._at_once, dtype)
+        return tirx.Shuffle([self._loaded[key]], [s - start])
+
+
+def _part(value: Expr, place: int, parts: int, dtype: str) -> Expr:
+    """The place-th of `parts` (1, 2 or 4) vectors of four lanes."""
+    while parts > 1:
+        parts //= 2
+        half = T.vectorhigh if place >= parts else T.vectorlow
+        value, place = half(f"{dtype}x{ROWS * parts}", value), place % parts
+    return value
 
 
 @dataclass
@@ -108,12 +164,15 @@ class _Tile:
     acc: list[Any] = field(default_factory=list)
 
     def emit(self) -> None:
+        """A loop over equal stretches of spans, and what is left over."""
         layer = self.layer
         self.acc = [vector.registers(1, ROWS) for _ in range(layer.tokens)]
         for cell in self.acc:
             vector.store(cell, vector.splat(0.0, ROWS), 0, 0, lanes=ROWS)
         width, step_inputs = layer.geometry.width, inputs_of(layer.storage)
         period = lcm(width, step_inputs)
+        while 2 * period <= UNROLLED:
+            period *= 2
         whole = layer.inputs // period
         if whole:
             with T.serial(whole) as i:
@@ -126,67 +185,64 @@ class _Tile:
     def _stretch(self, step: Expr, span: Expr, inputs: int) -> None:
         """`inputs` stored inputs from the start of both a step and a span on: whole spans, all of it unrolled."""
         layer, width = self.layer, self.layer.geometry.width
-        sums = [[_Sum() for _ in range(ROWS)] for _ in range(layer.tokens)]
+        factors = _Factors(self, span, inputs // width)
+        sums = [[_Sum(layer.most) for _ in range(ROWS)] for _ in range(layer.tokens)]
         for at in range(0, inputs, BYTES):
             local, place = divmod(at, inputs_of(layer.storage))
             if place == 0:
-                vectors = [[self._weights(step + local, v, r) for r in range(ROWS)] for v in range(layer.storage.vectors)]
-            codes = [self._codes([vectors[v][r] for v in range(layer.storage.vectors)], place // BYTES) for r in range(ROWS)]
-            together = at // width == (at + HALF) // width
-            for half in range(0, min(BYTES, inputs - at), HALF):
-                if half == 0 and together:
-                    both = [self._activations(t, span, at, BYTES) for t in range(layer.tokens)]
-                    parts = [[part("int8x8", x) for part in (T.vectorlow, T.vectorhigh)] for x in both]
-                for t in range(layer.tokens):
-                    x = parts[t][half // HALF] if together else self._activations(t, span, at + half, HALF)
-                    for r in range(ROWS):
-                        part = T.vectorhigh if half else T.vectorlow
-                        sums[t][r].add(part("int8x8", codes[r]), x, layer.most)
-                if (at + half + HALF) % width == 0:
+                planes = range(layer.storage.vectors)
+                rows = [[self._weights(step + local, v, r) for v in planes] for r in range(ROWS)]
+                fields = [unpack(layer.storage, vectors, ROWS, shifts_bytes=True) for vectors in rows]
+            codes = [self._signed(of_row[place // BYTES]) for of_row in fields]
+            for half, x in self._halves(span, at, inputs):
+                part = T.vectorhigh if half else T.vectorlow
+                for t, r in product(range(layer.tokens), range(ROWS)):
+                    sums[t][r].add(part("int8x8", codes[r]), x[t])
+                s, end = divmod(at + half + HALF, width)
+                if end == 0:
                     for t in range(layer.tokens):
-                        self._scale(t, span + (at + half) // width, sums[t])
-                        sums[t] = [_Sum() for _ in range(ROWS)]
+                        self._scale(t, factors, s - 1, sums[t])
+                        sums[t] = [_Sum(layer.most) for _ in range(ROWS)]
+
+    def _halves(self, span: Expr, at: int, inputs: int) -> Iterator[tuple[int, list[Expr]]]:
+        """(0 or 8, int8 vectors [8] of every token) of up to sixteen activations; loaded at once within a span."""
+        tokens = range(self.layer.tokens)
+        if at // self.layer.geometry.width == (at + HALF) // self.layer.geometry.width:
+            both = [self._activations(t, span, at, BYTES) for t in tokens]
+            yield 0, [T.vectorlow("int8x8", x) for x in both]
+            yield HALF, [T.vectorhigh("int8x8", x) for x in both]
+            return
+        for half in range(0, min(BYTES, inputs - at), HALF):
+            yield half, [self._activations(t, span, at + half, HALF) for t in tokens]
 
     def _weights(self, step: Expr, v: int, row: int) -> Expr:
         return vector.hold(self.buffers["codes"][self.block, step, v, row, T.ramp(0, 1, BYTES)], BYTES, "uint8")
 
-    def _codes(self, vectors: list[Expr], f: int) -> Expr:
-        """int8 vector [16] of field f of a row's step: codes, or levels of a table."""
-        storage = self.layer.storage
-        per = storage.per_vector
-        value = _field(vectors[f // per], f % per, storage.low)
-        if storage.high:
-            above = _field(vectors[-1], f, storage.high)
-            value = T.bitwise_or(value, T.shift_left(above, T.broadcast(T.uint8(storage.low), BYTES)))
-        if self.layer.table is not None:
-            value = T.call_llvm_pure_intrin("int8x16", "llvm.aarch64.neon.tbl1", _register(self.layer.table), value)
-            return vector.hold(value, BYTES, "int8")
-        return vector.hold(T.reinterpret("int8x16", value), BYTES, "int8")
+    def _signed(self, codes: Expr) -> Expr:
+        """int8 vector [16] of codes, which fit, or their levels."""
+        if self.layer.table is None:
+            return vector.hold(T.reinterpret("int8x16", codes), BYTES, "int8")
+        table = broadcast_table(self.layer.table, ROWS)
+        return vector.hold(T.call_llvm_pure_intrin("int8x16", "llvm.aarch64.neon.tbl1", table, codes), BYTES, "int8")
 
     def _activations(self, t: int, span: Expr, at: int, lanes: int) -> Expr:
         s, o = divmod(at, self.layer.geometry.width)
         return vector.hold(self.buffers["q"][self.first + t, span + s, T.ramp(o, 1, lanes)], lanes, "int8")
 
-    def _scale(self, t: int, s: Expr, sums: list[_Sum]) -> None:
+    def _scale(self, t: int, factors: _Factors, s: int, sums: list[_Sum]) -> None:
         """Bring four rows' sums into one vector, and add them to the token's fp32 results."""
-        layer, token, lanes = self.layer, self.first + t, T.ramp(0, 1, ROWS)
-        pairs = [sum_.total() for sum_ in sums]
-        while len(pairs) > 1:
-            pairs = [_add_pairs(a, b) for a, b in zip(pairs[::2], pairs[1::2], strict=True)]
-        centred, asum = pairs[0], self.buffers["asum"][token, s]
+        layer, centred = self.layer, _rows_together(sums)
         if layer.affine == "zero":
-            zero = T.Cast("int32x4", self.buffers["zero"][self.block, s, lanes])
-            centred = centred - zero * T.broadcast(asum, ROWS)
+            centred = centred - factors.zero(s) * T.broadcast(factors.asum(t, s), ROWS)
         elif layer.storage.bits == 8:
-            centred = centred + T.broadcast(asum * MIDDLE, ROWS)
-        by_token = self.buffers["ascale"][token, s]
+            centred = centred + T.broadcast(factors.asum(t, s) * MIDDLE, ROWS)
+        by_token = factors.ascale(t, s)
         if layer.table is not None:
             by_token = by_token * T.float32(layer.unit)
-        scale = T.Cast("float32x4", self.buffers["scale"][self.block, s, lanes])
-        value = T.Cast("float32x4", centred) * (scale * T.broadcast(by_token, ROWS))
+        value = T.Cast("float32x4", centred) * (factors.scale(s) * T.broadcast(by_token, ROWS))
         if layer.affine == "offset":
-            weight = T.Cast("float32", asum) * self.buffers["ascale"][token, s]
-            value = value + self.buffers["offset"][self.block, s, lanes] * T.broadcast(weight, ROWS)
+            weight = T.Cast("float32", factors.asum(t, s)) * factors.ascale(t, s)
+            value = value + factors.offset(s) * T.broadcast(weight, ROWS)
         cell = self.acc[t]
         vector.store(cell, vector.load(cell, 0, 0, lanes=ROWS) + value, 0, 0, lanes=ROWS)
 
@@ -211,23 +267,28 @@ class _Tile:
                     put(i, 1)
 
 
-def _field(value: Expr, f: int, bits: int) -> Expr:
-    """uint8 vector [16]: the f-th field of `bits` bits of every byte."""
-    if f:
-        value = T.shift_right(value, T.broadcast(T.uint8(f * bits), BYTES))
-    if (f + 1) * bits < 8:
-        value = T.bitwise_and(value, T.broadcast(T.uint8((1 << bits) - 1), BYTES))
-    return value
-
-
-def _register(table: Table) -> Expr:
-    """Sixteen levels in one register."""
-    return broadcast_table(table, ROWS)
-
-
-def _add_pairs(a: Expr, b: Expr) -> Expr:
+def _add_pairs(a: Expr, b: Expr, dtype: str) -> Expr:
     """Sums of neighbours, those of a first."""
-    return vector.hold(T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.addp", a, b), ROWS, "int32")
+    lanes = HALF if dtype == "int16" else ROWS
+    return vector.hold(T.call_llvm_pure_intrin(f"{dtype}x{lanes}", "llvm.aarch64.neon.addp", a, b), lanes, dtype)
+
+
+def _rows_together(sums: list[_Sum]) -> Expr:
+    """int32 vector [4]: the whole sum of each of four rows. Neighbours are added as int16 as long as they fit."""
+    together: list[Expr] = [sum_.short for sum_ in sums]
+    products = sums[0].products
+    if sums[0].long is None:
+        while len(together) > 1 and 2 * products <= sums[0].most:
+            products *= 2
+            together = [_add_pairs(a, b, "int16") for a, b in zip(together[::2], together[1::2], strict=True)]
+        wide = [T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.saddlp", x) for x in together]
+    else:
+        for sum_ in sums:
+            sum_.move()
+        wide = [sum_.long for sum_ in sums]
+    while len(wide) > 1:
+        wide = [_add_pairs(a, b, "int32") for a, b in zip(wide[::2], wide[1::2], strict=True)]
+    return vector.hold(wide[0], ROWS, "int32")
 
 
 def kernel(layer: Layer, name: str) -> Any:
@@ -278,7 +339,7 @@ def lower(request: Request) -> Kernel:
     table, unit = int8_levels(request.table) if request.table is not None else (None, 1.0)
     residual = request.op.endswith("_residual")
     scale_dtype = request.args[SCALE].dtype
-    tokens = int(request.knobs.get("tokens", 2 if m % 2 == 0 else 1))
+    tokens = int(request.knobs.get("tokens", next(t for t in (TOKENS, 2, 1) if m % t == 0)))
     layer = Layer(m, n, geometry, storage, scale_dtype, affine, residual, table, unit, tokens)
     kind = request.attrs.get("grid", storage.name)
     tail = ("_offset" if affine == "offset" else "") + ("_residual" if residual else "")
