@@ -12,13 +12,13 @@ A lane gets one product for 8 inputs, at most 16 in a span of 128: 4-bit codes n
 128 * 255 * 127 and twice that with the zero point. -128 never occurs among activations.
 
 Cortex-A72: one multiplication of 8 bytes a cycle and no more, so 0.125 cycles a product is the floor; the rest must fit
-beside it. Tiles of four rows and two tokens share a row's unpacked codes.
+beside it. Tiles of four rows and up to four tokens share a row's unpacked codes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from math import lcm
 from typing import Any
@@ -40,7 +40,6 @@ from schedules.vector import Expr
 
 RANK = 10
 UNROLLED = 64  # inputs of a loop's body at least; from 128 on LLVM moves loads up until registers run out
-TOKENS = 4  # of a tile at most
 HALF = 8  # int16 sums in a register, products of one instruction
 QMAX = 127
 
@@ -58,7 +57,7 @@ class Layer:
     residual: bool
     table: Table | None
     unit: float
-    tokens: int
+    tokens: int = 1
 
     @property
     def most(self) -> int:
@@ -339,8 +338,9 @@ def lower(request: Request) -> Kernel:
     table, unit = int8_levels(request.table) if request.table is not None else (None, 1.0)
     residual = request.op.endswith("_residual")
     scale_dtype = request.args[SCALE].dtype
-    tokens = int(request.knobs.get("tokens", next(t for t in (TOKENS, 2, 1) if m % t == 0)))
-    layer = Layer(m, n, geometry, storage, scale_dtype, affine, residual, table, unit, tokens)
+    layer = Layer(m, n, geometry, storage, scale_dtype, affine, residual, table, unit)
+    tile = 4 if layer.most > 2 else 2  # where every other product moves on to int32, sixteen such sums would spill
+    layer = replace(layer, tokens=int(request.knobs.get("tokens", next(t for t in (tile, 2, 1) if m % t == 0))))
     kind = request.attrs.get("grid", storage.name)
     tail = ("_offset" if affine == "offset" else "") + ("_residual" if residual else "")
     name = f"linear_{kind}a8_widening_m{m}_n{n}_k{k}_g{group}_s{scale_dtype[5:]}{tail}"

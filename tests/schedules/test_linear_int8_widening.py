@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from compiler.measure import cycles
 from compiler.quant.grids import GRIDS
 from compiler.quant.ir import QuantWeight
 from compiler.quant.reference import quantize_activations
@@ -17,7 +17,7 @@ from schedules.geometry import Geometry
 from schedules.kernel import NotSuited, Request, TensorSpec, lowerings
 from schedules.packed_rows import inputs_of, storage_of
 from tests.schedules import emulated
-from tests.schedules.kernels import ARM, NATIVE, build, spec
+from tests.schedules.kernels import ARM, NATIVE, assert_no_heap, build, spec
 from tests.schedules.test_linear_grids import QMAX, exact_terms, spans, weight, weight_arguments
 
 CASES = [  # grid, offset, m, n, k, group, residual: spans shorter than a step, as long, longer, and across steps
@@ -126,15 +126,32 @@ def test_only_for_neon_without_dot_products() -> None:
     assert chosen.name == "linear_w4a8_widening_m1_n8_k64_g32_s32"
 
 
+# What issue 5 of the tracker asks of GEMV and GEMM, cycles a product as llvm-mca models a Cortex-A72: the floor is 0.125.
+CYCLES = {128: 0.14, 32: 0.18}
+# 1.06 of what was counted when the kernels were written (n = 64, k = 1024): exact, so only the code can move them.
+INSTRUCTIONS = {(1, 128): 0.284, (16, 128): 0.208, (1, 32): 0.349, (16, 32): 0.268}
+
+
+@pytest.mark.parametrize(("m", "group"), INSTRUCTIONS)
+def test_instructions_and_cycles_of_4_bits(m: int, group: int) -> None:
+    n, k = 64, 1024
+    w = weight("int4", False, n, k, group)
+    w = replace(w, scale=w.scale.astype(np.float16))
+    args = [*quantize_activations(np.ones((m, k), np.float32), Geometry(k, group).source), *weight_arguments(w)]
+    call = request(args, w, False)
+    executed = emulated.count(linear_int8_widening.lower(call), call, args)
+    assembly = cycles.disassemble({e.word for e in executed}, ARM)
+    products = sum(8 * e.count for e in executed if assembly[e.word].startswith(("smlal", "smull")))
+    assert products == m * n * k
+    assert sum(e.count for e in executed) / products <= INSTRUCTIONS[m, group]
+    assert cycles.of({"kernel": executed}, ARM)["kernel"] / products <= CYCLES[group]
+
+
 @pytest.mark.parametrize("m", [1, 16])
-def test_the_inner_loop_is_what_it_was_written_for(m: int) -> None:
-    w = weight("int4", False, 8, 512, 128)
-    x = quantize_activations(np.ones((m, 512), np.float32), Geometry(512, 128).source)
+def test_no_kernel_asks_for_a_workspace(m: int) -> None:
+    w = weight("int3", False, 9, 172, 43)
+    x = quantize_activations(np.ones((m, 172), np.float32), Geometry(172, 43).source)
     call = request([*x, *weight_arguments(w)], w, False)
     kernel = linear_int8_widening.lower(call)
     args = [kernel.packings[i].spec if i in kernel.packings else s for i, s in enumerate(call.args)]
-    text = build(lambda _: kernel, replace(call, args=tuple(args))).assembly
-    tile = 4 * min(m, 2)  # rows times tokens
-    assert len(re.findall(r"\tsm(?:ull|lal)2?\t", text)) == 16 * tile
-    assert not re.search(r"\t(?:s|u)shll2?\t.*#0\n.*\tmul\t", text)
-    assert "AllocWorkspace" not in text
+    assert_no_heap(build(lambda _: kernel, replace(call, args=tuple(args))).assembly)
