@@ -53,6 +53,11 @@ LAW: dict[str, set[str]] = {
     "compiler.measure.peers.onnxruntime_genai": {
         "compiler.measure.peers", "compiler.measure.process", "numpy", "onnx", "onnxruntime_genai",
     },
+    "compiler.measure.forecast": {
+        "compiler.codegen", "compiler.graph", "compiler.measure", "compiler.models", "compiler.passes",
+        "compiler.pipeline", "numpy", "targets", "tvm",
+    },
+    "compiler.measure.forecast_report": {"compiler.measure", "rich", "targets"},
     "compiler.report": {"jinja2"},
     "compiler.weights": {
         "compiler.codegen.weights_file", "compiler.graph.weights", "compiler.quant", "compiler.quantize", "numpy",

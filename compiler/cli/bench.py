@@ -58,6 +58,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     more.add_argument("--growth", choices=GROWTH, help="a table over one of these instead of a single workload")
     more.add_argument("--growth-values", metavar="V,V", help="its points (default: a fixed list)")
     more.add_argument("--plot", type=Path, metavar="FILE", help="with --growth: draw it, .svg or .png")
+    more.add_argument(
+        "--cost", choices=("time", "model"), default="time",
+        help="with --shape: 'model' counts instructions under qemu and models cycles instead of timing (default: time)",
+    )  # fmt: skip
     more.add_argument("--record", type=Path, metavar="FILE", help="append the results as JSON lines")
     more.add_argument("--json", action="store_true", help="print JSON to stdout")
 
@@ -78,6 +82,11 @@ def run(options: argparse.Namespace) -> int:
 
     _check(options)
     target = targets.load(options.target)
+    if options.cost == "model":
+        from compiler.measure import forecast_report
+
+        forecast_report.show(options, target)
+        return 0
     if options.growth is not None:
         return _grow(options, target)
     from compiler.measure import shapes
@@ -108,6 +117,8 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("bench measures either a BUNDLE or a --shape: give one of the two.")
     if options.growth is not None and options.bundle is not None:
         raise UserError("--growth builds models of its own: give a --shape, or nothing, instead of a BUNDLE.")
+    if options.cost == "model" and options.shape is None:
+        raise UserError("--cost model compiles a shape for its target: give a --shape, not a BUNDLE.")
     low = {"prompt_tokens": 1, "decode_tokens": 1, "rounds": 1, "group_size": 1, "context": 0, "windows": 2}
     for name, least in low.items():
         if (value := getattr(options, name)) is not None and value < least:

@@ -22,10 +22,10 @@ from compiler.__main__ import main
         (["--shape", "a72-count", "--context", "-1"], "--context is -1, but it must be at least 0."),
         (["--shape", "gpt-9"],
          "There is no shape 'gpt-9'. Known shapes: tinyllama-1.1b, llama-0.1b, llama-0.5b, qwen2.5-0.5b, llama-3.2-1b, "
-         "llama-3.2-3b, llama-2-7b, a72-count."),
+         "llama-3.2-3b, llama-2-7b, qwen2.5-1.5b, a72-count."),
         (["--growth", "size", "--growth-values", "llama-0.1b,gpt-9"],
          "There is no shape 'gpt-9'. Known shapes: tinyllama-1.1b, llama-0.1b, llama-0.5b, qwen2.5-0.5b, llama-3.2-1b, "
-         "llama-3.2-3b, llama-2-7b, a72-count."),
+         "llama-3.2-3b, llama-2-7b, qwen2.5-1.5b, a72-count."),
         (["story", "--growth", "bits"],
          "--growth builds models of its own: give a --shape, or nothing, instead of a BUNDLE."),
         (["--shape", "a72-count", "--plot", "x.svg"],
@@ -37,9 +37,10 @@ from compiler.__main__ import main
         (["story", "--model", "x"],
          "--model belongs to a BUNDLE and --against: it is where the peer's weights come from."),
         (["story", "--perplexity", "x.txt", "--windows", "1"], "--windows is 1, but it must be at least 2."),
-        (["--shape", "a72-count", "--target", "rpi5"],
-         "There is no target 'rpi5'. Did you mean 'rpi4'? "
-         "Known targets: native, aarch64, rpi4, sapphire-rapids, x86-64."),
+        (["story", "--cost", "model"], "--cost model compiles a shape for its target: give a --shape, not a BUNDLE."),
+        (["--shape", "a72-count", "--target", "rpi"],
+         "There is no target 'rpi'. Did you mean 'rpi5'? Known targets: native, aarch64, riscv64-v, rpi3, rpi4, rpi5, "
+         "sapphire-rapids, snapdragon-8gen2, x86-64."),
     ],
     ids=str,
 )  # fmt: skip
