@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from compiler.checkpoint.config import Config
 from compiler.models import Describe, Model, Options
-from compiler.models.decoder import Decoder, read_frequencies, read_shape
+from compiler.models.decoder import Decoder, read_rotation, read_shape
 
 
 def build(config: Config, describe: Describe, options: Options) -> Model:
@@ -16,7 +16,7 @@ def build(config: Config, describe: Describe, options: Options) -> Model:
     config.string("hidden_act", ("silu",), default="silu")
     on_attention = config.boolean("attention_bias", default=False)
     on_ffn = config.boolean("mlp_bias", default=False)
-    net = Decoder(config, shape, read_frequencies(config, shape.head_dim), describe, options)
+    net = Decoder(config, shape, read_rotation(config, shape, options), describe, options)
     blocks = [
         net.pre_norm(i, net.attention(i, qkv_bias=on_attention, o_bias=on_attention), net.ffn(i, bias=on_ffn))
         for i in range(shape.layers)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from compiler.checkpoint.config import Config
 from compiler.models import Describe, Model, Options
-from compiler.models.decoder import Decoder, read_frequencies, read_shape, read_windows
+from compiler.models.decoder import Decoder, read_rotation, read_shape, read_windows
 
 
 def build(config: Config, describe: Describe, options: Options) -> Model:
@@ -16,10 +16,12 @@ def build(config: Config, describe: Describe, options: Options) -> Model:
     shape = read_shape(config, eps=1e-5)
     config.string("hidden_act", ("silu",), default="silu")
     windows = read_windows(config, shape.layers)
-    frequencies = read_frequencies(config, shape.head_dim, kinds=("default",))
-    # Dropout is for training; the original context says something to longrope only.
-    config.accept("embd_pdrop", "resid_pdrop", "original_max_position_embeddings")
-    net = Decoder(config, shape, frequencies, describe, options)
+    config.accept("embd_pdrop", "resid_pdrop")  # dropout is for training
+    trained = config.integer("original_max_position_embeddings", 1, 1 << 24, default=4096)
+    rotation = read_rotation(
+        config, shape, options, kinds=("default", "longrope"), partial=True, trained=trained
+    )
+    net = Decoder(config, shape, rotation, describe, options)
     blocks = [
         net.pre_norm(i, net.attention(i, fused="qkv_proj", window=window), net.ffn(i, fused="gate_up_proj"))
         for i, window in enumerate(windows)
