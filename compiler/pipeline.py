@@ -85,7 +85,7 @@ def build(model_dir: Path, request: Request, report: Reporter) -> manifest.Manif
 
 def import_checkpoint(model_dir: Path, request: Request) -> Inputs:
     """Headers, configuration and graph; weights are read later, one at a time."""
-    checkpoint = open_checkpoint(model_dir)
+    checkpoint = open_checkpoint(model_dir, models.gguf_architectures())
     source = open_source(checkpoint)
     model = models.build(checkpoint.config, source.describe, model_options(request))
     refuse_other_biases(model, source)

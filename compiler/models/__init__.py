@@ -2,6 +2,7 @@
 
 A file has `build(config, describe, options) -> Model`: it reads the configuration, checks every tensor's shape from
 headers alone, and writes the graph. It knows checkpoint module names; it knows no quantisation format and no target.
+GGUF, if it has one, says how such a model looks in a GGUF file.
 What several share lies in the folder decoder/.
 """
 
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from compiler.checkpoint.config import Config
+from compiler.checkpoint.gguf_architecture import Architecture
 from compiler.errors import ConfigError, UnsupportedError
 from compiler.graph.build import Graph
 from compiler.graph.kv_cache import KvCache
@@ -55,6 +57,12 @@ class Model:
 def known() -> list[str]:
     """Every model_type that has a file here."""
     return sorted(info.name for info in pkgutil.iter_modules(__path__) if not info.ispkg)
+
+
+def gguf_architectures() -> dict[str, Architecture]:
+    """What the files here say of GGUF, by general.architecture."""
+    files = (importlib.import_module(f"compiler.models.{name}") for name in known())
+    return {file.GGUF.name: file.GGUF for file in files if hasattr(file, "GGUF")}
 
 
 def build(config: Config, describe: Describe, options: Options) -> Model:

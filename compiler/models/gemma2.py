@@ -8,10 +8,21 @@ sqrt(hidden_size) in fp32; a bfloat16 run of transformers rounds that factor to 
 from __future__ import annotations
 
 from compiler.checkpoint.config import Config
+from compiler.checkpoint.gguf_architecture import POST_NORMS, Architecture, Values, quotient
 from compiler.errors import UnsupportedError
 from compiler.graph.build import Function
 from compiler.models import Describe, Model, Options
 from compiler.models.decoder import Decoder, read_rotation, read_shape, read_windows
+
+def unsaid(config: Values, layers_27b: int = 46) -> Values:
+    """llama.cpp knows the 27B model by its layers, and scales scores by hidden_size / heads there, else by head_dim."""
+    wide = config.get("num_hidden_layers") == layers_27b
+    scalar = quotient(config, "hidden_size", "num_attention_heads") if wide else config.get("head_dim")
+    return {"query_pre_attn_scalar": scalar, "hidden_activation": "gelu_pytorch_tanh"}
+
+
+NAMES = {"ffn_norm": "pre_feedforward_layernorm", **POST_NORMS}
+GGUF = Architecture("gemma2", norms_plus_one=True, names=NAMES, rest=unsaid)
 
 
 def build(config: Config, describe: Describe, options: Options) -> Model:

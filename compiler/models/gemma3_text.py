@@ -8,10 +8,11 @@ rounds that factor to bfloat16 first. Checkpoints with an image tower have model
 from __future__ import annotations
 
 from compiler.checkpoint.config import Config
+from compiler.checkpoint.gguf_architecture import Architecture, Values
 from compiler.errors import UnsupportedError
 from compiler.graph.build import Function
 from compiler.graph.rope import Rotation, inverse_frequencies
-from compiler.models import Describe, Model, Options
+from compiler.models import Describe, Model, Options, gemma2
 from compiler.models.decoder import (
     FULL,
     KINDS,
@@ -26,6 +27,21 @@ from compiler.models.decoder import (
 
 PATTERN = 6  # every sixth layer sees everything
 GLOBAL_THETA, LOCAL_THETA = 1e6, 1e4
+
+def unsaid(config: Values) -> Values:
+    """As Gemma 2's, and what the file says of the rotation is that of layers that see everything."""
+    rotations = {FULL: config.get("rope_parameters"), SLIDING: {"rope_type": "default"}}
+    return {**gemma2.unsaid(config, layers_27b=62), "rope_parameters": rotations}
+
+
+GGUF = Architecture(
+    "gemma3",
+    model_type="gemma3_text",
+    norms_plus_one=True,
+    keys={"rope.freq_base_swa": "rope_local_base_freq"},
+    names=gemma2.NAMES,
+    rest=unsaid,
+)
 
 
 def build(config: Config, describe: Describe, options: Options) -> Model:

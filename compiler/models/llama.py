@@ -6,8 +6,12 @@ Source of the arithmetic and of the module names: transformers' LlamaForCausalLM
 from __future__ import annotations
 
 from compiler.checkpoint.config import Config
+from compiler.checkpoint.gguf_architecture import Architecture
 from compiler.models import Describe, Model, Options
 from compiler.models.decoder import Decoder, read_rotation, read_shape
+
+# Mistral's files say llama, too: their window is not kept.
+GGUF = Architecture("llama", interleaved=True, biases={"attention_bias": "attn_q", "mlp_bias": "ffn_up"})
 
 
 def build(config: Config, describe: Describe, options: Options) -> Model:

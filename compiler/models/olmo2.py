@@ -8,9 +8,12 @@ from __future__ import annotations
 from tvm import relax
 
 from compiler.checkpoint.config import Config
+from compiler.checkpoint.gguf_architecture import POST_NORMS, Architecture
 from compiler.graph.build import Function
 from compiler.models import Describe, Model, Options
 from compiler.models.decoder import Decoder, Part, read_rotation, read_shape
+
+GGUF = Architecture("olmo2", names=POST_NORMS)
 
 
 def build(config: Config, describe: Describe, options: Options) -> Model:

@@ -7,8 +7,16 @@ with two sets of frequencies chosen by the prompt's length) and Phi-4-mini's par
 from __future__ import annotations
 
 from compiler.checkpoint.config import Config
+from compiler.checkpoint.gguf_architecture import Architecture
 from compiler.models import Describe, Model, Options
 from compiler.models.decoder import Decoder, read_rotation, read_shape, read_windows
+
+GGUF = Architecture(
+    "phi3",
+    keys={"rope.scaling.original_context_length": "original_max_position_embeddings"},
+    names={"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
+    partial=True,
+)
 
 
 def build(config: Config, describe: Describe, options: Options) -> Model:

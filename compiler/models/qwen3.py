@@ -6,8 +6,11 @@ Source of the arithmetic and of the module names: transformers' Qwen3ForCausalLM
 from __future__ import annotations
 
 from compiler.checkpoint.config import Config
+from compiler.checkpoint.gguf_architecture import Architecture
 from compiler.models import Describe, Model, Options
 from compiler.models.decoder import Decoder, Part, read_rotation, read_shape, read_windows
+
+GGUF = Architecture("qwen3")
 
 
 def build(config: Config, describe: Describe, options: Options) -> Model:

@@ -9,7 +9,7 @@ from transformers import Gemma3TextConfig
 import targets
 from compiler import pipeline
 from compiler.graph.weights import Constant
-from tests.models import oracle
+from tests.models import gguf_oracle, oracle
 
 KINDS = ["sliding_attention", "full_attention"]
 
@@ -41,3 +41,19 @@ def described(folder: Path) -> tuple[str, list[tuple[str, bytes]]]:
     tables = [(weight.name, weight.values.tobytes()) for weight in inputs.model.weights if isinstance(weight, Constant)]
     assert [name for name, _ in tables] == ["rope", "rope1"]  # as layers use them
     return inputs.model.graph.module().script(), tables
+
+
+def test_the_same_from_gguf(tmp_path: Path) -> None:
+    """Seven layers: the sixth sees everything, by llama.cpp's knowledge of the model and nobody's word."""
+    config = Gemma3TextConfig(
+        **{**oracle.SMALL, "num_hidden_layers": 7},
+        head_dim=20,
+        query_pre_attn_scalar=20,
+        sliding_window=9,
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+        },
+    )
+    own = {"attention.sliding_window": 9, "rope.scaling.type": "linear", "rope.scaling.factor": 8.0}
+    gguf_oracle.check(tmp_path, config, "gemma3", plus_one=True, **own)
