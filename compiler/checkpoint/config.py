@@ -24,6 +24,8 @@ PROVENANCE = frozenset({
     "architectures", "_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache",
     "initializer_range", "attention_dropout", "_attn_implementation_autoset", "_attn_implementation", "pretraining_tp",
     "output_attentions", "output_hidden_states", "return_dict", "gradient_checkpointing", "_from_model_config",
+    "auto_map", "id2label", "label2id", "problem_type", "chunk_size_feed_forward", "is_llama_config",
+    "transformers.js_config", "unsloth_fixed", "unsloth_version",
 })
 
 

@@ -21,6 +21,11 @@ from compiler.graph.kv_cache import KvCache
 from compiler.graph.weights import Weight
 from compiler.quant.ir import WeightType
 
+# What the config.json of some published models says of parts that their architecture does not have.
+NEUTRAL = {
+    "is_encoder_decoder": False, "attention_bias": False, "mlp_bias": False, "lm_head_bias": False, "qkv_bias": False,
+    "rope_interleaved": False, "use_mrope": False, "full_attn_mod": 1, "interpolate_factor": 1,
+}  # fmt: skip
 Describe = Callable[[str], WeightType]  # checkpoint module -> shape and kind; raises UserError when there is none
 
 
@@ -73,6 +78,7 @@ def build(config: Config, describe: Describe, options: Options) -> Model:
             f"{config.where('model_type')} is {model_type!r}, but quern knows {', '.join(known())}. "
             f"docs/adding.md shows how to add an architecture: it is one file."
         )
+    config.neutral(**NEUTRAL)
     model: Model = importlib.import_module(f"compiler.models.{model_type}").build(config, describe, options)
     config.refuse_unhandled()
     return model

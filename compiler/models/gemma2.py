@@ -14,6 +14,7 @@ from compiler.graph.build import Function
 from compiler.models import Describe, Model, Options
 from compiler.models.decoder import Decoder, read_rotation, read_shape, read_windows
 
+
 def unsaid(config: Values, layers_27b: int = 46) -> Values:
     """llama.cpp knows the 27B model by its layers, and scales scores by hidden_size / heads there, else by head_dim."""
     wide = config.get("num_hidden_layers") == layers_27b
@@ -36,12 +37,14 @@ def build(config: Config, describe: Describe, options: Options) -> Model:
         )
     config.accept("cache_implementation")  # how transformers stores keys and values
     scale = config.number("query_pre_attn_scalar", 1e-6, 1e6, default=256.0) ** -0.5
-    score_cap = config.number("attn_logit_softcapping", 0.0, 1e6, default=0.0)
-    logit_cap = config.number("final_logit_softcapping", 0.0, 1e6, default=0.0)
+    score_cap, logit_cap = (
+        config.number(key, 0.0, 1e6, default=0.0 if key in config.data else absent)
+        for key, absent in (("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0))
+    )
+    config.neutral(sliding_window_size=config.data.get("sliding_window", 4096))  # an old name beside the new one
     bias = config.boolean("attention_bias", default=False)
     windows = read_windows(config, shape.layers, lambda i: i % 2 == 0, absent=4096)
     net = Decoder(config, shape, read_rotation(config, shape, options), describe, options, norm_plus=1.0)
-
     blocks = [
         net.four_norms(
             i,

@@ -1,7 +1,7 @@
-"""Phi-3 with plain rotary embedding: Llama whose checkpoint keeps q, k, v in one module, and gate, up in another.
+"""Phi-3 and Phi-4: Llama whose checkpoint keeps q, k, v in one module, and gate, up in another.
 
-Source of the arithmetic and of the module names: transformers' Phi3ForCausalLM. The long-context variants (longrope,
-with two sets of frequencies chosen by the prompt's length) and Phi-4-mini's partial rotation are refused.
+Source of the arithmetic and of the module names: transformers' Phi3ForCausalLM. Long-context variants have two sets of
+rotary divisors: see decoder/rotary.py for which one is taken. Phi-4-mini rotates three quarters of each head.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from compiler.checkpoint.config import Config
 from compiler.checkpoint.gguf_architecture import Architecture
 from compiler.models import Describe, Model, Options
-from compiler.models.decoder import Decoder, read_rotation, read_shape, read_windows
+from compiler.models.decoder import LONG, Decoder, read_rotation, read_shape, read_windows
 
 GGUF = Architecture(
     "phi3",
@@ -26,9 +26,7 @@ def build(config: Config, describe: Describe, options: Options) -> Model:
     windows = read_windows(config, shape.layers)
     config.accept("embd_pdrop", "resid_pdrop")  # dropout is for training
     trained = config.integer("original_max_position_embeddings", 1, 1 << 24, default=4096)
-    rotation = read_rotation(
-        config, shape, options, kinds=("default", "longrope"), partial=True, trained=trained
-    )
+    rotation = read_rotation(config, shape, options, kinds=("default", *LONG), partial=True, trained=trained)
     net = Decoder(config, shape, rotation, describe, options)
     blocks = [
         net.pre_norm(i, net.attention(i, fused="qkv_proj", window=window), net.ffn(i, fused="gate_up_proj"))

@@ -93,7 +93,7 @@ REFUSED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("granite", {"residual_multiplier": 0}, ConfigError,
      "config.json: residual_multiplier is 0, but it must be a number from 0.0001 to 10000."),
     ("phi3", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, UnsupportedError,
-     ROPE + "type is 'yarn', but quern knows 'default', 'longrope'."),
+     ROPE + "type is 'yarn', but quern knows 'default', 'longrope', 'su'."),
     ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}, ConfigError,
      ROPE + "short_factor is [1.0], but it must be 6 numbers from 1e-06 to 1e+06."),
     ("phi3", {"rope_scaling": {"type": "longrope", "original_max_position_embeddings": 8}}, ConfigError,

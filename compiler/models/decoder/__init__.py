@@ -4,12 +4,13 @@ settings: the keys of config.json that all have; rotary: position embedding; net
 """
 
 from compiler.models.decoder.network import Decoder, Part
-from compiler.models.decoder.rotary import KINDS, read_rotation, read_section
+from compiler.models.decoder.rotary import KINDS, LONG, read_rotation, read_section
 from compiler.models.decoder.settings import FULL, SLIDING, Shape, kept_context, read_shape, read_windows
 
 __all__ = [
     "FULL",
     "KINDS",
+    "LONG",
     "SLIDING",
     "Decoder",
     "Part",

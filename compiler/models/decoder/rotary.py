@@ -23,6 +23,7 @@ from compiler.models import Options
 from compiler.models.decoder.settings import MOST_POSITIONS, Shape, kept_context
 
 KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+LONG = ("longrope", "su")  # one thing under two names
 MOST_THETA, MOST_FACTOR = 1e12, 1e6
 ORIGINAL = "original_max_position_embeddings"
 
@@ -82,7 +83,7 @@ def read_section(
         return Rotation(
             yarn.apply(frequencies, theta), values.number("attention_factor", 0.0, MOST_FACTOR, default=yarn.attention)
         )
-    return _longrope(values, frequencies, context, shape, trained) if kind == "longrope" else Rotation(frequencies)
+    return _longrope(values, frequencies, context, shape, trained) if kind in LONG else Rotation(frequencies)
 
 
 def _share(values: Config, default: float, partial: bool) -> float:
