@@ -83,6 +83,11 @@ class Config:
         """Mark keys as handled where they have exactly this value, with which they say nothing."""
         self._read.update(key for key, value in values.items() if self.data.get(key) == value)
 
+    def assume(self, **values: Any) -> None:
+        """Give keys that are not there a value."""
+        for key, value in values.items():
+            self._entries.setdefault(key, Entry(value, f"{self._home}{key} (by default)"))
+
     def where(self, key: str) -> str:
         """"FILE: section.key", to start a message with."""
         entry = self._entries.get(key)

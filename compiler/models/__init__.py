@@ -46,7 +46,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Model:
-    """A finished graph and everything it needs. `caches` holds one geometry a layer."""
+    """A finished graph and everything it needs. `caches` holds one geometry a layer.
+
+    left_out: beginnings of checkpoint modules that the graph does not use, and that belong there all the same.
+    """
 
     type: str
     graph: Graph
@@ -57,6 +60,7 @@ class Model:
     bos: int | None
     eos: tuple[int, ...]
     parameters: int
+    left_out: tuple[str, ...] = ()
 
 
 def known() -> list[str]:

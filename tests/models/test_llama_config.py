@@ -228,7 +228,8 @@ def test_every_spelling_of_the_rotary_base(spelling: dict[str, Any]) -> None:
 
 REFUSED: list[tuple[type[UserError], dict[str, Any], str]] = [
     (UnsupportedError, {"rope_parameters": {"rope_type": "longrope", "rope_theta": 500.0}},
-     "config.json: rope_parameters.rope_type is 'longrope', but quern knows 'default', 'linear', 'dynamic', 'llama3', 'yarn'."),
+     "config.json: rope_parameters.rope_type is 'longrope', but quern knows 'default', 'linear', 'dynamic', "
+     "'llama3', 'yarn'."),
     (ConfigError, {"rope_parameters": {"rope_type": "default", "factor": 4.0}},
      "config.json: rope_parameters.factor is 4.0: quern does not know this key and will not guess what it changes. "
      "If it changes nothing in the computation, remove it; otherwise the model is not supported."),

@@ -12,7 +12,7 @@ import pytest
 from compiler import models
 from compiler.checkpoint.config import Config
 from compiler.errors import UnsupportedError, UserError
-from compiler.models import Model, Options
+from compiler.models import Model, Options, gemma3
 from compiler.quant.ir import WeightType
 
 COMMON: dict[str, Any] = {
@@ -97,6 +97,13 @@ UNDERSTOOD: dict[str, dict[str, Any]] = {
                        **{**GEMMA3, **SMALL_GEMMA3, "sliding_window": 512}),
     "Gemma-3-1B": of("gemma3_text", "1152 6912 26 4 1 262144", 32768, **GEMMA3, sliding_window=512,
                      sliding_window_pattern=6),
+    "Gemma-3-4B": {
+        "architectures": ["Gemma3ForConditionalGeneration"], "boi_token_index": 255999, "eoi_token_index": 256000,
+        "eos_token_id": [1, 106], "image_token_index": 262144, "initializer_range": 0.02, "mm_tokens_per_image": 256,
+        "model_type": "gemma3", "torch_dtype": "bfloat16", "vision_config": {"model_type": "siglip_vision_model"},
+        "text_config": {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text",
+                        "num_hidden_layers": 34, "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+                        "sliding_window": 1024}},
     "Phi-3-mini-4k": of("phi3", "3072 8192 32 32 32 32064", 4096, **PHI3, sliding_window=2047),
     "Phi-3-mini-128k, first": of("phi3", "3072 8192 32 32 32 32064", 131072,
                                  **{**PHI3, **long("su", 96), "sliding_window": 262144}),
@@ -129,19 +136,22 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 def build(config: dict[str, Any], context: int | None = None) -> Model:
     """Layers that repeat are cut to eight: the table is about keys."""
-    heads, kv = config["num_attention_heads"], config["num_key_value_heads"]
-    hidden, ffn, vocab = (config[key] for key in ("hidden_size", "intermediate_size", "vocab_size"))
-    head = config.get("head_dim", hidden // heads)
+    stated = {**gemma3.DEFAULTS, "head_dim": 256, **config["text_config"]} if "text_config" in config else config
+    heads, kv = stated["num_attention_heads"], stated["num_key_value_heads"]
+    hidden, ffn, vocab = (stated[key] for key in ("hidden_size", "intermediate_size", "vocab_size"))
+    head = stated.get("head_dim", hidden // heads)
     shapes = {
         "q_proj": (heads * head, hidden), "k_proj": (kv * head, hidden), "v_proj": (kv * head, hidden),
         "o_proj": (hidden, heads * head), "gate_proj": (ffn, hidden), "up_proj": (ffn, hidden),
         "down_proj": (hidden, ffn), "embed_tokens": (vocab, hidden), "lm_head": (vocab, hidden),
         "qkv_proj": ((heads + 2 * kv) * head, hidden), "gate_up_proj": (2 * ffn, hidden),
     }  # fmt: skip
-    layers = min(config["num_hidden_layers"], 8)
+    layers = min(stated["num_hidden_layers"], 8)
     cut = {**config, "num_hidden_layers": layers}
     if "layer_types" in cut:
         cut["layer_types"] = cut["layer_types"][:layers]
+    if "text_config" in cut:
+        del cut["num_hidden_layers"]
     options = Options(context, (), "float16", lambda weight: weight, lambda weight: weight)
     described = Config.of(cut, "config.json")
     return models.build(described, lambda m: WeightType(*shapes[m.rpartition(".")[2]], "float16", 0), options)
@@ -149,7 +159,7 @@ def build(config: dict[str, Any], context: int | None = None) -> Model:
 
 @pytest.mark.parametrize("name", UNDERSTOOD)
 def test_understood(name: str) -> None:
-    assert build(UNDERSTOOD[name]).context == min(UNDERSTOOD[name]["max_position_embeddings"], 4096)
+    assert build(UNDERSTOOD[name]).context == min(UNDERSTOOD[name].get("max_position_embeddings", 4096), 4096)
 
 
 @pytest.mark.parametrize("name", REFUSED)
