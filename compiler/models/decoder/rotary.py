@@ -36,14 +36,15 @@ def read_rotation(
     kinds: tuple[str, ...] = KINDS,
     partial: bool = False,
     trained: int | None = None,
+    theta: float = 10000.0,
 ) -> Rotation:
     """The rotation of every layer. partial: heads may rotate in part. trained: positions the model was first trained
-    with, where config.json says so outside of the section.
+    with, where config.json says so outside of the section. theta: what an absent rope_theta means.
 
     Raises UnsupportedError for a scaling that is not in `kinds`.
     """
     section = next((key for key in ("rope_parameters", "rope_scaling") if config.has(key)), None)
-    theta = config.number("rope_theta", 1.0, MOST_THETA, default=10000.0)
+    theta = config.number("rope_theta", 1.0, MOST_THETA, default=theta)
     share = _share(config, 1.0, partial)
     if section is None:
         config.accept("rope_parameters", "rope_scaling")
