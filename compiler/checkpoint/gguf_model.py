@@ -111,8 +111,9 @@ def _head_sizes(found: dict[str, Any], entries: dict[str, Entry], entry: Any, ar
         entries[f"{own}attention.value_length"] = entry(found["attention.value_length"], f"{own}attention.value_length")
     rotated = found.get("rope.dimension_count", width)
     if rotated != width:
-        share = architecture.partial and isinstance(rotated, int) and isinstance(width, int) and width > 0
-        key, value = ("partial_rotary_factor", rotated / width) if share else (f"{own}rope.dimension_count", rotated)
+        key, value = f"{own}rope.dimension_count", rotated
+        if architecture.partial and isinstance(rotated, int) and isinstance(width, int) and width > 0:
+            key, value = "partial_rotary_factor", rotated / width
         entries[key] = entry(value, f"{own}rope.dimension_count")
 
 
