@@ -29,9 +29,10 @@ PATTERN = 6  # every sixth layer sees everything
 GLOBAL_THETA, LOCAL_THETA = 1e6, 1e4
 
 def unsaid(config: Values) -> Values:
-    """As Gemma 2's, and what the file says of the rotation is that of layers that see everything."""
+    """As Gemma 2's. The file's rotation is that of layers that see everything; no window there means none anywhere."""
     rotations = {FULL: config.get("rope_parameters"), SLIDING: {"rope_type": "default"}}
-    return {**gemma2.unsaid(config, layers_27b=62), "rope_parameters": rotations}
+    window = config.get("sliding_window")
+    return {**gemma2.unsaid(config, layers_27b=62), "rope_parameters": rotations, "sliding_window": window}
 
 
 GGUF = Architecture(

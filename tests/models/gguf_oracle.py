@@ -7,7 +7,9 @@ converter moves them, norms plus one where it adds one. Everything is float32, s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gguf
@@ -29,7 +31,7 @@ def check(
     permuted: bool = False,
     plus_one: bool = False,
     tensors: dict[str, np.ndarray] | None = None,
-    **metadata: Any,
+    metadata: Mapping[str, Any] = MappingProxyType({}),
 ) -> Model:
     """permuted, plus_one: what the converter does to this architecture; metadata: keys beside the usual ones."""
     model = oracle.save(folder / "plain", config)

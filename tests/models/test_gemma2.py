@@ -26,4 +26,4 @@ def test_agrees_with_transformers(tmp_path: Path, caps: bool) -> None:
 def test_the_same_from_gguf(tmp_path: Path) -> None:
     config = Gemma2Config(**oracle.SMALL, head_dim=20, query_pre_attn_scalar=20, sliding_window=9)
     own = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "attention.sliding_window": 9}
-    gguf_oracle.check(tmp_path, config, "gemma2", plus_one=True, **own)
+    gguf_oracle.check(tmp_path, config, "gemma2", plus_one=True, metadata=own)

@@ -56,4 +56,4 @@ def test_the_same_from_gguf(tmp_path: Path) -> None:
         },
     )
     own = {"attention.sliding_window": 9, "rope.scaling.type": "linear", "rope.scaling.factor": 8.0}
-    gguf_oracle.check(tmp_path, config, "gemma3", plus_one=True, **own)
+    gguf_oracle.check(tmp_path, config, "gemma3", plus_one=True, metadata=own)

@@ -33,4 +33,4 @@ def test_the_same_from_gguf(tmp_path: Path) -> None:
         "rope.dimension_count": 12,
         "vocab_size": 131,
     }
-    gguf_oracle.check(tmp_path, config, "granite", permuted=True, **own)
+    gguf_oracle.check(tmp_path, config, "granite", permuted=True, metadata=own)

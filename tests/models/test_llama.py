@@ -48,7 +48,7 @@ def test_values_of_another_kind_than_queries(tmp_path: Path) -> None:  # as GGUF
 
 def test_the_same_from_gguf(tmp_path: Path) -> None:
     own = {"vocab_size": 131, "rope.dimension_count": 12}
-    gguf_oracle.check(tmp_path, LlamaConfig(**oracle.SMALL), "llama", permuted=True, **own)
+    gguf_oracle.check(tmp_path, LlamaConfig(**oracle.SMALL), "llama", permuted=True, metadata=own)
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
@@ -63,4 +63,4 @@ def test_llama3_from_gguf_with_biases_and_a_tied_head(tmp_path: Path, factor: fl
     )
     factors = {"rope_freqs.weight": gguf_model.llama3_divisors(rope, 32).astype(np.float32)}
     own = {"vocab_size": 131, "rope.dimension_count": 64}
-    gguf_oracle.check(tmp_path, config, "llama", permuted=True, tensors=factors, **own)
+    gguf_oracle.check(tmp_path, config, "llama", permuted=True, tensors=factors, metadata=own)

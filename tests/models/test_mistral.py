@@ -17,4 +17,4 @@ def test_the_same_from_gguf(tmp_path: Path) -> None:  # where it is a llama, and
     rope = {"rope_type": "default", "rope_theta": 1e6}
     config = MistralConfig(**oracle.SMALL, head_dim=16, sliding_window=None, rope_parameters=rope)
     own = {"vocab_size": 131, "rope.dimension_count": 16}
-    gguf_oracle.check(tmp_path, config, "llama", permuted=True, **own)
+    gguf_oracle.check(tmp_path, config, "llama", permuted=True, metadata=own)

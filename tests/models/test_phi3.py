@@ -44,9 +44,9 @@ def test_the_same_from_gguf(tmp_path: Path) -> None:
         "rope.scaling.attn_factor": math.sqrt(1 + math.log(96 / 16) / math.log(16)),
         "attention.sliding_window": 9,
     }
-    gguf_oracle.check(tmp_path, partly(16), "phi3", tensors=factors, **own)
+    gguf_oracle.check(tmp_path, partly(16), "phi3", tensors=factors, metadata=own)
 
 
 def test_a_short_one_from_gguf(tmp_path: Path) -> None:
     own = {"rope.dimension_count": 12, "rope.scaling.original_context_length": 96, "attention.sliding_window": 0}
-    gguf_oracle.check(tmp_path, Phi3Config(**oracle.SMALL), "phi3", **own)
+    gguf_oracle.check(tmp_path, Phi3Config(**oracle.SMALL), "phi3", metadata=own)

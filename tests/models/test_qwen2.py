@@ -25,4 +25,4 @@ def test_the_same_from_gguf(tmp_path: Path) -> None:
 def test_yarn_from_gguf(tmp_path: Path) -> None:
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 24}
     own = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 24}
-    gguf_oracle.check(tmp_path, Qwen2Config(**oracle.SMALL, rope_parameters=yarn), "qwen2", **own)
+    gguf_oracle.check(tmp_path, Qwen2Config(**oracle.SMALL, rope_parameters=yarn), "qwen2", metadata=own)
