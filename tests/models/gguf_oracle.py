@@ -56,9 +56,11 @@ def check(
             stored = interleave(stored, heads[part])
         if plus_one and part.endswith("norm"):
             stored = stored + np.float32(1)
-        writer.add_tensor(names.get_name(module, try_suffixes=(".weight", ".bias")), stored)
-    for tensor_name, values in (tensors or {}).items():
-        writer.add_tensor(tensor_name, values)
+        tensor_name = names.get_name(module, try_suffixes=(".weight", ".bias"))
+        assert tensor_name is not None, module
+        writer.add_tensor(tensor_name, stored)
+    for extra, values in (tensors or {}).items():
+        writer.add_tensor(extra, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
