@@ -6,12 +6,10 @@ rotary table of their own, whose angles are all 0.
 
 from __future__ import annotations
 
-import numpy as np
-
 from compiler.checkpoint.config import Config
 from compiler.checkpoint.gguf_architecture import Architecture
 from compiler.errors import ConfigError
-from compiler.graph.rope import Rotation
+from compiler.graph.rope import Rotation, inverse_frequencies
 from compiler.models import Describe, Model, Options
 from compiler.models.decoder import Decoder, read_rotation, read_shape, read_windows
 
@@ -35,7 +33,7 @@ def build(config: Config, describe: Describe, options: Options) -> Model:
     used = config.boolean("use_sliding_window", default=False)
     windows = read_windows(config, shape.layers, lambda i: not turns[i], used)
     rotation = read_rotation(config, shape, options, theta=2e6)
-    still = Rotation(np.zeros(shape.head_dim // 2, np.float32))
+    still = Rotation(0 * inverse_frequencies(shape.head_dim, 1.0))
     net = Decoder(config, shape, rotation, describe, options)
     blocks = [
         net.pre_norm(
