@@ -86,12 +86,14 @@ def build(model_dir: Path, request: Request, report: Reporter) -> manifest.Manif
         stage.note = (
             f"{inputs.name}: {inputs.format}, {inputs.model.type}, {inputs.model.parameters / 1e6:.1f} M parameters"
         )
+        if inputs.model.left_out:
+            stage.note += f" (without {', '.join(part.rstrip('.') for part in inputs.model.left_out)})"
     return compile_inputs(inputs, request, report)
 
 
 def import_checkpoint(model_dir: Path, request: Request) -> Inputs:
     """Headers, configuration and graph; weights are read later, one at a time."""
-    checkpoint = open_checkpoint(model_dir)
+    checkpoint = open_checkpoint(model_dir, models.gguf_architectures())
     source = open_source(checkpoint)
     model = models.build(checkpoint.config, source.describe, model_options(request))
     refuse_other_biases(model, source)
@@ -111,7 +113,8 @@ def _refuse_unused(checkpoint: Checkpoint, source: Source, model: Model) -> None
     used |= {weight.source for weight in model.weights if isinstance(weight, Table)}
     if "lm_head" not in used:
         used.add("lm_head")  # some writers store a tied head, too
-    if unused := [module for module in source.modules() if module not in used]:
+    others = (module for module in source.modules() if not module.startswith(model.left_out))
+    if unused := [module for module in others if module not in used]:
         raise ConfigError(
             f"{checkpoint.path}: has the matrix {unused[0]!r} ({len(unused)} such in all), which the model that "
             f"config.json describes does not use. The configuration belongs to another checkpoint, or was edited."

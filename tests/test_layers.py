@@ -33,7 +33,10 @@ LAW: dict[str, set[str]] = {
     "compiler.quant.patterns": {"compiler.quant", "numpy", "re2"},
     "compiler.quantize": {"compiler.checkpoint", "compiler.models", "compiler.quant", "numpy", "scipy", "torch"},
     "compiler.graph": {"compiler.quant.ir", "numpy", "tvm"},
-    "compiler.models": {"compiler.checkpoint.config", "compiler.graph", "compiler.quant.ir", "tvm"},
+    "compiler.models": {
+        "compiler.checkpoint.config", "compiler.checkpoint.gguf_architecture", "compiler.graph", "compiler.quant.ir",
+        "tvm",
+    },
     "compiler.passes": {"compiler.graph", "compiler.quant", "schedules", "targets", "tvm"},
     "compiler.tune": {"compiler.passes", "schedules", "targets", "tvm"},
     "compiler.codegen": {"numpy", "runtime.manifest", "targets", "tvm"},

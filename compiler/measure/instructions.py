@@ -24,7 +24,6 @@ from compiler.measure.emulator import Call, Executed, Program
 from targets import Target
 
 
-
 @dataclass(frozen=True)
 class Cost:
     """Totals of one call of a function. `cycles` is None where LLVM has no model of the target's core."""

@@ -7,12 +7,20 @@ from typing import Any
 
 import numpy as np
 
+from compiler import models
+from compiler.checkpoint import Checkpoint, open_checkpoint
+
 CODES = {"u32": (4, "<I"), "f32": (6, "<f"), "bool": (7, "<?"), "u64": (10, "<Q"), "u8": (0, "<B")}
 HIDDEN, FFN, LAYERS, HEADS, KV_HEADS, CONTEXT = 256, 512, 2, 4, 2, 128
 LETTERS = [chr(97 + i) for i in range(26)]
 BYTES = [f"<0x{i:02X}>" for i in range(256)]
 TOKENS = ["<unk>", "<s>", "</s>", *BYTES, "\u2581", *LETTERS, "ab", "\u2581ab", "abc", "\u2581a", *"ABCDEFGHIJ"]
 TYPES = [2, 3, 3] + [6] * 256 + [1] * (len(TOKENS) - 259)
+
+
+def open_gguf(path: Path) -> Checkpoint:
+    """As the pipeline opens it."""
+    return open_checkpoint(path, models.gguf_architectures())
 
 
 def string(text: str | bytes) -> bytes:
