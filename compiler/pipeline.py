@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -12,37 +10,39 @@ from typing import Any
 
 import numpy as np
 import tvm
-from numpy.typing import NDArray
 
 from compiler import models
 from compiler.checkpoint import Checkpoint, open_checkpoint
 from compiler.codegen import bundle, chat_format, link, tokenizer_files, weights_file
 from compiler.codegen.build import Compiled, compile_module
-from compiler.errors import CheckpointError, ConfigError, UnsupportedError
-from compiler.graph.weights import Constant, Linear, Table, Vector, Weight
+from compiler.errors import ConfigError, UnsupportedError
+from compiler.graph.weights import Linear, Table
 from compiler.models import Model
 from compiler.passes.fuse_quantize import FuseQuantize
 from compiler.passes.fuse_residual import FuseResidual
-from compiler.passes.lower_to_schedules import Lowered, lower_to_schedules
+from compiler.passes.lower_to_schedules import lower_to_schedules
 from compiler.passes.quantize_activations import QuantizeActivations
 from compiler.passes.verify import verify
 from compiler.progress import Reporter
 from compiler.quant.formats import open_source
 from compiler.quant.grids import integer_grid
-from compiler.quant.ir import DenseWeight, QuantWeight, WeightType, join
+from compiler.quant.ir import WeightType
 from compiler.quant.source import Source
 from compiler.quantize import rtn
+from compiler.weights import packed
 from runtime import manifest
 from targets import Target
 
 LIBRARY, WEIGHTS = "model.so", "weights.bin"
-DECODERS = 2  # weights decoded at a time; numpy lets threads run beside each other, and each holds one layer
 CHUNKS = (16, 128)  # prompt tokens a call; the runtime cuts a prompt into these
 
 
 @dataclass(frozen=True)
 class Request:
-    """What `build` was asked for. bits: for dense linear layers; head_bits: for a dense output head, None = default."""
+    """What `build` was asked for. bits: for dense linear layers; head_bits: for a dense output head, None = default.
+
+    kv_cache: element type of keys and values, None = default.
+    """
 
     out: Path
     target: Target
@@ -51,6 +51,7 @@ class Request:
     group_size: int | None = None
     head_bits: int | None = None
     context: int | None = None
+    kv_cache: str | None = None
     dump_ir: Path | None = None
     chunks: tuple[int, ...] = CHUNKS
 
@@ -58,6 +59,11 @@ class Request:
     def head(self) -> int:
         """Bits of a head that the checkpoint left dense: 8 with int8 activations, untouched on the exact path."""
         return self.head_bits or (8 if self.activations == "int8" else 16)
+
+    @property
+    def cache(self) -> str:
+        """Element type of keys and values: float16 with int8 activations, float32 on the exact path, or as asked."""
+        return self.kv_cache or ("float16" if self.activations == "int8" else "float32")
 
 
 @dataclass(frozen=True)
@@ -142,7 +148,7 @@ def model_options(request: Request) -> models.Options:
     return models.Options(
         context=request.context,
         chunks=request.chunks,
-        cache_dtype="float16" if request.activations == "int8" else "float32",
+        cache_dtype=request.cache,
         linear=lambda weight: quantised(request.bits, request.group_size, weight),
         head=lambda weight: quantised(request.head, None, weight),
     )
@@ -179,14 +185,16 @@ def compile_inputs(inputs: Inputs, request: Request, report: Reporter) -> manife
             stage.note = f"{target.zig_triple}"
         with report.stage("pack") as stage:
             stage.total(len(model.weights))
-            weights = weights_file.write(folder / WEIGHTS, _packed(inputs, lowered, stage.advance))
-            stage.bytes = (folder / WEIGHTS).stat().st_size
+            pieces = packed(model.weights, inputs.source, lowered.packings, stage.advance)
+            weights, digest = weights_file.write(folder / WEIGHTS, pieces)
+            stage.bytes = digest.bytes
         with report.stage("seal") as stage:
             chat, note = None, ""
             if inputs.tokenizer is not None:
                 tokenizer_files.copy(inputs.tokenizer, folder)
                 chat, note = chat_format.derive(inputs.tokenizer, inputs.path)
-            made = _manifest(inputs, request, lowered, compiled, weights, chat, bundle.digests(folder, WEIGHTS))
+            digests = bundle.digests(folder, {WEIGHTS: digest})
+            made = _manifest(inputs, request, lowered, compiled, weights, chat, digests)
             manifest.dump(made, folder / manifest.FILE_NAME)
             stage.note = note
     report.line(f"{request.out}: needs {made.memory.planned_peak_bytes / (1 << 20):.1f} MiB to run")
@@ -216,86 +224,6 @@ def _dump(folder: Path | None, name: str, text: Any) -> None:
         (folder / name).write_text(text(), encoding="utf-8")
 
 
-def _packed(inputs: Inputs, lowered: Lowered, advance: Any) -> Iterator[tuple[str, NDArray[Any]]]:
-    """Every graph parameter in its kernel's layout, in order; the next weights are decoded while one is written."""
-
-    def prepare(weight: Weight) -> list[tuple[str, NDArray[Any]]]:
-        made = []
-        for name, array in load_weight(weight, inputs.source):
-            packing = lowered.packings.get(name)
-            made.append((name, array if packing is None else packing.pack(array)))
-        return made
-
-    ahead: deque[Future[list[tuple[str, NDArray[Any]]]]] = deque()
-    with ThreadPoolExecutor(DECODERS) as pool:
-        for weight in inputs.model.weights:
-            ahead.append(pool.submit(prepare, weight))
-            if len(ahead) > DECODERS:
-                yield from ahead.popleft().result()
-                advance(1)
-        while ahead:
-            yield from ahead.popleft().result()
-            advance(1)
-
-
-def load_weight(weight: Weight, source: Source) -> Iterator[tuple[str, NDArray[Any]]]:
-    """The graph parameters of one weight in canonical form; a dense one is quantised here if the graph wants that."""
-    if isinstance(weight, Constant):
-        yield weight.name, weight.values
-    elif isinstance(weight, Vector):
-        yield weight.name, _norm(weight, source)
-    elif isinstance(weight, Table):
-        yield from _parameters(weight.name, weight.name, source.load(weight.source))
-    else:
-        if weight.bias:
-            yield f"{weight.name}.bias", _bias(weight, source)
-        loaded = _as_asked(join([source.load(module) for module in weight.sources]), weight)
-        yield from _parameters(weight.name, f"{weight.name}.weight", loaded)
-
-
-def _parameters(name: str, dense: str, weight: QuantWeight | DenseWeight) -> Iterator[tuple[str, NDArray[Any]]]:
-    """A matrix by the names that compiler/graph/build.py gives its parameters; `dense` for one that has no codes."""
-    if isinstance(weight, DenseWeight):
-        yield dense, weight.values
-        return
-    yield f"{name}.codes", weight.codes
-    yield f"{name}.scale", weight.scale
-    if weight.offset is not None:
-        yield f"{name}.offset", weight.offset
-    elif not weight.type.table:
-        yield f"{name}.zero", weight.zero
-    if weight.permutation is not None:
-        yield f"{name}.permutation", weight.permutation
-
-
-def _norm(weight: Vector, source: Source) -> NDArray[np.float32]:
-    """A norm's weight with its constants folded in, each a rounding to fp32 at most."""
-    values = source.vector(weight.source)
-    if values.shape != (weight.n,):
-        raise CheckpointError(
-            f"{weight.source} has {values.size} values, but config.json's widths need {weight.n}. "
-            f"The configuration belongs to another checkpoint, or was edited."
-        )
-    values = values if weight.plus == 0 else values + np.float32(weight.plus)
-    return values if weight.times == 1 else values * np.float32(weight.times)
-
-
-def _bias(weight: Linear, source: Source) -> NDArray[np.float32]:
-    """The biases of all sources, one after another; none is zeros."""
-    parts = [source.bias(module) for module in weight.sources]
-    filled = [np.zeros(n, np.float32) if b is None else b for b, n in zip(parts, weight.rows, strict=True)]
-    return np.concatenate(filled)
-
-
-def _as_asked(loaded: QuantWeight | DenseWeight, weight: Linear) -> QuantWeight | DenseWeight:
-    if isinstance(loaded, DenseWeight) and not weight.type.dense:
-        bits = 8 if weight.type.bits == 8 else 4
-        return rtn.quantize(loaded, bits, weight.type.group_size, where=weight.sources[0])
-    wanted = weight.type if weight.type.order else replace(weight.type, order=loaded.type.order)
-    assert loaded.type == wanted, (loaded.type, wanted)
-    return loaded
-
-
 def _manifest(
     inputs: Inputs,
     request: Request,
@@ -308,8 +236,7 @@ def _manifest(
     model, target = inputs.model, request.target
     caches = []
     for i, cache in enumerate(model.caches):
-        caches.append(manifest.Cache(f"layers.{i}.k", cache.dtype, cache.key_shape))
-        caches.append(manifest.Cache(f"layers.{i}.v", cache.dtype, cache.value_shape))
+        caches += [manifest.Cache(f"layers.{i}.{array.name}", array.dtype, array.shape) for array in cache.arrays]
     cache_bytes = sum(int(np.prod(c.shape)) * np.dtype(c.dtype).itemsize for c in caches)
     weight_bytes = files[WEIGHTS].bytes
     linears = [w.type for w in model.weights if isinstance(w, Linear)]
@@ -324,6 +251,7 @@ def _manifest(
             "activations": request.activations,
             "checkpoint_activations": None if linears[0].activations == "any" else linears[0].activations,
             "head_bits": linears[-1].bits,
+            "kv_cache": model.caches[0].dtype if model.caches else None,
         },
         target=manifest.Target(
             target.name, target.arch, target.triple, target.mcpu, target.plain.cpuinfo, target.glibc

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Optional, Union, get_args, get_origin, get_type_hints
 
@@ -304,14 +305,23 @@ def _decode(kind: Any, value: Any, where: str, key: str) -> Any:
 def _decode_record(kind: Any, value: Any, where: str, key: str) -> Any:
     if not isinstance(value, dict):
         raise _mismatch(where, key, value, "an object")
-    known = {f.name for f in fields(kind)}
-    needed = [f.name for f in fields(kind) if f.default is not None]
+    known, needed, hints = _schema(kind)
     unknown, missing = sorted(set(value) - known), [n for n in needed if n not in value]
     if unknown or missing:
         what = f"unknown key {unknown[0]!r}" if unknown else f"key {missing[0]!r} is missing"
         raise ManifestError(f"{where}: {key or 'top level'}: {what}. Rebuild the bundle with this release of quern.")
-    hints = get_type_hints(kind)
     return kind(**{n: _decode(hints[n], v, where, f"{key}.{n}" if key else n) for n, v in value.items()})
+
+
+@lru_cache(maxsize=None)
+def _schema(kind: Any) -> tuple[frozenset[str], tuple[str, ...], dict[str, Any]]:
+    """A record's keys, those that it must have, and their types."""
+    every = fields(kind)
+    return (
+        frozenset(f.name for f in every),
+        tuple(f.name for f in every if f.default is not None),
+        get_type_hints(kind),
+    )
 
 
 def _mismatch(where: str, key: str, value: Any, needed: str) -> ManifestError:

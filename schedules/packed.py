@@ -21,6 +21,9 @@ from schedules.storage import LANES, QUAD, Storage
 
 ROW_PAD = 32  # two lane blocks, so that every kernel can keep at least two weight streams going
 BLOCK_CODES = 1 << 18  # codes packed at a time: the working buffers stay in the second-level cache
+BLOCK_WORDS = 1 << 16  # the same for words, which need one buffer beside them
+# Bits of a field -> (shift, mask) of the exchanges that turn the fields of a word, seen as [quads, QUAD]
+TURNS = {2: ((12, 0x0000F0F0), (6, 0x00CC00CC)), 4: ((8, 0x0000FF00), (4, 0x00F000F0)), 8: ()}
 
 
 def blocks(n: int) -> int:
@@ -38,7 +41,10 @@ def code_packing(n: int, geometry: Geometry, storage: Storage, x: int = 1) -> Pa
     steps = geometry.width // storage.inputs
     spec = TensorSpec((blocks(n) // x, geometry.spans, steps, x, storage.vectors, LANES, QUAD), "uint8")
     pack = partial(_pack_codes, geometry=geometry, storage=storage, x=x)
-    return Packing(f"{storage.name}_g{geometry.group}_x{x}", spec, pack)
+    by_word = geometry.dense and storage.bits in TURNS and not storage.high
+    pack_words = partial(_pack_words, geometry=geometry, storage=storage, x=x) if by_word else None
+    name, rows = f"{storage.name}_g{geometry.group}_x{x}", max(ROW_PAD, x * LANES)
+    return Packing(name, spec, pack, rows, pack_words, storage.bits if by_word else 0)
 
 
 def scale_packing(n: int, geometry: Geometry, dtype: str, x: int = 1) -> Packing:
@@ -99,6 +105,39 @@ def _pack_codes(codes: np.ndarray, *, geometry: Geometry, storage: Storage, x: i
         low = quads.reshape(*quads.shape[:-1], lows, storage.per_vector)
         part[..., :lows, :] = _share_bytes(low, storage.low).transpose(0, 1, 3, 4, 5, 2)
     return packed.view(np.uint8).reshape(*packed.shape, QUAD)
+
+
+def _pack_words(words: np.ndarray, *, geometry: Geometry, storage: Storage, x: int) -> np.ndarray:
+    """u32[n, words], fields along k from the lowest bit up -> W, as `_pack_codes` gives for dense spans.
+
+    A lane's word of a step holds the fields of one such word, turned from [quads, QUAD] to [QUAD, quads].
+    """
+    n, count = words.shape
+    packed = np.empty((blocks(n) // x, count, x * LANES), "<u4")
+    at_once = max(1, BLOCK_WORDS // (x * LANES * count))
+    for start in range(0, len(packed), at_once):
+        part = packed[start : start + at_once]
+        rows = words[start * x * LANES : (start + at_once) * x * LANES]
+        turned = np.empty((count, len(part) * x * LANES), "<u4")
+        turned[:, : len(rows)] = rows.T
+        turned[:, len(rows) :] = 0
+        _turn_fields(turned, storage.bits)
+        line = np.dtype((np.void, 4 * x * LANES))  # one word of every lane: numpy moves it as a whole
+        part.view(line)[:, :, 0] = turned.view(line).T
+    steps = geometry.width // storage.inputs
+    return packed.view(np.uint8).reshape(blocks(n) // x, geometry.spans, steps, x, storage.vectors, LANES, QUAD)
+
+
+def _turn_fields(words: np.ndarray, bits: int) -> None:
+    """In place: field 4 f + b of every word moves to place (8 / bits) b + f."""
+    other = np.empty_like(words)
+    for shift, mask in TURNS[bits]:  # exchange the fields under the mask with those `shift` bits above
+        np.right_shift(words, np.uint32(shift), out=other)
+        other ^= words
+        other &= np.uint32(mask)
+        words ^= other
+        other <<= np.uint32(shift)
+        words ^= other
 
 
 def _placed(codes: np.ndarray, rows: int, geometry: Geometry) -> np.ndarray:

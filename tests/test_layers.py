@@ -43,7 +43,21 @@ LAW: dict[str, set[str]] = {
         "compiler.checkpoint.config", "compiler.codegen", "compiler.graph", "compiler.quant", "numpy", "runtime",
         "targets", "tvm",
     },
+    # The measured process is the device's runtime and nothing else; the peers' run in environments of their own.
+    "compiler.measure.bundle_process": {"numpy", "runtime"},
+    "compiler.measure.process": set(),
+    "compiler.measure.gguf_model": {"compiler.checkpoint", "compiler.quant", "gguf", "numpy"},
+    "compiler.measure.growth": {"compiler.measure", "matplotlib"},
+    "compiler.measure.peers": {"compiler.measure.process"},
+    "compiler.measure.peers.openvino": {"compiler.measure.peers", "compiler.measure.process", "numpy", "openvino"},
+    "compiler.measure.peers.onnxruntime_genai": {
+        "compiler.measure.peers", "compiler.measure.process", "numpy", "onnx", "onnxruntime_genai",
+    },
     "compiler.report": {"jinja2"},
+    "compiler.weights": {
+        "compiler.codegen.weights_file", "compiler.graph.weights", "compiler.quant", "compiler.quantize", "numpy",
+        "schedules.kernel",
+    },
 }
 
 

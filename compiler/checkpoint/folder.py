@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import mmap
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from numpy.typing import NDArray
@@ -36,7 +38,8 @@ class Checkpoint:
     metadata: Mapping[str, str]  # of the first file: what the writer says about itself
     tokenizer_files: Callable[[], dict[str, bytes]] = dict
     _maps: dict[Path, mmap.mmap] = field(default_factory=dict, repr=False)
-    _handed: list[int] = field(default_factory=lambda: [0], repr=False)  # bytes since pages were last dropped
+    _handed: deque[TensorInfo] = field(default_factory=deque, repr=False)  # tensors whose pages are in this process
+    _lock: Lock = field(default_factory=Lock, repr=False)
 
     def array(self, name: str) -> NDArray[Any]:
         """The tensor as a read-only view of its file. CheckpointError if absent.
@@ -47,22 +50,24 @@ class Checkpoint:
         if info is None:
             raise CheckpointError(f"{self.path} has no tensor {shown(name)}. "
                                   f"Is this the model that config.json describes?")
-        if info.file not in self._maps:
-            self._maps[info.file] = safetensors.map_file(info.file)
-        self._drop_pages(info.nbytes)
+        with self._lock:
+            if info.file not in self._maps:
+                self._maps[info.file] = safetensors.map_file(info.file)
+            self._drop_pages(MOST_MAPPED_BYTES - info.nbytes)
+            self._handed.append(info)
         safetensors.read_ahead(self._maps[info.file], info)
         return safetensors.view(self._maps[info.file], info)
 
-    def _drop_pages(self, coming: int) -> None:
-        """Keep the mapped files out of this process's memory: after MOST_MAPPED_BYTES, what was read may go.
+    def _drop_pages(self, most: int) -> None:
+        """Keep the mapped files out of this process's memory: of what was handed out, the oldest goes first.
 
         Views stay valid: a page that is touched again comes back from the page cache, or from disk.
         """
-        self._handed[0] += coming
-        if self._handed[0] > MOST_MAPPED_BYTES:
-            self._handed[0] = coming
-            for mapped in self._maps.values():
-                safetensors.drop_pages(mapped)
+        held = sum(info.nbytes for info in self._handed)
+        while self._handed and held > most:
+            oldest = self._handed.popleft()
+            held -= oldest.nbytes
+            safetensors.drop_pages(self._maps[oldest.file], oldest)
 
     @property
     def name(self) -> str:

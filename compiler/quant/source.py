@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compiler.errors import CheckpointError, FormatError
-from compiler.quant.ir import DENSE_STORAGE, DenseWeight, QuantWeight, WeightType
+from compiler.quant.ir import DENSE_STORAGE, DenseWeight, QuantWeight, WeightType, all_finite
 from compiler.quant.reference import F32, widen
 
 
@@ -162,8 +162,8 @@ def read_scales(checkpoint: CheckpointView, name: str) -> NDArray[Any]:
 
 def refuse_not_finite(values: NDArray[Any], where: str) -> None:
     """Raise FormatError when a scale is NaN or infinite."""
-    bad = int(values.size - np.isfinite(values).sum())
-    if bad:
+    if not all_finite(values):
+        bad = int(values.size - np.isfinite(values).sum())
         raise FormatError(f"{where}: {bad} of {values.size} are NaN or infinite. "
                           f"The file is damaged or the quantisation failed: fetch it again, or quantise again.")
 

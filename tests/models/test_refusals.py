@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compiler import models, pipeline
+from compiler import models, pipeline, weights
 from compiler.checkpoint.config import Config
 from compiler.errors import CheckpointError, ConfigError, UnsupportedError
 from compiler.graph.weights import Linear, Vector
@@ -138,19 +138,19 @@ def test_a_bias_that_the_graph_does_not_add_is_refused() -> None:
 
 def test_biases_are_joined_and_an_absent_one_is_zeros() -> None:
     (qkv,) = [w for w in build("qwen2").weights if w.name == "layers.0.qkv"]
-    bias = dict(pipeline.load_weight(qkv, Biased()))["layers.0.qkv.bias"]
+    bias = dict(weights.load_weight(qkv, Biased()))["layers.0.qkv.bias"]
     assert bias.tolist() == [1] * 72 + [0] * 24 + [1] * 24
 
 
 def test_constants_are_folded_into_norms() -> None:
     norm = Vector("norm", "model.norm", 71, plus=1.0, times=0.25)
-    assert dict(pipeline.load_weight(norm, Biased()))["norm"].tolist() == [0.5] * 71
+    assert dict(weights.load_weight(norm, Biased()))["norm"].tolist() == [0.5] * 71
 
 
 def test_a_norm_of_another_width_is_refused() -> None:
     (norm,) = [w for w in build("llama").weights if w.name == "norm"]
     with pytest.raises(CheckpointError) as caught:
-        list(pipeline.load_weight(norm, Biased()))
+        list(weights.load_weight(norm, Biased()))
     assert str(caught.value) == (
         "model.norm has 71 values, but config.json's widths need 72. "
         "The configuration belongs to another checkpoint, or was edited."

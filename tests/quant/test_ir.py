@@ -13,7 +13,7 @@ from compiler.quant.ir import DenseWeight, QuantWeight, WeightType, join, order_
 def weight(n: int = 2, k: int = 5, group_size: int = 2, fill: int = 0, **changed: Any) -> QuantWeight:
     groups = -(-k // group_size)
     parts: dict[str, Any] = {
-        "codes": np.full((n, k), fill, np.uint8), "scale": np.ones((n, groups), np.float16),
+        "stored": np.full((n, k), fill, np.uint8), "scale": np.ones((n, groups), np.float16),
         "zero": np.full((n, groups), 8, np.int16), "grid": "int4", "group_size": group_size, "permutation": None}
     return QuantWeight(**{**parts, **changed})
 
@@ -27,8 +27,8 @@ def test_type() -> None:
 
 
 @pytest.mark.parametrize("changed", [
-    {"codes": np.full((2, 5), 16, np.uint8)}, {"codes": np.zeros((2, 5), np.int8)},
-    {"codes": np.zeros((2, 7), np.uint8)}, {"zero": np.full((2, 3), 16, np.int16)},
+    {"stored": np.full((2, 5), 16, np.uint8)}, {"stored": np.zeros((2, 5), np.int8)},
+    {"stored": np.zeros((2, 7), np.uint8)}, {"zero": np.full((2, 3), 16, np.int16)},
     {"zero": np.full((2, 3), -1, np.int16)}, {"zero": np.zeros((2, 3), np.uint8)},
     {"scale": np.full((2, 3), np.nan, np.float16)}, {"scale": np.ones((2, 2), np.float16)},
     {"scale": np.ones((2, 3), np.float64)}, {"grid": "nf4"}, {"grid": "int7"}, {"offset": np.zeros((2, 3), np.float32)},

@@ -1,6 +1,7 @@
 """What the kernel's text files say about a machine."""
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,27 @@ def test_default_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     for quota, threads in ((None, 8), (2.0, 2), (1.4, 1), (0.2, 1), (100.0, 8)):
         monkeypatch.setattr(device, "cpu_quota", lambda q=quota: q)
         assert device.default_threads() == threads
+
+
+def test_cpus_that_are_all_one_core_count_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "CPU_FOLDER", tmp_path)
+    monkeypatch.setattr(device, "cpu_quota", lambda: None)
+    for cpu, siblings in enumerate(("0,2", "1,3", "0,2", "1,3")):
+        write(tmp_path / f"cpu{cpu}/topology/thread_siblings_list", siblings)
+    for cpus, threads in (({0, 1, 2, 3}, 2), ({0, 2}, 2), ({1}, 1)):
+        monkeypatch.setattr(device, "affinity", lambda c=cpus: frozenset(c))
+        assert device.default_threads() == threads
+
+
+def test_one_process_at_a_time_binds_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "CLAIM", f"\0quern-test-{os.getpid()}")
+    first = device.claim_cpus()
+    assert first is not None
+    assert device.claim_cpus() is None
+    first.close()
+    second = device.claim_cpus()
+    assert second is not None
+    second.close()
 
 
 def test_the_fastest_cpu_is_the_one_that_tvm_leaves_to_its_caller(

@@ -132,6 +132,38 @@ def test_arrays_that_are_not_contiguous(n: int, k: int, group: int, seed: int) -
     assert np.array_equal(packing.pack(codes), packing.pack(np.ascontiguousarray(codes)))
 
 
+@given(bits=st.sampled_from([2, 4, 8]), n=st.integers(1, 150), steps=st.integers(1, 40), turned=st.booleans(),
+       x=st.sampled_from([1, 4, 8]), seed=st.integers(0, 9))  # fmt: skip
+def test_words_give_the_same_bytes_as_codes(bits: int, n: int, steps: int, turned: bool, x: int, seed: int) -> None:
+    storage = Storage(bits)
+    k = storage.inputs * steps * (1 if storage.inputs % 8 == 0 else 2)
+    packing = code_packing(n, Geometry(k, k // steps), storage, interleave(n, x))
+    codes = np.random.default_rng(seed).integers(0, 1 << bits, (n, k), dtype=np.uint8)
+    fields = codes.reshape(n, -1, 32 // bits).astype(np.uint64) << np.arange(0, 32, bits, dtype=np.uint64)
+    words = fields.sum(axis=2, dtype=np.uint64).astype(np.uint32)
+    if turned:  # as GPTQ has them
+        words = np.ascontiguousarray(words.T).T
+    assert packing.pack_words is not None
+    assert packing.word_bits == bits
+    made = packing.pack_words(words)
+    assert (made.shape, str(made.dtype)) == (packing.spec.shape, packing.spec.dtype)
+    assert np.array_equal(made, packing.pack(codes))
+
+
+def test_only_whole_words_are_packed_as_words() -> None:
+    assert code_packing(8, Geometry(60, 30), NIBBLE).pack_words is None  # spans of 30 inputs are padded to 32
+    assert code_packing(8, Geometry(64, 32), Storage(4, 2)).pack_words is None  # two planes
+
+
+@given(n=st.integers(1, 400), times=st.integers(1, 3), x=st.sampled_from([1, 4, 8]), seed=st.integers(0, 9))
+def test_slices_of_rows_are_packed_alone(n: int, times: int, x: int, seed: int) -> None:
+    codes = np.random.default_rng(seed).integers(0, 16, (n, 43), dtype=np.uint8)
+    packing = code_packing(n, Geometry(43, 20), NIBBLE, interleave(n, x))
+    at = times * packing.rows
+    parts = [packing.pack(codes[start : start + at]) for start in range(0, n, at)]
+    assert np.array_equal(np.concatenate(parts), packing.pack(codes))
+
+
 def test_names_tell_layouts_apart() -> None:  # equal names mean equal layouts, and one weight has one
     names = {
         p.name

@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 
 from compiler.errors import FormatError, UnsupportedError
 from compiler.quant import act_order
+from compiler.quant.codes import Fields
 from compiler.quant.formats.dense import DenseSource
 from compiler.quant.grids import integer_grid
 from compiler.quant.ir import DENSE_STORAGE, DenseWeight, QuantWeight, WeightType, order_digest
-from compiler.quant.packing import unpack
 from compiler.quant.patterns import Rules
 from compiler.quant.reference import F32
 from compiler.quant.source import (
@@ -122,10 +122,8 @@ class CompressedSource:
         scale = read_scales(self._checkpoint, f"{module}.weight_scale")
         if scale.ndim < 2:  # strategy tensor
             scale = scale.reshape(-1, 1)
-        codes = self._codes(module, scheme, shapes)
         order = self._order(module, scheme, shapes)
-        if order is not None:
-            codes = np.take(codes, order, axis=1)
+        codes = self._codes(module, scheme, shapes, order)
         scale = np.ascontiguousarray(np.broadcast_to(scale, (shapes.n, shapes.groups)))
         zero = self._zeros(module, scheme, shapes)
         return QuantWeight(codes, scale, zero, integer_grid(scheme.bits).name, shapes.group_size, order,
@@ -156,11 +154,13 @@ class CompressedSource:
                               f"among its targets. The configuration belongs to another checkpoint, or was edited.")
         return scheme
 
-    def _codes(self, module: str, scheme: Scheme, shapes: Shapes) -> NDArray[np.uint8]:
+    def _codes(self, module: str, scheme: Scheme, shapes: Shapes, order: NDArray[np.int32] | None,
+               ) -> NDArray[np.uint8] | Fields:
         array = self._checkpoint.array
         if scheme.packed:
-            return _unpack(array(f"{module}.weight_packed"), scheme.bits, shapes.k)
-        return _unsigned(array(f"{module}.weight"), scheme.bits, f"{self._where(module)}.weight")
+            return Fields(array(f"{module}.weight_packed"), scheme.bits, shapes.k, order)
+        codes = _unsigned(array(f"{module}.weight"), scheme.bits, f"{self._where(module)}.weight")
+        return codes if order is None else np.take(codes, order, axis=1)
 
     def _zeros(self, module: str, scheme: Scheme, shapes: Shapes) -> NDArray[np.int16]:
         middle = integer_grid(scheme.bits).middle
@@ -170,7 +170,7 @@ class CompressedSource:
         name = f"{module}.weight_zero_point"
         stored = self._checkpoint.array(name)
         if info.dtype == "int32":
-            zero = np.ascontiguousarray(_unpack(stored.T, scheme.bits, shapes.n).T)
+            zero = np.ascontiguousarray(Fields(stored.T, scheme.bits, shapes.n).rows(0, shapes.groups).T)
         else:
             zero = _unsigned(stored.reshape(-1, 1) if stored.ndim < 2 else stored, scheme.bits, f"{info.file}: {name}")
         zero = np.broadcast_to(zero, (shapes.n, shapes.groups))
@@ -248,15 +248,6 @@ class CompressedSource:
         order = self._part(module, "weight_g_idx")
         if order is not None and (order.dtype != "int32" or order.shape != (shapes.k,)):
             refuse("weight_g_idx", order, f"int32[{shapes.k}]")
-
-
-def _unpack(words: NDArray[np.int32], bits: int, count: int) -> NDArray[np.uint8]:
-    """i32[rows, w] -> u8[rows, count]: what is packed beyond count is padding."""
-    missing = -words.shape[1] % bits  # 3-bit fields come by three words
-    if missing:
-        words = np.pad(words, ((0, 0), (0, missing)))
-    codes = unpack(words, bits, axis=1)
-    return codes if codes.shape[1] == count else np.ascontiguousarray(codes[:, :count])
 
 
 def _unsigned(values: NDArray[np.int8], bits: int, where: str) -> NDArray[np.uint8]:
