@@ -20,7 +20,7 @@ from compiler.graph.weights import Linear, Table
 from compiler.models import Model
 from compiler.passes.fuse_quantize import FuseQuantize
 from compiler.passes.fuse_residual import FuseResidual
-from compiler.passes.lower_to_schedules import lower_to_schedules
+from compiler.passes.lower_to_schedules import Lowered, lower_to_schedules
 from compiler.passes.quantize_activations import QuantizeActivations
 from compiler.passes.verify import verify
 from compiler.progress import Reporter
