@@ -136,10 +136,9 @@ def _norm(weight: Vector, source: Source) -> NDArray[np.float32]:
 
 
 def _bias(weight: Linear, source: Source) -> NDArray[np.float32]:
-    """The biases of all sources, one after another; none is zeros."""
+    """The biases of all sources, one after another; that each has one was checked before."""
     parts = [source.bias(module) for module in weight.sources]
-    filled = [np.zeros(n, np.float32) if b is None else b for b, n in zip(parts, weight.rows, strict=True)]
-    return np.concatenate(filled)
+    return np.concatenate([part for part in parts if part is not None])
 
 
 def _as_asked(loaded: QuantWeight | DenseWeight, weight: Linear) -> QuantWeight | DenseWeight:
