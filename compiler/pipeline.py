@@ -150,8 +150,8 @@ def refuse_other_biases(model: Model, source: Source) -> None:
 
     No writer that we know leaves out a bias because it is zero; auto-gptq adds zeros to layers that have none.
     """
-    for weight in model.weights:
-        for module in weight.sources if isinstance(weight, Linear) else ():
+    for weight in (weight for weight in model.weights if isinstance(weight, Linear)):
+        for module in weight.sources:
             bias = source.bias(module)
             if weight.bias and bias is None:
                 raise CheckpointError(

@@ -153,12 +153,15 @@ def test_biases_of_zeros_hurt_nobody_and_others_are_joined() -> None:
     pipeline.refuse_other_biases(build("llama"), Biased(0.0))
     (qkv,) = [w for w in build("qwen2").weights if w.name == "layers.0.qkv"]
     bias = dict(weights.load_weight(qkv, Biased(2.0)))["layers.0.qkv.bias"]
+    assert isinstance(bias, np.ndarray)
     assert bias.tolist() == [2] * (72 + 24 + 24)
 
 
 def test_constants_are_folded_into_norms() -> None:
     norm = Vector("norm", "model.norm", 71, plus=1.0, times=0.25)
-    assert dict(weights.load_weight(norm, Biased()))["norm"].tolist() == [0.5] * 71
+    folded = dict(weights.load_weight(norm, Biased()))["norm"]
+    assert isinstance(folded, np.ndarray)
+    assert folded.tolist() == [0.5] * 71
 
 
 def test_a_norm_of_another_width_is_refused() -> None:

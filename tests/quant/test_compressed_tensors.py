@@ -297,8 +297,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], type[UserError], str]] = {
     "format": ({"format": "float-quantized"}, UnsupportedError,
                "config_groups.group_0.format is 'float-quantized', but quern reads pack-quantized and int-quantized. "
                "Take the model in one of these."),
-    "status": ({"quantization_status": "frozen"}, ConfigError,
-               "quantization_status is 'frozen', but it must be one of 'compressed'."),
+    "status": ({"quantization_status": "calibration"}, ConfigError,
+               "quantization_status is 'calibration', but it must be one of 'compressed', 'frozen'."),
     "sparse": ({"sparsity_config": {"format": "sparse-24-bitmask"}}, UnsupportedError,
                "sparsity_config is not empty, and quern does not support it. Take the model without it."),
     "rotation": ({"transform_config": {"config_groups": {"u": {"type": "hadamard"}}}}, UnsupportedError,
@@ -352,6 +352,11 @@ def test_a_dense_sparsity_is_none(tmp_path: Path) -> None:
 STATIC = {**PLAIN, "group": PLAIN["group"] | {"input_activations": {
     "num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "group_size": None, "block_structure": None,
     "dynamic": False, "actorder": None, "observer": "minmax", "observer_kwargs": {}}}}
+
+
+def test_frozen_files_of_older_llm_compressors_are_the_same(tmp_path: Path) -> None:
+    w = load(tmp_path, settings(**PLAIN, quantization_status="frozen"), **plain())
+    assert dequantize(w)[0].tolist() == [-64, -0.5, 0, 63.5]
 
 
 @pytest.mark.parametrize("scale", [

@@ -249,8 +249,8 @@ def test_w8a8_with_querns_activations_lies_nearer_to_the_unrounded_model_than_th
 
     Both round the same numbers, so by the triangle inequality |quern - recorded| <= |quern - unrounded| + |recorded -
     unrounded|; and finer scales can be trusted to lose no more than coarser ones, which makes twice the library's own
-    distance from the unrounded model (0.185) the bound. Seen: 0.131 and 0.0206 on average, the library 0.185 and 0.0245;
-    0.210 between the two.
+    distance from the unrounded model (0.185) the bound. Seen: quern 0.131 and 0.0206 on average, the library 0.185 and
+    0.0245, and 0.210 between the two.
     """
     folder = samples.folder("checkpoints", "llmcompressor-compressed-tensors-w8a8")
     model = torch_model(folder, open_folder(folder))

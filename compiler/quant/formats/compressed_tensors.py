@@ -284,7 +284,7 @@ def _unsigned(values: NDArray[np.int8], bits: int, where: str) -> NDArray[np.uin
 def _read_config(config: ConfigView) -> Rules[Scheme | None]:
     """Every group's scheme for its targets: exact names, then patterns in alphabetical order, then the class name."""
     config.string("quant_method", [NAME])
-    config.string("quantization_status", ["compressed"], "compressed")
+    config.string("quantization_status", ["compressed", "frozen"], "compressed")  # frozen: older W8A8 files
     config.strings("ignore", ())  # which are quantised, the tensors themselves say
     for key in ("sparsity_config", "transform_config", "kv_cache_scheme"):
         _refuse_used(config, key)
