@@ -15,7 +15,7 @@ from compiler import models
 from compiler.checkpoint import Checkpoint, open_checkpoint
 from compiler.codegen import bundle, chat_format, link, tokenizer_files, weights_file
 from compiler.codegen.build import Compiled, compile_module
-from compiler.errors import ConfigError, UnsupportedError
+from compiler.errors import CheckpointError, ConfigError, UnsupportedError
 from compiler.graph.weights import Linear, Table
 from compiler.models import Model
 from compiler.passes.fuse_quantize import FuseQuantize
@@ -158,10 +158,19 @@ def model_options(request: Request) -> models.Options:
 
 
 def refuse_other_biases(model: Model, source: Source) -> None:
-    """Raise UnsupportedError for a linear layer whose checkpoint adds a bias that the graph does not."""
-    for weight in model.weights:
-        for module in weight.sources if isinstance(weight, Linear) and not weight.bias else ():
-            if source.bias(module) is not None:
+    """Raise unless linear layers have biases where the graph adds them, and elsewhere none but zeros.
+
+    No writer that we know leaves out a bias because it is zero; auto-gptq adds zeros to layers that have none.
+    """
+    for weight in (weight for weight in model.weights if isinstance(weight, Linear)):
+        for module in weight.sources:
+            bias = source.bias(module)
+            if weight.bias and bias is None:
+                raise CheckpointError(
+                    f"{module} has no bias, but with this config.json {model.type} adds one there. The checkpoint "
+                    f"belongs to another architecture, or attention_bias or mlp_bias is wrong."
+                )
+            if not weight.bias and bias is not None and bias.any():
                 raise UnsupportedError(
                     f"{module} has a bias that is not zero, but with this config.json {model.type} has none there. "
                     f"The checkpoint belongs to another architecture, or attention_bias or mlp_bias is missing."

@@ -137,10 +137,9 @@ def _norm(weight: Vector, source: Source) -> NDArray[np.float32]:
 
 
 def _bias(weight: Linear, source: Source) -> NDArray[np.float32]:
-    """The biases of all sources, one after another, in the order of the graph's rows; none is zeros."""
+    """The biases of all sources, one after another, in the graph's order; that each has one was checked before."""
     parts = [source.bias(module) for module in weight.sources]
-    filled = [np.zeros(n, np.float32) if b is None else b for b, n in zip(parts, weight.rows, strict=True)]
-    joined = np.concatenate(filled)
+    joined = np.concatenate([part for part in parts if part is not None])
     return joined if weight.order is None else joined[np.asarray(weight.order)]
 
 

@@ -110,7 +110,10 @@ def test_refused(model_type: str, own: dict[str, Any], error: type[Exception], m
 
 
 class Biased:
-    """A Source whose every linear layer has a bias, and whose norms are too short."""
+    """A Source whose every linear layer (but one) has a bias, and whose norms are too short."""
+
+    def __init__(self, value: float = 1.0, but: str = "") -> None:
+        self._value, self._but = value, but
 
     def modules(self) -> list[str]:
         return []
@@ -125,7 +128,8 @@ class Biased:
         return DenseWeight(np.zeros(WIDTHS[module.rpartition(".")[2]], np.float16), "float16")
 
     def bias(self, module: str) -> np.ndarray | None:
-        return None if module.endswith("k_proj") else np.ones(WIDTHS[module.rpartition(".")[2]][0], np.float32)
+        name = module.rpartition(".")[2]
+        return None if name == self._but else np.full(WIDTHS[name][0], self._value, np.float32)
 
     def vector(self, name: str) -> np.ndarray:
         return np.ones(71, np.float32)
@@ -140,15 +144,28 @@ def test_a_bias_that_the_graph_does_not_add_is_refused() -> None:
     )
 
 
-def test_biases_are_joined_and_an_absent_one_is_zeros() -> None:
+def test_a_bias_that_the_checkpoint_lacks_is_refused() -> None:
+    with pytest.raises(CheckpointError) as caught:
+        pipeline.refuse_other_biases(build("qwen2"), Biased(but="k_proj"))
+    assert str(caught.value) == (
+        "model.layers.0.self_attn.k_proj has no bias, but with this config.json qwen2 adds one there. The checkpoint "
+        "belongs to another architecture, or attention_bias or mlp_bias is wrong."
+    )
+
+
+def test_biases_of_zeros_hurt_nobody_and_others_are_joined() -> None:
+    pipeline.refuse_other_biases(build("llama"), Biased(0.0))
     (qkv,) = [w for w in build("qwen2").weights if w.name == "layers.0.qkv"]
-    bias = dict(weights.load_weight(qkv, Biased()))["layers.0.qkv.bias"]
-    assert bias.tolist() == [1] * 72 + [0] * 24 + [1] * 24
+    bias = dict(weights.load_weight(qkv, Biased(2.0)))["layers.0.qkv.bias"]
+    assert isinstance(bias, np.ndarray)
+    assert bias.tolist() == [2] * (72 + 24 + 24)
 
 
 def test_constants_are_folded_into_norms() -> None:
     norm = Vector("norm", "model.norm", 71, plus=1.0, times=0.25)
-    assert dict(weights.load_weight(norm, Biased()))["norm"].tolist() == [0.5] * 71
+    folded = dict(weights.load_weight(norm, Biased()))["norm"]
+    assert isinstance(folded, np.ndarray)
+    assert folded.tolist() == [0.5] * 71
 
 
 def test_a_norm_of_another_width_is_refused() -> None:

@@ -18,7 +18,8 @@ from tests.quant import samples
 
 # float32 forwards of equal weights: see tests/quant/test_real_checkpoints.py.
 LOGITS_TOLERANCE = 5e-5
-HALFS = {"q6_k": [208], "q4_k": [0, 2], "q5_k": [0, 2], "q4_1": [0, 2], "q5_1": [0, 2]}
+HALFS = {"q2_k": [80, 82], "q3_k": [108], "q6_k": [208],
+         "q4_k": [0, 2], "q5_k": [0, 2], "q4_1": [0, 2], "q5_1": [0, 2]}
 EXTREMES = np.array([65504, -65504, 6e-8, -6e-8, 6.1e-5, 0.0, -0.0, 1.0], np.float16)
 
 
@@ -86,6 +87,7 @@ def test_rows_of_q_and_k_come_back_in_order(tmp_path: Path) -> None:
     ("Q4_0", "Q4_0", "Q4_1", "Q4_0", "Q6_K"),
     ("Q5_0", "Q5_1", "Q8_0", "F16", "F32"),
     ("IQ4_XS", "IQ4_NL", "Q5_K", "BF16", "Q8_0"),
+    ("Q2_K", "Q3_K", "Q3_K", "Q2_K", "Q6_K"),  # as Q2_K files are
 ])
 def test_whole_models_equal_transformers(tmp_path: Path, attention: str, value: str, down: str, embedding: str,
                                          head: str | None) -> None:
@@ -134,15 +136,15 @@ def minimal(path: Path, *tensors: bytes, data: bytes) -> Path:
 
 
 def test_refusals(tmp_path: Path) -> None:
-    path = minimal(tmp_path / "m.gguf", tensor("output.weight", (1, 256), 10, 32),
+    path = minimal(tmp_path / "m.gguf", tensor("output.weight", (1, 256), 22, 32),
                    tensor("blk.0.attn_q.weight", (6, 8), 0, 128), tensor("blk.0.attn_k.weight", (2, 8), 24, 320),
                    data=bytes(352))
     source = open_source(open_gguf(path))
     with pytest.raises(UnsupportedError) as unsupported:
         source.load("lm_head")
     assert str(unsupported.value) == (
-        f"{path}: lm_head is q2_k, but quern decodes bfloat16, float16, float32, iq4_nl, iq4_xs, q4_0, q4_1, q4_k, "
-        f"q5_0, q5_1, q5_k, q6_k, q8_0. Take the model as Q4_K_M, Q5_K_M, Q6_K or Q8_0.")
+        f"{path}: lm_head is iq2_s, but quern decodes bfloat16, float16, float32, iq4_nl, iq4_xs, q2_k, q3_k, q4_0, "
+        f"q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0. Take the model as Q4_K_M, Q5_K_M, Q6_K or Q8_0.")
     with pytest.raises(UnsupportedError, match=r"self_attn\.k_proj is int8, but quern decodes"):
         source.load("model.layers.0.self_attn.k_proj")
     assert source.has("lm_head")
