@@ -86,7 +86,7 @@ def test_int8_cache(demo: Path, bundles: Bundles, sessions: Sessions, figure: Fi
     assert (whole.quantization["kv_cache"], half.quantization["kv_cache"]) == ("float16", "int8")
     assert "kv_cache int8" in info.as_text(small)
     d = half.caches[0].shape[2] * 2
-    assert half.memory.cache_bytes * 2 * d == whole.memory.cache_bytes * (d + 4)  # a code each and a scale for d of them
+    assert half.memory.cache_bytes * 2 * d == whole.memory.cache_bytes * (d + 4)  # d codes, one scale
     assert whole.memory.planned_peak_bytes - half.memory.planned_peak_bytes >= whole.memory.cache_bytes * 2 // 5
     parts = windows(OWN_TEXT.read_text(encoding="utf-8"), DEMO / "tokenizer.json")
     of_whole = perplexity(lambda ids: all_logits(sessions(demo), ids), parts)
