@@ -84,10 +84,10 @@ def test_stretches_by_hand() -> None:
 
 
 def test_cycles_by_hand() -> None:
-    """A chain of fused multiply-adds: on the A57 model that LLVM takes, 5 cycles each from accumulator to accumulator."""
-    fmla = 0x4E22CC20  # fmla v0.4s, v1.4s, v2.4s
-    found = cycles.of({"chain": [Executed(0, fmla, 1000)]}, ARM)["chain"]
-    assert found / 1000 == pytest.approx(5, abs=0.5)
+    """A chain of vector additions: 3 cycles each on a Cortex-A57, whose model LLVM takes (its optimisation guide, 4.14)."""
+    add = 0x4EA18400  # add v0.4s, v0.4s, v1.4s
+    found = cycles.of({"chain": [Executed(0, add, 1000)]}, ARM)["chain"]
+    assert found / 1000 == pytest.approx(3, abs=0.1)  # of 100 repetitions, a few cycles to begin and to end
 
 
 @pytest.mark.slow
