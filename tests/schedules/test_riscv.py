@@ -27,7 +27,7 @@ def test_linear_layers(case: Any) -> None:
     grid, m, n, k, group = case
     w = weight(grid, False, n, k, group)
     x = np.random.default_rng(2).standard_normal((m, k)).astype(np.float32)
-    args = [*quantize_activations(x, Geometry(k, group).source), *weight_arguments(w)]
+    args: list[np.ndarray] = [*quantize_activations(x, Geometry(k, group).source), *weight_arguments(w)]
     call = replace(request(args, w, False), target=BOARD)
     kernel = lowerings()[call.op](call)
     assert kernel.name.startswith(f"linear_{'nf4' if grid == 'nf4' else 'w2p1' if grid == 'int3' else 'w4'}a8_generic")
