@@ -45,6 +45,11 @@ def request(args: list[np.ndarray], w: QuantWeight, residual: bool, target: Any 
     return Request(op, tuple(map(spec, args)), (out,), attrs, target, table=grid.values)
 
 
+def arguments(x: np.ndarray, w: QuantWeight) -> list[np.ndarray]:
+    """Rows of fp32 activations, rounded, and the canonical weight."""
+    return [*quantize_activations(x, Geometry(w.type.k, w.group_size).source), *weight_arguments(w)]
+
+
 def there(args: list[np.ndarray], w: QuantWeight, residual: bool) -> np.ndarray:
     """On an emulated Cortex-A72."""
     call = request(args, w, residual)
@@ -68,7 +73,7 @@ def test_equal_to_the_template_to_the_bit(case: Any) -> None:
     w = replace(w, scale=w.scale.astype(np.float16)) if n % 2 else w
     rng = np.random.default_rng(2)
     x = rng.standard_normal((m, k)).astype(np.float32)
-    args: list[np.ndarray] = [*quantize_activations(x, Geometry(k, group).source), *weight_arguments(w)]
+    args = arguments(x, w)
     args += [rng.standard_normal((m, n)).astype(np.float32)] if residual else []
     assert np.array_equal(there(args, w, residual), here(args, w, residual))
 
@@ -137,7 +142,7 @@ def test_instructions_and_cycles_of_4_bits(m: int, group: int) -> None:
     n, k = 64, 1024
     w = weight("int4", False, n, k, group)
     w = replace(w, scale=w.scale.astype(np.float16))
-    args: list[np.ndarray] = [*quantize_activations(np.ones((m, k), np.float32), Geometry(k, group).source), *weight_arguments(w)]
+    args = arguments(np.ones((m, k), np.float32), w)
     call = request(args, w, False)
     executed = emulated.count(linear_int8_widening.lower(call), call, args)
     assembly = cycles.disassemble({e.word for e in executed}, ARM)

@@ -9,15 +9,13 @@ import numpy as np
 import pytest
 
 import targets
-from compiler.quant.reference import quantize_activations
 from schedules import rms_norm
-from schedules.geometry import Geometry
 from schedules.kernel import TensorSpec, lowerings
 from tests.schedules import emulated
 from tests.schedules.kernels import NATIVE, build
 from tests.schedules.kernels import request as plain
-from tests.schedules.test_linear_grids import weight, weight_arguments
-from tests.schedules.test_linear_int8_widening import here, request
+from tests.schedules.test_linear_grids import weight
+from tests.schedules.test_linear_int8_widening import arguments, here, request
 
 BOARD = targets.load("riscv64-v")
 
@@ -27,7 +25,7 @@ def test_linear_layers(case: Any) -> None:
     grid, m, n, k, group = case
     w = weight(grid, False, n, k, group)
     x = np.random.default_rng(2).standard_normal((m, k)).astype(np.float32)
-    args: list[np.ndarray] = [*quantize_activations(x, Geometry(k, group).source), *weight_arguments(w)]
+    args = arguments(x, w)
     call = replace(request(args, w, False), target=BOARD)
     kernel = lowerings()[call.op](call)
     assert kernel.name.startswith(f"linear_{'nf4' if grid == 'nf4' else 'w2p1' if grid == 'int3' else 'w4'}a8_generic")
