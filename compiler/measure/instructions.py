@@ -116,7 +116,7 @@ def measure(
     found = steps(mod, function)
     tokens = found.inputs[mod[function].params[0].name][0][0]
     span = np.array([context, tokens], "int32")
-    tensors = {**found.inputs, **found.results, "span": span}
+    tensors: dict[str, np.ndarray | Type] = {**found.inputs, **found.results, "span": span}
     executed = program.count(tensors, found.calls)
     kernels = [call.kernel for call in found.calls]
     by_kernel = _by_function(executed, program.symbols(), set(kernels))

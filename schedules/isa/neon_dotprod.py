@@ -21,7 +21,7 @@ NEEDS = ("neon", "dotprod")
 RANK = 20
 VECTOR = 4
 TABLE_ZERO = 0
-KNOBS = {"row_blocks": 2, "unroll": 4, "prefetch_bytes": 0, "gemm_row_blocks": 1, "gemm_tokens": 4, "gemm_unroll": 1}
+KNOBS = {"row_blocks": 2, "unroll": 4, "prefetch_bytes": 0, "gemm_row_blocks": 1, "gemm_tokens": 4, "gemm_unroll": 4}
 BYTES = QUAD * VECTOR
 
 
