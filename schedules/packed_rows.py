@@ -7,8 +7,8 @@ W u8[n / 4, steps, vectors, 4 rows, 16]  a step is 16 bytes a row times the fiel
 S f16|f32[n / 4, spans, 4]               scale of the row in that span (repeated when a weight group has parts)
 Z u8|i8[n / 4, spans, 4]                 zero point, or F f32[n / 4, spans, 4], the offset
 Steps run over all stored inputs (spans times width, schedules.geometry), whatever the spans: a step may hold several
-short spans, or the end of one and the start of the next. The last step is filled up with code 0, and so are rows up to a
-multiple of 4, with scale 0. 8-bit codes and their zeros are stored minus 128, as the signed bytes that SMULL takes.
+short spans, or the end of one and the start of the next. The last step is filled up with code 0, and so are rows up to
+a multiple of 4, with scale 0. 8-bit codes and their zeros are stored minus 128, as the signed bytes that SMULL takes.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """What a token of a published shape costs on a board that is not at hand, and from that its speed. A model.
 
-Instructions are counted, exactly (instructions.py). Cycles are llvm-mca's. Seconds follow from the target's clock, cores
-and memory bandwidth, none of it measured on that board by quern:
+Instructions are counted, exactly (instructions.py). Cycles are llvm-mca's. Seconds follow from the target's clock,
+cores and memory bandwidth, none of it measured on that board by quern:
 
     arithmetic = cycles of parallel kernels / (cores * clock) + cycles of the others / clock
     memory     = bytes of weights and cache a token / bandwidth
     low: 1.3 arithmetic + memory / SUSTAINED + 20 us a parallel kernel     expected: the same with 1.0 and 5 us
     high: the larger of arithmetic and memory, nothing lost
-The same sum for llama.cpp's Q4_0 (0.379 cycles, 0.5625 bytes a multiplication) gives a Raspberry Pi 4 3.0 GB/s of weights
-at 1.5 GHz and 3.2 at 1.8; published are 3.1 to 3.4 (Ollama, Q4_0 and Q4_K_M, Pi 4 and Pi 400).
+The expected sum for llama.cpp's Q4_0 (0.379 cycles, 0.5625 bytes a multiplication) gives a Raspberry Pi 4 3.0 GB/s of
+weights at 1.5 GHz and 3.2 at 1.8; published are 3.1 to 3.4 (Ollama, Q4_0 and Q4_K_M, Pi 4 and Pi 400).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from targets import Target
 SUSTAINED = 0.93  # of the STREAM figure that a target states: what streaming kernels get (4.5 of 4.85 GB/s on a Pi 4)
 SLOW_ARITHMETIC = 1.3  # cache misses and branches that llvm-mca leaves out
 FORK_S = (5e-6, 20e-6)  # one fork and join of a parallel kernel
-RUNTIME_MIB = (34, 80)  # the runtime beside weights, cache and activations: C interface alone, and with Python and numpy
+RUNTIME_MIB = (34, 80)  # beside weights, cache, activations: TVM's runtime alone; with Python and numpy
 CHUNK = 16  # prompt tokens of the call that is counted
 
 

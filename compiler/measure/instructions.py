@@ -2,7 +2,8 @@
 
 The kernels of a function (decode, prefill_M) run in the order of the compiled graph under qemu-user, where every
 instruction is counted; llvm-mca turns the counts into cycles. Threads share the work of a kernel on the board; here one
-does it all. The virtual machine that calls the kernels is not in it: see tests/measure/test_instructions.py.
+does it all. Weights are zeros, which cost no memory: kernels do not branch on values, and random weights gave the same
+count to the instruction. The virtual machine that calls the kernels is not in it.
 """
 
 from __future__ import annotations
@@ -109,13 +110,13 @@ def link(mod: tvm.IRModule, llvm: Any, target: Target, out: Path) -> Program:
 
 
 def measure(
-    program: Program, mod: tvm.IRModule, function: str, macs: Mapping[str, int], context: int, cycles_too: bool = True,
-    values: bool = False,
+    program: Program, mod: tvm.IRModule, function: str, macs: Mapping[str, int], context: int, cycles_too: bool = True
 ) -> Cost:
-    """One call of `function` after `context` tokens, on weights that are all zero. macs: of one token, by parameter name."""
+    """One call of `function` after `context` tokens, weights all zero. macs: of one token, by parameter name."""
     found = steps(mod, function)
     tokens = found.inputs[mod[function].params[0].name][0][0]
-    tensors = {name: _values(name, type_, context, tokens, values) for name, type_ in found.inputs.items()} | dict(found.results)
+    span = np.array([context, tokens], "int32")
+    tensors: dict[str, np.ndarray | Type] = {**found.inputs, **found.results, "span": span}
     executed = program.count(tensors, found.calls)
     kernels = [call.kernel for call in found.calls]
     by_kernel = _by_function(executed, program.symbols(), set(kernels))
@@ -128,20 +129,6 @@ def measure(
         tokens, sum(work.values()), sum(counts.values()), sum(modelled.values()) if cycles_too else None,
         counts, modelled, {name: n for name, n in work.items() if n}, Counter(kernels),
     )  # fmt: skip
-
-
-def _values(name: str, type_: Type, context: int, tokens: int, values: bool) -> np.ndarray | Type:
-    """Zeros, which cost no memory, or anything that a kernel takes: it changes no count, for kernels have no branches
-    on values. `span` alone says how far loops run.
-    """
-    (shape, dtype), random = type_, np.random.default_rng(len(name))
-    if name == "span":
-        return np.array([context, tokens], dtype)
-    if not values or dtype == "int32":
-        return type_
-    if np.dtype(dtype).kind in "iu":
-        return np.resize(random.integers(0, 100, 1 << 16), shape).astype(dtype)
-    return np.resize(random.uniform(0.001, 0.02, 1 << 16), shape).astype(dtype)
 
 
 def _by_function(

@@ -1,7 +1,7 @@
 """NEON with dot products (Cortex-A76 and later): SDOT adds four products of bytes to each of four int32 lanes.
 
-SDOT by element takes four activations of a register against 16 codes, four rows at a time. It wants both factors signed,
-and codes of up to 7 bits are that already. 8-bit codes lose their 128 before (the highest bit flips), and get it back
+It takes four activations against 16 codes, four rows at a time. It wants both factors signed, and codes of up to 7 bits
+are that already. 8-bit codes lose their 128 before (the highest bit flips), and get it back
 as 128 times the sum of the activations, by one more SDOT with ones. Exact: no sum comes near 2**31. Levels of table
 grids are signed; TBL looks 16 codes up at a time.
 """
@@ -21,7 +21,7 @@ NEEDS = ("neon", "dotprod")
 RANK = 20
 VECTOR = 4
 TABLE_ZERO = 0
-KNOBS = {"row_blocks": 2, "unroll": 4, "prefetch_bytes": 0, "gemm_row_blocks": 1, "gemm_tokens": 4, "gemm_unroll": 1}
+KNOBS = {"row_blocks": 2, "unroll": 4, "prefetch_bytes": 0, "gemm_row_blocks": 1, "gemm_tokens": 4, "gemm_unroll": 4}
 BYTES = QUAD * VECTOR
 
 
@@ -41,9 +41,10 @@ def step(storage: Storage, table: Table | None, acc: Any, w: Sequence[Any], a: S
         if storage.bits == 8:
             value = T.bitwise_xor(value, T.broadcast(T.uint8(128), BYTES))
             ones = T.broadcast(T.int8(1), BYTES)
-            sums = T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.sdot", T.broadcast(T.int32(0), VECTOR), ones, x)
-            acc = acc + sums * T.broadcast(T.int32(128), VECTOR)
-        acc = T.call_llvm_pure_intrin(
-            "int32x4", "llvm.aarch64.neon.sdot", acc, T.reinterpret("int8x16", value), x
-        )
+            acc = acc + _dot(T.broadcast(T.int32(0), VECTOR), ones, x) * T.broadcast(T.int32(128), VECTOR)
+        acc = _dot(acc, T.reinterpret("int8x16", value), x)
     return acc
+
+
+def _dot(acc: Any, signed: Any, activations: Any) -> Any:
+    return T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.sdot", acc, signed, activations)

@@ -11,6 +11,7 @@ import pytest
 
 import targets
 from compiler.__main__ import main
+from compiler.errors import UserError
 from compiler.measure import cycles, emulator
 from compiler.measure.cycles import Stretch, stretches
 from compiler.measure.emulator import Call, Executed, Program
@@ -84,10 +85,10 @@ def test_stretches_by_hand() -> None:
 
 
 def test_cycles_by_hand() -> None:
-    """A chain of fused multiply-adds: on the A57 model that LLVM takes, 5 cycles each from accumulator to accumulator."""
-    fmla = 0x4E22CC20  # fmla v0.4s, v1.4s, v2.4s
-    found = cycles.of({"chain": [Executed(0, fmla, 1000)]}, ARM)["chain"]
-    assert found / 1000 == pytest.approx(5, abs=0.5)
+    """A chain of vector additions: 3 cycles each on a Cortex-A57, whose model LLVM takes (Optimization Guide, 3.14)."""
+    add = 0x4EA18400  # add v0.4s, v0.4s, v1.4s
+    found = cycles.of({"chain": [Executed(0, add, 1000)]}, ARM)["chain"]
+    assert found / 1000 == pytest.approx(3, abs=0.1)  # of 100 repetitions, a few cycles to begin and to end
 
 
 @pytest.mark.slow
@@ -125,8 +126,8 @@ def test_refused(options: list[str], said: str, capsys: pytest.CaptureFixture[st
 def test_without_the_tools_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     cycles.tools.cache_clear()
-    with pytest.raises(cycles.UserError, match=r"no llvm-mca-N with its llvm-mc-N on PATH .*: apt-get install llvm\."):
+    with pytest.raises(UserError, match=r"no llvm-mca-N with its llvm-mc-N on PATH .*: apt-get install llvm\."):
         cycles.tools()
-    with pytest.raises(emulator.UserError, match=r"needs qemu-aarch64, which is not installed: apt-get install qemu-user"):
+    with pytest.raises(UserError, match=r"needs qemu-aarch64, .*: apt-get install qemu-user\."):
         emulator.qemu(targets.load("rpi4"))
     cycles.tools.cache_clear()

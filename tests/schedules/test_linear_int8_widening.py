@@ -15,7 +15,7 @@ from compiler.quant.reference import quantize_activations
 from schedules import linear_int8, linear_int8_widening
 from schedules.geometry import Geometry
 from schedules.kernel import NotSuited, Request, TensorSpec, lowerings
-from schedules.packed_rows import inputs_of, storage_of
+from schedules.packed_rows import inputs_of, storage_of, weight_packings
 from tests.schedules import emulated
 from tests.schedules.kernels import ARM, NATIVE, assert_no_heap, build, spec
 from tests.schedules.test_linear_grids import QMAX, exact_terms, spans, weight, weight_arguments
@@ -45,6 +45,11 @@ def request(args: list[np.ndarray], w: QuantWeight, residual: bool, target: Any 
     return Request(op, tuple(map(spec, args)), (out,), attrs, target, table=grid.values)
 
 
+def arguments(x: np.ndarray, w: QuantWeight) -> list[np.ndarray]:
+    """Rows of fp32 activations, rounded, and the canonical weight."""
+    return [*quantize_activations(x, Geometry(w.type.k, w.group_size).source), *weight_arguments(w)]
+
+
 def there(args: list[np.ndarray], w: QuantWeight, residual: bool) -> np.ndarray:
     """On an emulated Cortex-A72."""
     call = request(args, w, residual)
@@ -68,7 +73,7 @@ def test_equal_to_the_template_to_the_bit(case: Any) -> None:
     w = replace(w, scale=w.scale.astype(np.float16)) if n % 2 else w
     rng = np.random.default_rng(2)
     x = rng.standard_normal((m, k)).astype(np.float32)
-    args = [*quantize_activations(x, Geometry(k, group).source), *weight_arguments(w)]
+    args = arguments(x, w)
     args += [rng.standard_normal((m, n)).astype(np.float32)] if residual else []
     assert np.array_equal(there(args, w, residual), here(args, w, residual))
 
@@ -96,7 +101,7 @@ def test_no_sum_overflows(grid: str) -> None:
 def test_packing_loses_nothing(bits: int, k: int, group: int) -> None:
     storage, geometry = storage_of(bits), Geometry(k, group)
     codes = np.random.default_rng(0).integers(0, 1 << bits, (7, k), dtype=np.uint8)
-    packing = linear_int8_widening.weight_packings(3, 7, geometry, storage, "float16", "zero")[3]
+    packing = weight_packings(3, 7, geometry, storage, "float16", "zero")[3]
     stored = packing.pack(codes)
     assert spec(stored) == packing.spec
     fields = []
@@ -126,7 +131,7 @@ def test_only_for_neon_without_dot_products() -> None:
     assert chosen.name == "linear_w4a8_widening_m1_n8_k64_g32_s32"
 
 
-# What issue 5 of the tracker asks of GEMV and GEMM, cycles a product as llvm-mca models a Cortex-A72: the floor is 0.125.
+# The gates of GEMV and GEMM: cycles a product as llvm-mca models a Cortex-A72. The floor is 0.125.
 CYCLES = {128: 0.14, 32: 0.18}
 # 1.06 of what was counted when the kernels were written (n = 64, k = 1024): exact, so only the code can move them.
 INSTRUCTIONS = {(1, 128): 0.284, (16, 128): 0.208, (1, 32): 0.349, (16, 32): 0.268}
@@ -137,7 +142,7 @@ def test_instructions_and_cycles_of_4_bits(m: int, group: int) -> None:
     n, k = 64, 1024
     w = weight("int4", False, n, k, group)
     w = replace(w, scale=w.scale.astype(np.float16))
-    args = [*quantize_activations(np.ones((m, k), np.float32), Geometry(k, group).source), *weight_arguments(w)]
+    args = arguments(np.ones((m, k), np.float32), w)
     call = request(args, w, False)
     executed = emulated.count(linear_int8_widening.lower(call), call, args)
     assembly = cycles.disassemble({e.word for e in executed}, ARM)
