@@ -15,7 +15,7 @@ from compiler import models
 from compiler.checkpoint import Checkpoint, open_checkpoint
 from compiler.codegen import bundle, chat_format, link, tokenizer_files, weights_file
 from compiler.codegen.build import Compiled, compile_module
-from compiler.errors import ConfigError, UnsupportedError
+from compiler.errors import CheckpointError, ConfigError, UnsupportedError
 from compiler.graph.weights import Linear, Table
 from compiler.models import Model
 from compiler.passes.fuse_quantize import FuseQuantize
@@ -89,12 +89,14 @@ def build(model_dir: Path, request: Request, report: Reporter) -> manifest.Manif
         stage.note = (
             f"{inputs.name}: {inputs.format}, {inputs.model.type}, {inputs.model.parameters / 1e6:.1f} M parameters"
         )
+        if inputs.model.left_out:
+            stage.note += f" (without {', '.join(part.rstrip('.') for part in inputs.model.left_out)})"
     return compile_inputs(inputs, request, report)
 
 
 def import_checkpoint(model_dir: Path, request: Request) -> Inputs:
     """Headers, configuration and graph; weights are read later, one at a time."""
-    checkpoint = open_checkpoint(model_dir)
+    checkpoint = open_checkpoint(model_dir, models.gguf_architectures())
     source = open_source(checkpoint)
     model = models.build(checkpoint.config, source.describe, model_options(request))
     refuse_other_biases(model, source)
@@ -114,7 +116,8 @@ def _refuse_unused(checkpoint: Checkpoint, source: Source, model: Model) -> None
     used |= {weight.source for weight in model.weights if isinstance(weight, Table)}
     if "lm_head" not in used:
         used.add("lm_head")  # some writers store a tied head, too
-    if unused := [module for module in source.modules() if module not in used]:
+    others = (module for module in source.modules() if not module.startswith(model.left_out))
+    if unused := [module for module in others if module not in used]:
         raise ConfigError(
             f"{checkpoint.path}: has the matrix {unused[0]!r} ({len(unused)} such in all), which the model that "
             f"config.json describes does not use. The configuration belongs to another checkpoint, or was edited."
@@ -158,10 +161,19 @@ def model_options(request: Request) -> models.Options:
 
 
 def refuse_other_biases(model: Model, source: Source) -> None:
-    """Raise UnsupportedError for a linear layer whose checkpoint adds a bias that the graph does not."""
-    for weight in model.weights:
-        for module in weight.sources if isinstance(weight, Linear) and not weight.bias else ():
-            if source.bias(module) is not None:
+    """Raise unless linear layers have biases where the graph adds them, and elsewhere none but zeros.
+
+    No writer that we know leaves out a bias because it is zero; auto-gptq adds zeros to layers that have none.
+    """
+    for weight in (weight for weight in model.weights if isinstance(weight, Linear)):
+        for module in weight.sources:
+            bias = source.bias(module)
+            if weight.bias and bias is None:
+                raise CheckpointError(
+                    f"{module} has no bias, but with this config.json {model.type} adds one there. The checkpoint "
+                    f"belongs to another architecture, or attention_bias or mlp_bias is wrong."
+                )
+            if not weight.bias and bias is not None and bias.any():
                 raise UnsupportedError(
                     f"{module} has a bias that is not zero, but with this config.json {model.type} has none there. "
                     f"The checkpoint belongs to another architecture, or attention_bias or mlp_bias is missing."

@@ -104,7 +104,8 @@ def load_weight(weight: Weight, source: Source) -> Iterator[tuple[str, Array | C
     else:
         if weight.bias:
             yield f"{weight.name}.bias", _bias(weight, source)
-        loaded = _as_asked(join([source.load(module) for module in weight.sources]), weight)
+        joined = join([source.load(module) for module in weight.sources])
+        loaded = _as_asked(joined if weight.order is None else joined.rows(weight.order), weight)
         yield from _parameters(weight.name, f"{weight.name}.weight", loaded)
 
 
@@ -136,10 +137,10 @@ def _norm(weight: Vector, source: Source) -> NDArray[np.float32]:
 
 
 def _bias(weight: Linear, source: Source) -> NDArray[np.float32]:
-    """The biases of all sources, one after another; none is zeros."""
+    """The biases of all sources, one after another, in the graph's order; that each has one was checked before."""
     parts = [source.bias(module) for module in weight.sources]
-    filled = [np.zeros(n, np.float32) if b is None else b for b, n in zip(parts, weight.rows, strict=True)]
-    return np.concatenate(filled)
+    joined = np.concatenate([part for part in parts if part is not None])
+    return joined if weight.order is None else joined[np.asarray(weight.order)]
 
 
 def _as_asked(loaded: QuantWeight | DenseWeight, weight: Linear) -> QuantWeight | DenseWeight:

@@ -100,24 +100,29 @@ def level(table: Table | None, code: Any) -> Any:
     return T.Cast("int32", T.Cast("int8" if min(table) < 0 else "uint8", byte))
 
 
-def unpack(storage: Storage, w: Sequence[Any], lanes: int) -> list[Any]:
-    """Codes of every quad as u8 vectors [QUAD * lanes], from the step's vectors."""
+def unpack(storage: Storage, w: Sequence[Any], lanes: int, shifts_bytes: bool = False) -> list[Any]:
+    """Codes of every quad as u8 vectors [QUAD * lanes], from the step's vectors. shifts_bytes: the CPU can do that."""
     if storage.quads == 1:
         return [w[0]]
     found = []
     for f in range(storage.quads):
         place = f % storage.per_vector * storage.low
-        value = _field(w[f // storage.per_vector], place, 0, storage.low, lanes)
+        value = _field(w[f // storage.per_vector], place, 0, storage.low, lanes, shifts_bytes)
         if storage.high:
-            value = T.bitwise_or(value, _field(w[-1], f * storage.high, storage.low, storage.high, lanes))
+            value = T.bitwise_or(value, _field(w[-1], f * storage.high, storage.low, storage.high, lanes, shifts_bytes))
         found.append(value)
     return found
 
 
-def _field(w: Any, place: int, to: int, bits: int, lanes: int) -> Any:
-    """Bits place..place+bits-1 of every byte, moved to `to`. Shifts whole 16-bit words, for x86 shifts no bytes."""
+def _field(w: Any, place: int, to: int, bits: int, lanes: int, shifts_bytes: bool) -> Any:
+    """Bits place..place+bits-1 of every byte, moved to `to`. Shifts whole 16-bit words where bytes cannot be (x86)."""
     width = QUAD * lanes
-    if place != to:
+    if place != to and shifts_bytes:
+        shift = T.shift_right if place > to else T.shift_left
+        w = shift(w, T.broadcast(T.uint8(abs(place - to)), width))
+        if place > to == 0 and place + bits == 8:
+            return w
+    elif place != to:
         words = T.reinterpret(f"uint16x{width // 2}", w)
         shift = T.shift_right if place > to else T.shift_left
         words = shift(words, T.broadcast(T.uint16(abs(place - to)), width // 2))

@@ -66,7 +66,10 @@ AARCH64_EXTRAS = {
     "bf16": "bf16",
     "i8mm": "i8mm",
 }
+# The kernel's "isa" line has letters, which cpuinfo readers split: rv64imafdcv -> i, m, a, ... (riscv/uabi.rst).
+RISCV64 = {letter: letter for letter in "mafdcv"}
 CPUINFO_NAMES = {
+    "riscv64": RISCV64,
     "x86_64": X86_64_V4 | X86_64_V3_EXTRAS | X86_64_V4_EXTRAS,
     "aarch64": AARCH64_BASE | AARCH64_EXTRAS,
 }
@@ -88,7 +91,7 @@ ARM_OPTIONAL = ("aes", "sha2")
 def cpuinfo_names(arch: str, features: Iterable[str], where: str) -> tuple[str, ...]:
     """/proc/cpuinfo's names of all "+feature" entries, in order. Raises TargetError, beginning with `where`."""
     if arch not in CPUINFO_NAMES:
-        raise TargetError(f"{where}: arch is {arch!r}, but quern compiles for {' and '.join(CPUINFO_NAMES)} only.")
+        raise TargetError(f"{where}: arch is {arch!r}, but quern compiles for aarch64, riscv64 and x86_64 only.")
     table = CPUINFO_NAMES[arch]
     required = []
     for entry in features:

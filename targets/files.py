@@ -28,9 +28,9 @@ KEYS: dict[str, dict[str, type]] = {  # table -> key -> type; "" is the top of t
         "l1d_kib_per_core": int,
         "l2_kib": int,
     },
-    "memory": {"dram_read_mb_per_s": int},
+    "memory": {"dram_read_mb_per_s": int, "storage_read_mb_per_s": int},
 }
-OPTIONAL = {"inherits", "clock_mhz", "l1d_kib_per_core", "l2_kib", "dram_read_mb_per_s"}
+OPTIONAL = {"inherits", "clock_mhz", "l1d_kib_per_core", "l2_kib", "dram_read_mb_per_s", "storage_read_mb_per_s"}
 
 
 def names(folder: Path = FOLDER) -> list[str]:

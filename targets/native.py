@@ -94,6 +94,7 @@ def detect(cpuinfo: str, base: Target, l1d_kib_per_core: int | None = None, tile
         l1d_kib_per_core=l1d_kib_per_core,
         l2_kib=None,
         dram_read_mb_per_s=None,
+        storage_read_mb_per_s=None,
     )
     return found if tiles else found.plain
 

@@ -37,6 +37,7 @@ class Target:
     l1d_kib_per_core: int | None = None
     l2_kib: int | None = None
     dram_read_mb_per_s: int | None = None
+    storage_read_mb_per_s: int | None = None
 
     @property
     def zig_triple(self) -> str:

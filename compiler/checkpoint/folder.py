@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
+from types import MappingProxyType
 from typing import Any
 
 from numpy.typing import NDArray
 
 from compiler.checkpoint import gguf_file, gguf_model, gguf_tokenizer, safetensors, strict_json
 from compiler.checkpoint.config import Config, read_config, read_optional
+from compiler.checkpoint.gguf_architecture import Architecture
 from compiler.checkpoint.safetensors import TensorInfo
 from compiler.checkpoint.strict_json import shown
 from compiler.errors import CheckpointError, UnsupportedError
@@ -82,21 +84,22 @@ class Checkpoint:
         return read_optional(self.path / name)
 
 
-def open_checkpoint(path: Path | str) -> Checkpoint:
+def open_checkpoint(path: Path | str, gguf: Mapping[str, Architecture] = MappingProxyType({})) -> Checkpoint:
     """Open a folder with config.json and safetensors files, or with one GGUF file, or that file itself.
 
-    Raises a UserError that says what is wrong or missing.
+    gguf: the architectures that may stand in a GGUF file: compiler.models.gguf_architectures(). Raises a UserError that
+    says what is wrong or missing.
     """
     folder = Path(path)
     if folder.suffix == GGUF and not folder.is_dir():
-        return _open_gguf(folder)
+        return _open_gguf(folder, gguf)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder. Give the folder that holds config.json and the .safetensors "
                               f"files, or a .gguf file.")
     if not _visible(folder, "*.safetensors") and (found := _visible(folder, f"*{GGUF}")):
         if len(found) > 1:
             raise CheckpointError(f"{folder} has {len(found)} {GGUF} files ({_some(found)}). Give one of the files.")
-        return _open_gguf(found[0])
+        return _open_gguf(found[0], gguf)
     config = read_config(folder)
     index = _find_index(folder)
     if index is not None:
@@ -108,10 +111,10 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     return Checkpoint(folder, config, tensors, metadata, lambda: _tokenizer_files(folder))
 
 
-def _open_gguf(path: Path) -> Checkpoint:
+def _open_gguf(path: Path, architectures: Mapping[str, Architecture]) -> Checkpoint:
     """One GGUF file: its metadata stands for config.json and for the tokenizer's files."""
     file = gguf_file.read(path)
-    config, tensors = gguf_model.convert(file)
+    config, tensors = gguf_model.convert(file, architectures)
     return Checkpoint(path, config, tensors, {}, lambda: gguf_tokenizer.files(file.metadata, str(path)))
 
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-MACHINES = {62: "x86_64", 183: "aarch64"}  # e_machine
-SHT_DYNAMIC, SHT_NOBITS, SHT_DYNSYM, SHT_GNU_VERNEED, SHT_GNU_VERSYM = 6, 8, 11, 0x6FFFFFFE, 0x6FFFFFFF
-DT_NEEDED = 1
+MACHINES = {62: "x86_64", 183: "aarch64", 243: "riscv64"}  # e_machine
+SHT_SYMTAB, SHT_DYNAMIC, SHT_NOBITS, SHT_DYNSYM, SHT_GNU_VERNEED, SHT_GNU_VERSYM = 2, 6, 8, 11, 0x6FFFFFFE, 0x6FFFFFFF
+DT_NEEDED, STT_FUNC = 1, 2
 VERSYM_MASK = 0x7FFF  # bit 15 marks a hidden version; 0 local, 1 global without a version
 
 
@@ -54,6 +54,15 @@ def read(path: Path) -> SharedLibrary:
         raise ElfError(f"{path}: damaged, or without section headers: {error}.") from error
     arch = MACHINES.get(machine, f"machine {machine}")
     return SharedLibrary(arch, tuple(sorted(needed)), tuple(sorted(versions)), tuple(sorted(unversioned)))
+
+
+def functions(path: Path) -> list[tuple[int, str]]:
+    """(address, name) of every symbol for code in a file that was not stripped, ascending."""
+    sections = _sections(path.read_bytes())
+    table = _only(sections, SHT_SYMTAB)
+    strings = sections[table.link].data
+    symbols = struct.iter_unpack("<IBBHQQ", table.data)
+    return sorted((address, _text(strings, name)) for name, info, _, _, address, _ in symbols if info & 15 == STT_FUNC)
 
 
 def _sections(data: bytes) -> list[_Section]:

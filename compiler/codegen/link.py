@@ -52,7 +52,7 @@ def link(objects: list[Path], out: Path, target: Target) -> None:
         made = Path(scratch) / out.name
         command = [sys.executable, "-m", "ziglang", "cc", "-target", target.zig_triple, *FLAGS, "-o", str(made)]
         command += [str(path.resolve()) for path in objects]
-        done = subprocess.run(command, env=_environment(), cwd=scratch, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, env=zig_environment(), cwd=scratch, capture_output=True, text=True, check=False)
         if done.returncode or not made.is_file():
             raise LinkError(
                 f"{out}: linking for {target.zig_triple} failed (zig cc left with {done.returncode}):\n"
@@ -101,7 +101,7 @@ def _glibc_number(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts) if all(part.isdigit() for part in parts) else (sys.maxsize,)
 
 
-def _environment() -> dict[str, str]:
+def zig_environment() -> dict[str, str]:
     """The caller's environment, with zig's caches in one place: by default it would leave one in the current folder."""
     cache = os.environ.get("ZIG_GLOBAL_CACHE_DIR") or str(cache_dir() / "zig")
     Path(cache).mkdir(parents=True, exist_ok=True)

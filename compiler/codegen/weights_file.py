@@ -112,7 +112,7 @@ class _File:
         self._free.append(chunk)
 
     def _put(self, handle: int, chunk: NDArray[np.uint8], start: int) -> str:
-        digest = hashlib.sha256(chunk).hexdigest()
+        digest = hashlib.sha256(chunk.data).hexdigest()
         try:
             _write_all(handle, chunk, start)
         except OSError:
@@ -125,4 +125,4 @@ class _File:
 def _write_all(handle: int, data: NDArray[np.uint8], start: int) -> None:
     done = 0
     while done < len(data):
-        done += os.pwrite(handle, data[done:], start + done)
+        done += os.pwrite(handle, data[done:].data, start + done)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import numpy as np
@@ -147,6 +147,12 @@ class QuantWeight:
         return WeightType(n, k, self.grid, self.group_size, str(self.scale.dtype), self.offset is not None, permuted,
                           self.activations, order)
 
+    def rows(self, order: Sequence[int]) -> QuantWeight:
+        """The same weight with row order[i] in place i."""
+        places = np.asarray(order)
+        offset = None if self.offset is None else self.offset[places]
+        return replace(self, stored=self.codes[places], scale=self.scale[places], zero=self.zero[places], offset=offset)
+
 
 @dataclass(frozen=True, eq=False)
 class DenseWeight:
@@ -164,6 +170,10 @@ class DenseWeight:
         """Shape and kind."""
         n, k = self.values.shape
         return WeightType(n, k, self.dtype, 0)
+
+    def rows(self, order: Sequence[int]) -> DenseWeight:
+        """The same weight with row order[i] in place i."""
+        return DenseWeight(self.values[np.asarray(order)], self.dtype)
 
 
 @overload

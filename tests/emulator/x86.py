@@ -23,9 +23,7 @@ COUNTERS = ("configurations", "releases", "products", "vnni")
 
 def missing() -> frozenset[str]:
     """Features that this machine's CPU lacks and the emulator has; none on another architecture."""
-    if device.arch() != "x86_64":
-        return frozenset()
-    return frozenset(EMULATED - device.cpu_features())
+    return frozenset(EMULATED - device.cpu_features()) if device.arch() == "x86_64" else frozenset()
 
 
 @cache
@@ -44,12 +42,12 @@ def library() -> Path:
 
 @cache
 def enable() -> frozenset[str]:
-    """From now on this process runs what the CPU lacks; gives cpuinfo's names of it. Asks for tiles, too."""
+    """From now on this process runs what the CPU lacks or the kernel refuses; gives cpuinfo's names of that."""
     found = missing()
+    if device.arch() == "x86_64" and not device.allow_tiles():
+        found |= device.TILE_FEATURES  # where the kernel refuses them, tiles are a SIGILL as well
     if found:
         assert _loaded().emulated_arch_prctl(device.ARCH_REQ_XCOMP_PERM, device.XTILEDATA) == 0
-    elif device.arch() == "x86_64":
-        device.allow_tiles()
     return found
 
 

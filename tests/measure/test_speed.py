@@ -11,7 +11,7 @@ import targets
 from compiler import pipeline
 from compiler.__main__ import main
 from compiler.errors import UserError
-from compiler.measure import speed
+from compiler.measure import bundle_process, speed
 from compiler.measure.speed import Spread
 from compiler.progress import Reporter
 from runtime.bundle import Bundle, open_bundle
@@ -67,7 +67,9 @@ def test_figures_fit_together(stories: Path, prompt: int, steps: int, context: i
     assert ratio.median <= used * decode.max / read.min * (1 + 1e-9)
 
 
-def test_with_tiles_prefill_is_measured_without_them_too(stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_without_tiles_is_computed_by_a_session_of_its_own(
+    stories: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = []
 
     class Tiled(Session):
@@ -78,9 +80,17 @@ def test_with_tiles_prefill_is_measured_without_them_too(stories: Path, monkeypa
             self.tiles = tiles
             made.append(tiles)
 
-    monkeypatch.setattr(speed, "Session", Tiled)
-    measured = speed.measure(stories, NATIVE, 16, 1, rounds=2, threads=1, context=4)
+    monkeypatch.setattr(bundle_process, "Session", Tiled)
+    measured = bundle_process.Measured(open_bundle(stories), 1)
+    assert measured.about()["tiles"]
+    assert measured.prefill_plain(16)["seconds"] > 0
+    assert measured.prefill_plain(16)["seconds"] > 0
     assert made == [True, False]
+
+
+def test_with_tiles_prefill_is_measured_without_them_too(stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed.QuernSide, "tiles", property(lambda side: True, lambda side, value: None), raising=False)
+    measured = speed.measure(stories, NATIVE, 16, 1, rounds=2, threads=1, context=4)
     assert measured.prefill_plain_tok_s is not None
     assert 0 < measured.prefill_plain_tok_s.min <= measured.prefill_plain_tok_s.max
 

@@ -95,3 +95,16 @@ def test_kinds_that_can_be_joined() -> None:
     assert ordered.kind != WeightType(2, 4, "int4", 2, permuted=True, order="b").kind
     unread = WeightType(2, 4, "int4", 2, permuted=True)
     assert unread.kind != WeightType(2, 4, "int4", 2, permuted=True).kind  # unknown orders are never taken for equal
+
+
+def test_rows_in_another_order() -> None:  # codes, scales, zeros and offsets move together; columns do not
+    random = np.random.default_rng(0)
+    scale, offset = (random.standard_normal((3, 2)).astype(np.float32) for _ in range(2))
+    codes = random.integers(0, 16, (3, 8), np.uint8)
+    moved = QuantWeight(codes, scale, np.zeros((3, 2), np.int16), "int4", 4, offset=offset).rows([2, 0, 1])
+    assert moved.offset is not None
+    assert np.array_equal(moved.codes, codes[[2, 0, 1]])
+    assert np.array_equal(moved.scale, scale[[2, 0, 1]])
+    assert np.array_equal(moved.offset, offset[[2, 0, 1]])
+    values = random.standard_normal((3, 8)).astype(np.float16)
+    assert np.array_equal(DenseWeight(values, "float16").rows([2, 0, 1]).values, values[[2, 0, 1]])

@@ -275,7 +275,8 @@ WITNESS = {  # the instruction that an instruction set is there for, as the asse
     "avx512_vnni": r"\bvpdpbusd\b[^\n]*%zmm",
     "avx_vnni": r"\{vex\}\s+vpdpbusd\b[^\n]*%ymm",
     "avx2": r"\bvpmaddubsw\b[^\n]*%ymm",
-    "neon": r"\bmla\tv\d+\.4s",
+    "neon_dotprod": r"\bsdot\tv\d+\.4s",
+    "neon_i8mm": r"\busdot\tv\d+\.4s",
     "generic": r"\bvpmulld\b[^\n]*%[yz]mm|\bmla\tv\d+\.4s",
 }
 BIG = Shape(4, 1, 344, 704, 128, "float16", residual=True)

@@ -150,7 +150,7 @@ def extremes(case: Case) -> Iterator[tuple[QuantWeight, np.ndarray]]:
     signs = [np.ones(case.k), -np.ones(case.k), np.where(np.arange(case.k) % 2, 1, -1)]
     for code, zero, sign in product((0, top), (0,) if plain else (0, top), signs):
         w = replace(
-            sample(case), codes=np.full((case.n, case.k), code, np.uint8), scale=scale,
+            sample(case), stored=np.full((case.n, case.k), code, np.uint8), scale=scale,
             zero=np.full(shape, zero, np.int16), offset=np.zeros(shape, np.float32) if case.offset else None,
         )  # fmt: skip
         yield w, np.tile(QMAX * sign, (case.m, 1))
@@ -241,4 +241,4 @@ def test_every_task_configures_its_own_tiles() -> None:
     run(built, activations, sample(case))
     executed = {name: count - before[name] for name, count in x86.counts().items()}
     emulated = {"configurations": 5, "releases": 5, "products": 5 * 2 * 2 * 2 * 4, "vnni": 0}
-    assert executed == (emulated if "amx_tile" in x86.missing() else dict.fromkeys(emulated, 0))
+    assert executed == (emulated if "amx_tile" in x86.enable() else dict.fromkeys(emulated, 0))

@@ -86,7 +86,8 @@ def test_the_raspberry_pi_4() -> None:
         ('["+neon", "-crc"]', '["+avx2"]', "feature '+avx2' is not one that quern knows for aarch64. Known: aes, bf16, "
          "crc, dotprod, fp-armv8, fp16fml, fullfp16, i8mm, lse, neon, rdm, sha2. "
          "A new one is added in targets/features.py."),
-        ('arch = "aarch64"', 'arch = "mips"', "arch is 'mips', but quern compiles for x86_64 and aarch64 only."),
+        ('arch = "aarch64"', 'arch = "mips"',
+         "arch is 'mips', but quern compiles for aarch64, riscv64 and x86_64 only."),
         ('glibc = "2.31"', "", "system.glibc is missing, here and in what it inherits."),
         ('[system]\narch = "aarch64"', 'system = 1\n[other]\narch = "aarch64"',
          "system is 1, an integer, but it must be a table: [system]."),
@@ -120,8 +121,8 @@ def test_an_unknown_name() -> None:
     with pytest.raises(targets.TargetError) as caught:
         targets.load("rpi-4")
     assert str(caught.value) == (
-        "There is no target 'rpi-4'. Did you mean 'rpi4'? "
-        "Known targets: native, aarch64, rpi4, sapphire-rapids, x86-64."
+        "There is no target 'rpi-4'. Did you mean 'rpi4'? Known targets: native, aarch64, riscv64-v, rpi3, rpi4, "
+        "rpi5, sapphire-rapids, snapdragon-8gen2, x86-64."
     )
 
 

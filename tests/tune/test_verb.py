@@ -40,8 +40,8 @@ def _restore_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         ([], "tune needs either a --model or --shapes: give one of the two."),
         (["--model", "a", "--shapes", "b"], "tune needs either a --model or --shapes: give one of the two."),
         (["--shapes", "gpt-9", "--tuning-logs", "logs"],
-         "There is no shape 'gpt-9'. Known shapes: tinyllama-1.1b, llama-3.2-1b, llama-3.2-3b, llama-2-7b, llama-3-8b, "
-         "a72-count."),
+         "There is no shape 'gpt-9'. Known shapes: tinyllama-1.1b, llama-0.1b, llama-0.5b, qwen2.5-0.5b, llama-3.2-1b, "
+         "llama-3.2-3b, llama-2-7b, llama-3-8b, qwen2.5-1.5b, a72-count."),
         (["--shapes", "a72-count", "--operators", "softmax", "--tuning-logs", "logs"],
          "Nothing to tune: no kernel of this model, with these --tokens and --operators, has knobs."),
         (["--target", "aarch64" if NATIVE.arch == "x86_64" else "x86-64", "--shapes", "a72-count"],

@@ -9,9 +9,10 @@ both             weight_scale f16|bf16|f32[n, G]; with actorder = group weight_g
 ->  codes u8[n, k], scale f16|f32[n, G], zero i16[n, G], permutation i32[k] with actorder = group
 
 input_activations say what the checkpoint was made for, and quern does it its own way. W8A8 means int8 activations with
-one scale a token, amax / 127.5 over all inputs (dynamic), or one stored scale for all (static: input_scale, unread).
-quern's have one scale a token and span of at most 128 inputs, amax / 127: finer, so errors are smaller, and results
-differ in the rounding. --activations exact rounds no activation. The manifest keeps what the checkpoint was made for.
+one scale a token, amax / 127.5 over all inputs (dynamic), or one stored scale for all (static: input_scale f32|bf16|f16
+[1], checked and not used). quern's have one scale a token and span of at most 128 inputs, amax / 127: finer, so errors
+are smaller, and results differ in the rounding; tests/quant/test_real_checkpoints.py has the bound. --activations exact
+rounds no activation. The manifest keeps what the checkpoint was made for.
 """
 from __future__ import annotations
 
@@ -126,6 +127,7 @@ class CompressedSource:
         codes = self._codes(module, scheme, shapes, order)
         scale = np.ascontiguousarray(np.broadcast_to(scale, (shapes.n, shapes.groups)))
         zero = self._zeros(module, scheme, shapes)
+        self._refuse_wrong_input_scale(module, scheme)
         return QuantWeight(codes, scale, zero, integer_grid(scheme.bits).name, shapes.group_size, order,
                            activations=scheme.activations)
 
@@ -179,6 +181,23 @@ class CompressedSource:
             raise FormatError(f"{info.file}: {name}: a zero point is {wrong}, but symmetric = true needs 0 everywhere. "
                               f"If the file has zero points, config.json must say symmetric = false.")
         return zero.astype(np.int16)
+
+    def _refuse_wrong_input_scale(self, module: str, scheme: Scheme) -> None:
+        """A static checkpoint has one positive scale for its activations: one that has none was made otherwise."""
+        if scheme.activations != "int8-static":
+            return
+        name = f"{module}.input_scale"
+        info = self._part(module, "input_scale")
+        if info is None:
+            raise FormatError(f"{self._checkpoint.path}: {module} has no .input_scale, which config_groups with static "
+                              f"input_activations says it has. The configuration belongs to another checkpoint, or the "
+                              f"file is damaged.")
+        if info.shape not in ((), (1,)) or info.dtype not in DENSE_STORAGE:
+            raise FormatError(f"{info.file}: {name} is {spelled(info)}, but static input_activations need one 16- or "
+                              f"32-bit float. config_groups is of another checkpoint, or the file is damaged.")
+        if not (values := read_scales(self._checkpoint, name)).all() or (values < 0).any():
+            raise FormatError(f"{info.file}: {name} is {float(values.reshape(-1)[0]):g}, but a scale is above 0. The "
+                              f"file is damaged: fetch it again.")
 
     def _order(self, module: str, scheme: Scheme, shapes: Shapes) -> NDArray[np.int32] | None:
         if self._part(module, "weight_g_idx") is None:
@@ -265,7 +284,7 @@ def _unsigned(values: NDArray[np.int8], bits: int, where: str) -> NDArray[np.uin
 def _read_config(config: ConfigView) -> Rules[Scheme | None]:
     """Every group's scheme for its targets: exact names, then patterns in alphabetical order, then the class name."""
     config.string("quant_method", [NAME])
-    config.string("quantization_status", ["compressed"], "compressed")
+    config.string("quantization_status", ["compressed", "frozen"], "compressed")  # frozen: older W8A8 files
     config.strings("ignore", ())  # which are quantised, the tensors themselves say
     for key in ("sparsity_config", "transform_config", "kv_cache_scheme"):
         _refuse_used(config, key)

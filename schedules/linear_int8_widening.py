@@ -1,0 +1,352 @@
+"""Integer linear layers for NEON without dot products (Cortex-A72, A53): bytes multiplied into 16-bit sums.
+
+The operators and the arithmetic are those of schedules.linear_int8, which see; integers are exact and fp32 operations
+come in the same order. Four rows go side by side, one vector each (schedules.packed_rows). SMULL and SMLAL multiply 8
+codes by 8 activations and add to 8 int16 sums; SADDLP and ADDP bring a span's sums together, a lane for each row, and
+from there on a vector holds four rows.
+
+No int16 sum overflows: |activation| <= 127, so MOST products of one size fit before SADALP moves them to int32,
+MOST = 32767 // (127 * largest |code|):
+    bits 2: 86    3: 36    4: 17    5: 8    6: 4    8: 2 (codes minus 128: 2 * 128 * 127 = 32512)    levels: 2 (32258)
+A lane gets one product for 8 inputs, at most 16 in a span of 128: 4-bit codes need no SADALP. An int32 holds
+128 * 255 * 127 and twice that with the zero point. -128 never occurs among activations.
+
+Cortex-A72: one multiplication of 8 bytes a cycle and no more, so 0.125 cycles a product is the floor; the rest must fit
+beside it. Tiles of four rows and up to four tokens share a row's unpacked codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import product
+from math import lcm
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+
+from schedules import vector
+from schedules.geometry import Geometry
+from schedules.isa import broadcast_table
+from schedules.kernel import Kernel, NotSuited, Request
+from schedules.linear_int8 import CODES, SCALE, int8_levels
+from schedules.packed import affine_of
+from schedules.packed_rows import BYTES, MIDDLE, ROWS, blocks, inputs_of, storage_of, weight_packings
+from schedules.packed_rows import steps as steps_of
+from schedules.storage import Storage, Table, unpack
+from schedules.vector import Expr
+
+RANK = 5  # below AMX, which never meets it
+UNROLLED = 64  # inputs of a loop's body at least; from 128 on LLVM moves loads up until registers run out
+HALF = 8  # int16 sums in a register, products of one instruction
+QMAX = 127
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What the kernel is for, and its tile."""
+
+    m: int
+    n: int
+    geometry: Geometry
+    storage: Storage
+    scale_dtype: str
+    affine: str
+    residual: bool
+    table: Table | None
+    unit: float
+    tokens: int = 1
+
+    @property
+    def most(self) -> int:
+        """Products that one int16 sum holds."""
+        top = (1 << self.storage.bits) - 1
+        largest = max(map(abs, self.table)) if self.table else MIDDLE if self.storage.bits == 8 else top
+        return 32767 // (QMAX * largest)
+
+    @property
+    def inputs(self) -> int:
+        """Stored inputs, spans and their padding."""
+        return self.geometry.spans * self.geometry.width
+
+
+@dataclass
+class _Sum:
+    """A row's sum over one span and token so far: a chain of int16 products, and int32 of those that were moved."""
+
+    most: int
+    short: Expr = None
+    products: int = 0
+    long: Expr = None
+
+    def add(self, code: Expr, activation: Expr) -> None:
+        """One more product in each lane."""
+        if self.products == self.most:
+            self.move()
+        product = T.Cast("int16x8", code) * T.Cast("int16x8", activation)
+        self.short = product if self.short is None else self.short + product
+        self.products += 1
+
+    def move(self) -> None:
+        """int16 to int32, pair by pair."""
+        pairs = T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.saddlp", self.short)
+        self.long = vector.hold(pairs if self.long is None else self.long + pairs, 4, "int32")
+        self.short, self.products = None, 0
+
+
+class _Factors:
+    """What `spans` spans from `first` on are scaled with, loaded up to four spans at a time."""
+
+    def __init__(self, tile: _Tile, first: Expr, spans: int):
+        self._tile, self._first = tile, first
+        self._at_once = next(count for count in (4, 2, 1) if spans % count == 0)
+        self._loaded: dict[tuple[str, int, int], Expr] = {}
+
+    def zero(self, s: int) -> Expr:
+        """int32 vector [4] of the rows' zero points."""
+        return self._of_rows("zero", s, "int32")
+
+    def scale(self, s: int) -> Expr:
+        """fp32 vector [4]."""
+        return self._of_rows("scale", s, "float32")
+
+    def offset(self, s: int) -> Expr:
+        """fp32 vector [4]."""
+        return self._of_rows("offset", s, "float32")
+
+    def asum(self, t: int, s: int) -> Expr:
+        """int32 of a token."""
+        return self._of_token("asum", t, s, "int32")
+
+    def ascale(self, t: int, s: int) -> Expr:
+        """fp32 of a token."""
+        return self._of_token("ascale", t, s, "float32")
+
+    def _of_rows(self, name: str, s: int, dtype: str) -> Expr:
+        start, place = s // self._at_once * self._at_once, s % self._at_once
+        key, lanes = (name, start, 0), ROWS * self._at_once
+        if key not in self._loaded:
+            raw = self._tile.buffers[name][self._tile.block, self._first + start, T.ramp(0, 1, lanes)]
+            self._loaded[key] = vector.hold(T.Cast(f"{dtype}x{lanes}", raw), lanes, dtype)
+        return _part(self._loaded[key], place, self._at_once, dtype)
+
+    def _of_token(self, name: str, t: int, s: int, dtype: str) -> Expr:
+        token, start = self._tile.first + t, s // self._at_once * self._at_once
+        if self._at_once == 1:
+            return self._tile.buffers[name][token, self._first + s]
+        key = (name, start, t)
+        if key not in self._loaded:
+            values = self._tile.buffers[name][token, T.ramp(self._first + start, 1, self._at_once)]
+            self._loaded[key] = vector.hold(values, self._at_once, dtype)
+        return tirx.Shuffle([self._loaded[key]], [s - start])
+
+
+def _part(value: Expr, place: int, parts: int, dtype: str) -> Expr:
+    """The place-th of `parts` (1, 2 or 4) vectors of four lanes."""
+    while parts > 1:
+        parts //= 2
+        half = T.vectorhigh if place >= parts else T.vectorlow
+        value, place = half(f"{dtype}x{ROWS * parts}", value), place % parts
+    return value
+
+
+@dataclass
+class _Tile:
+    """Emits four rows of `tokens` tokens."""
+
+    layer: Layer
+    buffers: dict[str, Any]
+    block: Expr
+    first: Expr
+    acc: list[Any] = field(default_factory=list)
+
+    def emit(self) -> None:
+        """A loop over equal stretches of spans, and what is left over."""
+        layer = self.layer
+        self.acc = [vector.registers(1, ROWS) for _ in range(layer.tokens)]
+        for cell in self.acc:
+            vector.store(cell, vector.splat(0.0, ROWS), 0, 0, lanes=ROWS)
+        width, step_inputs = layer.geometry.width, inputs_of(layer.storage)
+        period = lcm(width, step_inputs)
+        while 2 * period <= UNROLLED:
+            period *= 2
+        whole = layer.inputs // period
+        if whole:
+            with T.serial(whole) as i:
+                self._stretch(i * (period // step_inputs), i * (period // width), period)
+        if rest := layer.inputs - whole * period:
+            self._stretch(whole * (period // step_inputs), whole * (period // width), rest)
+        for t in range(layer.tokens):
+            self._store(t)
+
+    def _stretch(self, step: Expr, span: Expr, inputs: int) -> None:
+        """`inputs` stored inputs from the start of both a step and a span on: whole spans, all of it unrolled."""
+        layer, width = self.layer, self.layer.geometry.width
+        factors = _Factors(self, span, inputs // width)
+        sums = [[_Sum(layer.most) for _ in range(ROWS)] for _ in range(layer.tokens)]
+        for at in range(0, inputs, BYTES):
+            local, place = divmod(at, inputs_of(layer.storage))
+            if place == 0:
+                planes = range(layer.storage.vectors)
+                rows = [[self._weights(step + local, v, r) for v in planes] for r in range(ROWS)]
+                fields = [unpack(layer.storage, vectors, ROWS, shifts_bytes=True) for vectors in rows]
+            codes = [self._signed(of_row[place // BYTES]) for of_row in fields]
+            for half, x in self._halves(span, at, inputs):
+                part = T.vectorhigh if half else T.vectorlow
+                for t, r in product(range(layer.tokens), range(ROWS)):
+                    sums[t][r].add(part("int8x8", codes[r]), x[t])
+                s, end = divmod(at + half + HALF, width)
+                if end == 0:
+                    for t in range(layer.tokens):
+                        self._scale(t, factors, s - 1, sums[t])
+                        sums[t] = [_Sum(layer.most) for _ in range(ROWS)]
+
+    def _halves(self, span: Expr, at: int, inputs: int) -> Iterator[tuple[int, list[Expr]]]:
+        """(0 or 8, int8 vectors [8] of every token) of up to sixteen activations; loaded at once within a span."""
+        tokens = range(self.layer.tokens)
+        if at // self.layer.geometry.width == (at + HALF) // self.layer.geometry.width:
+            both = [self._activations(t, span, at, BYTES) for t in tokens]
+            yield 0, [T.vectorlow("int8x8", x) for x in both]
+            yield HALF, [T.vectorhigh("int8x8", x) for x in both]
+            return
+        for half in range(0, min(BYTES, inputs - at), HALF):
+            yield half, [self._activations(t, span, at + half, HALF) for t in tokens]
+
+    def _weights(self, step: Expr, v: int, row: int) -> Expr:
+        return vector.hold(self.buffers["codes"][self.block, step, v, row, T.ramp(0, 1, BYTES)], BYTES, "uint8")
+
+    def _signed(self, codes: Expr) -> Expr:
+        """int8 vector [16] of codes, which fit, or their levels."""
+        if self.layer.table is None:
+            return vector.hold(T.reinterpret("int8x16", codes), BYTES, "int8")
+        table = broadcast_table(self.layer.table, ROWS)
+        return vector.hold(T.call_llvm_pure_intrin("int8x16", "llvm.aarch64.neon.tbl1", table, codes), BYTES, "int8")
+
+    def _activations(self, t: int, span: Expr, at: int, lanes: int) -> Expr:
+        s, o = divmod(at, self.layer.geometry.width)
+        return vector.hold(self.buffers["q"][self.first + t, span + s, T.ramp(o, 1, lanes)], lanes, "int8")
+
+    def _scale(self, t: int, factors: _Factors, s: int, sums: list[_Sum]) -> None:
+        """Bring four rows' sums into one vector, and add them to the token's fp32 results."""
+        layer, centred = self.layer, _rows_together(sums)
+        if layer.affine == "zero":
+            centred = centred - factors.zero(s) * T.broadcast(factors.asum(t, s), ROWS)
+        elif layer.storage.bits == 8:
+            centred = centred + T.broadcast(factors.asum(t, s) * MIDDLE, ROWS)
+        by_token = factors.ascale(t, s)
+        if layer.table is not None:
+            by_token = by_token * T.float32(layer.unit)
+        value = T.Cast("float32x4", centred) * (factors.scale(s) * T.broadcast(by_token, ROWS))
+        if layer.affine == "offset":
+            weight = T.Cast("float32", factors.asum(t, s)) * factors.ascale(t, s)
+            value = value + factors.offset(s) * T.broadcast(weight, ROWS)
+        cell = self.acc[t]
+        vector.store(cell, vector.load(cell, 0, 0, lanes=ROWS) + value, 0, 0, lanes=ROWS)
+
+    def _store(self, t: int) -> None:
+        """The rows that there are, plus the residual."""
+        n, token, row = self.layer.n, self.first + t, self.block * ROWS
+
+        def put(offset: int, lanes: int) -> None:
+            value = self.acc[t][0, vector.at(offset, lanes)]
+            if self.layer.residual:
+                value = self.buffers["residual"][token, vector.at(row + offset, lanes)] + value
+            T.buffer_store(self.buffers["out"], value, [token, vector.at(row + offset, lanes)])
+
+        if n % ROWS == 0:
+            put(0, ROWS)
+            return
+        with T.If(self.block < n // ROWS):
+            with T.Then():
+                put(0, ROWS)
+            with T.Else():
+                for i in range(n % ROWS):
+                    put(i, 1)
+
+
+def _add_pairs(a: Expr, b: Expr, dtype: str) -> Expr:
+    """Sums of neighbours, those of a first."""
+    lanes = HALF if dtype == "int16" else ROWS
+    return vector.hold(T.call_llvm_pure_intrin(f"{dtype}x{lanes}", "llvm.aarch64.neon.addp", a, b), lanes, dtype)
+
+
+def _rows_together(sums: list[_Sum]) -> Expr:
+    """int32 vector [4]: the whole sum of each of four rows. Neighbours are added as int16 as long as they fit."""
+    together: list[Expr] = [sum_.short for sum_ in sums]
+    products = sums[0].products
+    if sums[0].long is None:
+        while len(together) > 1 and 2 * products <= sums[0].most:
+            products *= 2
+            together = [_add_pairs(a, b, "int16") for a, b in zip(together[::2], together[1::2], strict=True)]
+        wide = [T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.saddlp", x) for x in together]
+    else:
+        for sum_ in sums:
+            sum_.move()
+        wide = [sum_.long for sum_ in sums]
+    while len(wide) > 1:
+        wide = [_add_pairs(a, b, "int32") for a, b in zip(wide[::2], wide[1::2], strict=True)]
+    return vector.hold(wide[0], ROWS, "int32")
+
+
+def kernel(layer: Layer, name: str) -> Any:
+    """Blocks of four rows in parallel, then tiles of tokens."""
+    m, n, geometry, storage = layer.m, layer.n, layer.geometry, layer.storage
+    spans, width = geometry.spans, geometry.width
+    groups = (blocks(n), spans, ROWS)
+    shapes = {
+        "q": ((m, spans, width), "int8"),
+        "ascale": ((m, spans), "float32"),
+        "asum": ((m, spans), "int32"),
+        "codes": ((blocks(n), steps_of(geometry, storage), storage.vectors, ROWS, BYTES), "uint8"),
+        "scale": (groups, layer.scale_dtype),
+    }
+    if layer.affine != "table":
+        zero_dtype = "int8" if storage.bits == 8 else "uint8"
+        shapes[layer.affine] = (groups, "float32" if layer.affine == "offset" else zero_dtype)
+    if layer.residual:
+        shapes["residual"] = ((m, n), "float32")
+    shapes["out"] = ((m, n), "float32")
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_attr({"tirx.noalias": True, "global_symbol": name})
+        buffers = {key: T.arg(key, T.buffer(shape, dtype, layout=None)) for key, (shape, dtype) in shapes.items()}
+        with T.sblock("linear"):
+            T.reads(*(_whole(b, shapes[key][0]) for key, b in buffers.items() if key != "out"))
+            T.writes(_whole(buffers["out"], (m, n)))
+            with T.parallel(blocks(n)) as block:
+                if m == layer.tokens:
+                    _Tile(layer, buffers, block, T.int32(0)).emit()
+                else:
+                    with T.serial(m // layer.tokens) as tile:
+                        _Tile(layer, buffers, block, tile * layer.tokens).emit()
+    return builder.get()
+
+
+def _whole(buffer: Any, shape: tuple[int, ...]) -> Any:
+    return buffer[tuple(slice(0, extent) for extent in shape)]
+
+
+def lower(request: Request) -> Kernel:
+    """For aarch64 with NEON and without dot products; other targets are not suited."""
+    target = request.target
+    if target.arch != "aarch64" or not target.has("neon") or target.has("dotprod"):
+        raise NotSuited
+    group, affine = int(request.attrs["group"]), affine_of(request.op)
+    m, (n, k) = request.args[0].shape[0], request.args[CODES].shape
+    geometry, storage = Geometry(k, group), storage_of(int(request.attrs["bits"]))
+    table, unit = int8_levels(request.table) if request.table is not None else (None, 1.0)
+    residual = request.op.endswith("_residual")
+    scale_dtype = request.args[SCALE].dtype
+    layer = Layer(m, n, geometry, storage, scale_dtype, affine, residual, table, unit)
+    tile = 4 if layer.most > 2 else 2  # where every other product moves on to int32, sixteen such sums would spill
+    layer = replace(layer, tokens=int(request.knobs.get("tokens", next(t for t in (tile, 2, 1) if m % t == 0))))
+    kind = request.attrs.get("grid", storage.name)
+    tail = ("_offset" if affine == "offset" else "") + ("_residual" if residual else "")
+    name = f"linear_{kind}a8_widening_m{m}_n{n}_k{k}_g{group}_s{scale_dtype[5:]}{tail}"
+    return Kernel(name, kernel(layer, name), weight_packings(CODES, n, geometry, storage, scale_dtype, affine))
+
+
+LOWERS = {
+    f"quern.linear_int8{affine}{tail}": lower for affine in ("", "_offset", "_table") for tail in ("", "_residual")
+}
