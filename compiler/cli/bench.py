@@ -210,7 +210,7 @@ def _peer_model(options: argparse.Namespace, path: Path, setup: Setup) -> PeerMo
         config = shapes.settings(setup.shape, setup.positions)
         return PeerModel(config, setup.bits, setup.group_size, setup.head_bits)
     made = read_manifest(path).quantization
-    bits, group, head = (int(made[name]) for name in ("bits", "group_size", "head_bits"))
+    bits, group, head = (int(str(made[name])) for name in ("bits", "group_size", "head_bits"))
     return PeerModel(open_checkpoint(options.model).config.data, bits, group, head, options.model)
 
 

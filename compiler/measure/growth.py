@@ -5,7 +5,7 @@ Each point is a comparison of its own (compare.py); engines that cannot run a po
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,14 +51,14 @@ class Point:
 
 def setups(kind: str, base: Setup, values: Sequence[Any]) -> list[tuple[Any, Setup]]:
     """The setup of each value. Only what depends on the value is measured: decoding for context, prefill for prompt."""
-    made = {
+    made: dict[str, Callable[[Any], Setup]] = {
         "context": lambda v: replace(base, work=replace(base.work, context=v, prompt_tokens=0)),
         "prompt": lambda v: replace(base, work=replace(base.work, prompt_tokens=v, decode_tokens=0)),
         "size": lambda v: replace(base, shape=v),
         "group": lambda v: replace(base, group_size=v),
         "bits": lambda v: replace(base, bits=v, head_bits=v),
-    }[kind]
-    return [(value, made(value)) for value in values]
+    }
+    return [(value, made[kind](value)) for value in values]
 
 
 def values(kind: str, given: str | None) -> list[Any]:
