@@ -67,6 +67,7 @@ def test_a_plot_is_drawn_and_repeats(tmp_path: Path) -> None:
     assert "<!-- prefill -->" not in drawn
 
 
+@pytest.mark.slow
 def test_the_verb_grows_over_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

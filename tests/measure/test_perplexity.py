@@ -54,7 +54,7 @@ def test_a_text_too_short(stories: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         perplexity.windows(bundle, tmp_path / "text.txt")
     assert str(caught.value) == (
-        f"{tmp_path / 'text.txt'}: has 3 tokens, but perplexity needs at least 2 windows of 32. Take a longer text."
+        f"{tmp_path / 'text.txt'}: has 2 tokens, but perplexity needs at least 2 windows of 32. Take a longer text."
     )
     (tmp_path / "text.txt").write_bytes(b"Once\xff")
     with pytest.raises(UserError) as caught:
