@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -12,14 +10,13 @@ from typing import Any
 
 import numpy as np
 import tvm
-from numpy.typing import NDArray
 
 from compiler import models
 from compiler.checkpoint import Checkpoint, open_checkpoint
 from compiler.codegen import bundle, chat_format, link, tokenizer_files, weights_file
 from compiler.codegen.build import Compiled, compile_module
 from compiler.errors import CheckpointError, ConfigError, UnsupportedError
-from compiler.graph.weights import Constant, Linear, Table, Vector, Weight
+from compiler.graph.weights import Linear, Table
 from compiler.models import Model
 from compiler.passes.fuse_quantize import FuseQuantize
 from compiler.passes.fuse_residual import FuseResidual
@@ -29,20 +26,23 @@ from compiler.passes.verify import verify
 from compiler.progress import Reporter
 from compiler.quant.formats import open_source
 from compiler.quant.grids import integer_grid
-from compiler.quant.ir import DenseWeight, QuantWeight, WeightType, join
+from compiler.quant.ir import WeightType
 from compiler.quant.source import Source
 from compiler.quantize import rtn
+from compiler.weights import packed
 from runtime import manifest
 from targets import Target
 
 LIBRARY, WEIGHTS = "model.so", "weights.bin"
-DECODERS = 2  # weights decoded at a time; numpy lets threads run beside each other, and each holds one layer
 CHUNKS = (16, 128)  # prompt tokens a call; the runtime cuts a prompt into these
 
 
 @dataclass(frozen=True)
 class Request:
-    """What `build` was asked for. bits: for dense linear layers; head_bits: for a dense output head, None = default."""
+    """What `build` was asked for. bits: for dense linear layers; head_bits: for a dense output head, None = default.
+
+    kv_cache: element type of keys and values, None = default.
+    """
 
     out: Path
     target: Target
@@ -51,6 +51,7 @@ class Request:
     group_size: int | None = None
     head_bits: int | None = None
     context: int | None = None
+    kv_cache: str | None = None
     dump_ir: Path | None = None
     chunks: tuple[int, ...] = CHUNKS
 
@@ -58,6 +59,11 @@ class Request:
     def head(self) -> int:
         """Bits of a head that the checkpoint left dense: 8 with int8 activations, untouched on the exact path."""
         return self.head_bits or (8 if self.activations == "int8" else 16)
+
+    @property
+    def cache(self) -> str:
+        """Element type of keys and values: float16 with int8 activations, float32 on the exact path, or as asked."""
+        return self.kv_cache or ("float16" if self.activations == "int8" else "float32")
 
 
 @dataclass(frozen=True)
@@ -80,12 +86,14 @@ def build(model_dir: Path, request: Request, report: Reporter) -> manifest.Manif
         stage.note = (
             f"{inputs.name}: {inputs.format}, {inputs.model.type}, {inputs.model.parameters / 1e6:.1f} M parameters"
         )
+        if inputs.model.left_out:
+            stage.note += f" (without {', '.join(part.rstrip('.') for part in inputs.model.left_out)})"
     return compile_inputs(inputs, request, report)
 
 
 def import_checkpoint(model_dir: Path, request: Request) -> Inputs:
     """Headers, configuration and graph; weights are read later, one at a time."""
-    checkpoint = open_checkpoint(model_dir)
+    checkpoint = open_checkpoint(model_dir, models.gguf_architectures())
     source = open_source(checkpoint)
     model = models.build(checkpoint.config, source.describe, model_options(request))
     refuse_other_biases(model, source)
@@ -105,7 +113,8 @@ def _refuse_unused(checkpoint: Checkpoint, source: Source, model: Model) -> None
     used |= {weight.source for weight in model.weights if isinstance(weight, Table)}
     if "lm_head" not in used:
         used.add("lm_head")  # some writers store a tied head, too
-    if unused := [module for module in source.modules() if module not in used]:
+    others = (module for module in source.modules() if not module.startswith(model.left_out))
+    if unused := [module for module in others if module not in used]:
         raise ConfigError(
             f"{checkpoint.path}: has the matrix {unused[0]!r} ({len(unused)} such in all), which the model that "
             f"config.json describes does not use. The configuration belongs to another checkpoint, or was edited."
@@ -142,17 +151,26 @@ def model_options(request: Request) -> models.Options:
     return models.Options(
         context=request.context,
         chunks=request.chunks,
-        cache_dtype="float16" if request.activations == "int8" else "float32",
+        cache_dtype=request.cache,
         linear=lambda weight: quantised(request.bits, request.group_size, weight),
         head=lambda weight: quantised(request.head, None, weight),
     )
 
 
 def refuse_other_biases(model: Model, source: Source) -> None:
-    """Raise UnsupportedError for a linear layer whose checkpoint adds a bias that the graph does not."""
-    for weight in model.weights:
-        for module in weight.sources if isinstance(weight, Linear) and not weight.bias else ():
-            if source.bias(module) is not None:
+    """Raise unless linear layers have biases where the graph adds them, and elsewhere none but zeros.
+
+    No writer that we know leaves out a bias because it is zero; auto-gptq adds zeros to layers that have none.
+    """
+    for weight in (weight for weight in model.weights if isinstance(weight, Linear)):
+        for module in weight.sources:
+            bias = source.bias(module)
+            if weight.bias and bias is None:
+                raise CheckpointError(
+                    f"{module} has no bias, but with this config.json {model.type} adds one there. The checkpoint "
+                    f"belongs to another architecture, or attention_bias or mlp_bias is wrong."
+                )
+            if not weight.bias and bias is not None and bias.any():
                 raise UnsupportedError(
                     f"{module} has a bias that is not zero, but with this config.json {model.type} has none there. "
                     f"The checkpoint belongs to another architecture, or attention_bias or mlp_bias is missing."
@@ -179,14 +197,16 @@ def compile_inputs(inputs: Inputs, request: Request, report: Reporter) -> manife
             stage.note = f"{target.zig_triple}"
         with report.stage("pack") as stage:
             stage.total(len(model.weights))
-            weights = weights_file.write(folder / WEIGHTS, _packed(inputs, lowered, stage.advance))
-            stage.bytes = (folder / WEIGHTS).stat().st_size
+            pieces = packed(model.weights, inputs.source, lowered.packings, stage.advance)
+            weights, digest = weights_file.write(folder / WEIGHTS, pieces)
+            stage.bytes = digest.bytes
         with report.stage("seal") as stage:
             chat, note = None, ""
             if inputs.tokenizer is not None:
                 tokenizer_files.copy(inputs.tokenizer, folder)
                 chat, note = chat_format.derive(inputs.tokenizer, inputs.path)
-            made = _manifest(inputs, request, compiled, weights, chat, bundle.digests(folder, WEIGHTS))
+            digests = bundle.digests(folder, {WEIGHTS: digest})
+            made = _manifest(inputs, request, lowered, compiled, weights, chat, digests)
             manifest.dump(made, folder / manifest.FILE_NAME)
             stage.note = note
     report.line(f"{request.out}: needs {made.memory.planned_peak_bytes / (1 << 20):.1f} MiB to run")
@@ -216,89 +236,10 @@ def _dump(folder: Path | None, name: str, text: Any) -> None:
         (folder / name).write_text(text(), encoding="utf-8")
 
 
-def _packed(inputs: Inputs, lowered: Lowered, advance: Any) -> Iterator[tuple[str, NDArray[Any]]]:
-    """Every graph parameter in its kernel's layout, in order; the next weights are decoded while one is written."""
-
-    def prepare(weight: Weight) -> list[tuple[str, NDArray[Any]]]:
-        made = []
-        for name, array in load_weight(weight, inputs.source):
-            packing = lowered.packings.get(name)
-            made.append((name, array if packing is None else packing.pack(array)))
-        return made
-
-    ahead: deque[Future[list[tuple[str, NDArray[Any]]]]] = deque()
-    with ThreadPoolExecutor(DECODERS) as pool:
-        for weight in inputs.model.weights:
-            ahead.append(pool.submit(prepare, weight))
-            if len(ahead) > DECODERS:
-                yield from ahead.popleft().result()
-                advance(1)
-        while ahead:
-            yield from ahead.popleft().result()
-            advance(1)
-
-
-def load_weight(weight: Weight, source: Source) -> Iterator[tuple[str, NDArray[Any]]]:
-    """The graph parameters of one weight in canonical form; a dense one is quantised here if the graph wants that."""
-    if isinstance(weight, Constant):
-        yield weight.name, weight.values
-    elif isinstance(weight, Vector):
-        yield weight.name, _norm(weight, source)
-    elif isinstance(weight, Table):
-        yield from _parameters(weight.name, weight.name, source.load(weight.source))
-    else:
-        if weight.bias:
-            yield f"{weight.name}.bias", _bias(weight, source)
-        loaded = _as_asked(join([source.load(module) for module in weight.sources]), weight)
-        yield from _parameters(weight.name, f"{weight.name}.weight", loaded)
-
-
-def _parameters(name: str, dense: str, weight: QuantWeight | DenseWeight) -> Iterator[tuple[str, NDArray[Any]]]:
-    """A matrix by the names that compiler/graph/build.py gives its parameters; `dense` for one that has no codes."""
-    if isinstance(weight, DenseWeight):
-        yield dense, weight.values
-        return
-    yield f"{name}.codes", weight.codes
-    yield f"{name}.scale", weight.scale
-    if weight.offset is not None:
-        yield f"{name}.offset", weight.offset
-    elif not weight.type.table:
-        yield f"{name}.zero", weight.zero
-    if weight.permutation is not None:
-        yield f"{name}.permutation", weight.permutation
-
-
-def _norm(weight: Vector, source: Source) -> NDArray[np.float32]:
-    """A norm's weight with its constants folded in, each a rounding to fp32 at most."""
-    values = source.vector(weight.source)
-    if values.shape != (weight.n,):
-        raise CheckpointError(
-            f"{weight.source} has {values.size} values, but config.json's widths need {weight.n}. "
-            f"The configuration belongs to another checkpoint, or was edited."
-        )
-    values = values if weight.plus == 0 else values + np.float32(weight.plus)
-    return values if weight.times == 1 else values * np.float32(weight.times)
-
-
-def _bias(weight: Linear, source: Source) -> NDArray[np.float32]:
-    """The biases of all sources, one after another; none is zeros."""
-    parts = [source.bias(module) for module in weight.sources]
-    filled = [np.zeros(n, np.float32) if b is None else b for b, n in zip(parts, weight.rows, strict=True)]
-    return np.concatenate(filled)
-
-
-def _as_asked(loaded: QuantWeight | DenseWeight, weight: Linear) -> QuantWeight | DenseWeight:
-    if isinstance(loaded, DenseWeight) and not weight.type.dense:
-        bits = 8 if weight.type.bits == 8 else 4
-        return rtn.quantize(loaded, bits, weight.type.group_size, where=weight.sources[0])
-    wanted = weight.type if weight.type.order else replace(weight.type, order=loaded.type.order)
-    assert loaded.type == wanted, (loaded.type, wanted)
-    return loaded
-
-
 def _manifest(
     inputs: Inputs,
     request: Request,
+    lowered: Lowered,
     compiled: Compiled,
     weights: manifest.Weights,
     chat: manifest.ChatFormat | None,
@@ -307,8 +248,7 @@ def _manifest(
     model, target = inputs.model, request.target
     caches = []
     for i, cache in enumerate(model.caches):
-        caches.append(manifest.Cache(f"layers.{i}.k", cache.dtype, cache.key_shape))
-        caches.append(manifest.Cache(f"layers.{i}.v", cache.dtype, cache.value_shape))
+        caches += [manifest.Cache(f"layers.{i}.{array.name}", array.dtype, array.shape) for array in cache.arrays]
     cache_bytes = sum(int(np.prod(c.shape)) * np.dtype(c.dtype).itemsize for c in caches)
     weight_bytes = files[WEIGHTS].bytes
     linears = [w.type for w in model.weights if isinstance(w, Linear)]
@@ -323,12 +263,17 @@ def _manifest(
             "activations": request.activations,
             "checkpoint_activations": None if linears[0].activations == "any" else linears[0].activations,
             "head_bits": linears[-1].bits,
+            "kv_cache": model.caches[0].dtype if model.caches else None,
         },
-        target=manifest.Target(target.name, target.arch, target.triple, target.mcpu, target.cpuinfo, target.glibc),
+        target=manifest.Target(
+            target.name, target.arch, target.triple, target.mcpu, target.plain.cpuinfo, target.glibc
+        ),
         tvm=manifest.TvmVersions(version("apache-tvm"), version("apache-tvm-ffi")),
         library=LIBRARY,
         functions={
-            f.name: manifest.Function(f.tokens, f.inputs, manifest.TensorType("float32", f.shape))
+            f.name: manifest.Function(
+                f.tokens, f.inputs, manifest.TensorType("float32", f.shape), lowered.tiled.get(f.name)
+            )
             for f in model.graph.functions
         },
         caches=tuple(caches),

@@ -13,16 +13,20 @@ import argparse  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
 import sys  # noqa: E402
-from collections.abc import Sequence  # noqa: E402
+from collections.abc import Callable, Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
-from typing import TYPE_CHECKING, Optional  # noqa: E402
+from typing import TYPE_CHECKING, Optional, TypeVar  # noqa: E402
 
 from .errors import InputError, UserError  # noqa: E402
 
 if TYPE_CHECKING:
     from .bundle import Bundle
+    from .manifest import Manifest
     from .sampler import Sampler
     from .session import Session
+    from .tokenizer import StopStrings
+
+T = TypeVar("T")
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
@@ -102,12 +106,35 @@ def _sampling_options(verb: argparse.ArgumentParser, max_new_tokens: int) -> Non
     )
 
 
-def _open(options: argparse.Namespace) -> tuple[Bundle, Session]:
+def _open(options: argparse.Namespace, prepare: Callable[[Manifest], T]) -> tuple[Bundle, Session, T]:
+    """The checked bundle, a session, and what `prepare` gives, which runs while the weights are being checked.
+
+    So does whatever else takes time to load and is not the bundle's.
+    """
     from .bundle import open_bundle
+
+    made = []
+
+    def meanwhile(found: Manifest) -> None:
+        from . import session, tvm_libs  # noqa: F401
+
+        made.append(prepare(found))
+        tvm_libs.load(found.tvm, options.threads)
+
+    bundle = open_bundle(options.bundle, not options.no_verify_weights, meanwhile)
     from .session import Session
 
-    bundle = open_bundle(options.bundle, verify_weights=not options.no_verify_weights)
-    return bundle, Session(bundle, options.threads)
+    return bundle, Session(bundle, options.threads), made[0]
+
+
+def _for_text(options: argparse.Namespace, found: Manifest) -> tuple[Sampler, StopStrings]:
+    """Checks the options that have to do with text, and loads what text needs."""
+    from .tokenizer import StopStrings, library
+
+    made = _sampler(options, found.model.vocab_size), StopStrings(options.stop)
+    if "tokenizer.json" in found.files:
+        library()
+    return made
 
 
 def _sampler(options: argparse.Namespace, vocab_size: int) -> Sampler:
@@ -125,13 +152,11 @@ def _sampler(options: argparse.Namespace, vocab_size: int) -> Sampler:
 
 def run_generate(options: argparse.Namespace) -> None:
     """Stream a continuation to stdout and its statistics to stderr, or print both as JSON."""
+    bundle, session, (sampler, stops) = _open(options, lambda found: _for_text(options, found))
     from . import device
-    from .bundle import read_manifest
     from .generate import Generation, Statistics
-    from .tokenizer import StopStrings, TextStream, Tokenizer
+    from .tokenizer import TextStream, Tokenizer
 
-    sampler, stops = _sampler(options, read_manifest(options.bundle).model.vocab_size), StopStrings(options.stop)
-    bundle, session = _open(options)
     tokenizer, tokens = Tokenizer(bundle.tokenizer), bundle.manifest.tokens
     ids = tokenizer.encode(options.prompt) or ([] if tokens.bos is None else [tokens.bos])
     if not ids:
@@ -175,13 +200,10 @@ def run_generate(options: argparse.Namespace) -> None:
 
 def run_chat(options: argparse.Namespace) -> None:
     """Talk until /exit."""
-    from .bundle import read_manifest
+    bundle, session, (sampler, _) = _open(options, lambda found: _for_text(options, found))
     from .chat import Conversation, converse, terminal_reader
-    from .tokenizer import StopStrings, Tokenizer
+    from .tokenizer import Tokenizer
 
-    sampler = _sampler(options, read_manifest(options.bundle).model.vocab_size)
-    StopStrings(options.stop)  # refuses an empty one before anything is loaded
-    bundle, session = _open(options)
     conversation = Conversation(
         session, Tokenizer(bundle.tokenizer), sampler, options.max_new_tokens, options.stop, options.system
     )
@@ -207,7 +229,7 @@ def run_logits(options: argparse.Namespace) -> None:
         raise InputError(
             f"{options.out}: cannot be written: it is a directory, or is in a directory that does not exist."
         )
-    write_logits(_open(options)[1], ids, options.out)
+    write_logits(_open(options, lambda _: None)[1], ids, options.out)
 
 
 if __name__ == "__main__":

@@ -9,19 +9,23 @@ from __future__ import annotations
 import hashlib
 import mmap
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Optional
 
 from . import device, manifest
 from .errors import BundleError
 from .manifest import FileDigest, Manifest
 
-Array = NDArray[Any]
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+else:  # numpy takes 0.1 s to import: that passes while threads check the weights
+    Array = Any
 
 _DTYPES = {"bfloat16": "uint16"}  # numpy has no bfloat16; the compiled code takes the bits
 
@@ -52,6 +56,8 @@ class Bundle:
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """How an array of this manifest dtype looks in numpy."""
+    import numpy as np
+
     return np.dtype(_DTYPES.get(name, name))
 
 
@@ -68,19 +74,27 @@ def read_manifest(path: Path) -> Manifest:
     return manifest.load(path / manifest.FILE_NAME)
 
 
-def open_bundle(path: Path, verify_weights: bool = True) -> Bundle:
+def open_bundle(
+    path: Path,
+    verify_weights: bool = True,
+    meanwhile: Callable[[Manifest], None] = lambda _: None,
+) -> Bundle:
     """Check a bundle and map its weights. `verify_weights=False` skips the digest of the weights file, nothing else.
 
+    meanwhile: what the caller has to do before it can use the bundle, without running any of its code; called while
+    threads check the weights. What it raises comes out, whatever the weights are.
     Raises ManifestError, BundleError (missing, truncated or damaged files) or DeviceError (wrong machine).
     """
     found = read_manifest(path)
     device.require(found.target, str(path))
     for name, digest in sorted(found.files.items()):
         _check_size(path / name, digest)
-    for name, digest in sorted(found.files.items()):
-        if name != found.weights.file:
-            _check_digest(path / name, digest)
-    return Bundle(path, found, _map_weights(path / found.weights.file, found, verify_weights))
+    with _mapped(path / found.weights.file, found, verify_weights) as mapping:
+        for name, digest in sorted(found.files.items()):
+            if name != found.weights.file:
+                _check_digest(path / name, digest)
+        meanwhile(found)
+    return Bundle(path, found, _arrays(mapping, found))
 
 
 def _check_size(path: Path, digest: FileDigest) -> None:
@@ -106,27 +120,30 @@ def _check_digest(path: Path, digest: FileDigest) -> None:
         raise _damaged(path, "its SHA-256 is not the manifest's")
 
 
-def _map_weights(path: Path, found: Manifest, verify: bool) -> dict[str, Array]:
-    """Map the file, start reading it ahead, check it if asked, and cut it into arrays."""
+@contextmanager
+def _mapped(path: Path, found: Manifest, verify: bool) -> Iterator[Optional[mmap.mmap]]:
+    """Map the weights and start reading them ahead. If asked, threads check them while the block runs; the block's own
+
+    error wins, otherwise a wrong digest raises at its end. None when there are no weights.
+    """
     if not found.weights.tensors:
-        return {}
+        yield None
+        return
     try:
         with path.open("rb") as stream:
             mapping = mmap.mmap(stream.fileno(), found.files[path.name].bytes, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:
         raise BundleError(f"{path}: cannot be mapped into memory: {error}.") from None
     mapping.madvise(mmap.MADV_WILLNEED)
-    if verify:
-        _check_mapping(path, mapping, found.files[path.name])
-    arrays = {}
-    for tensor in found.weights.tensors:
-        dtype = numpy_dtype(tensor.dtype)
-        flat = np.frombuffer(mapping, dtype, tensor.nbytes // dtype.itemsize, tensor.offset)
-        arrays[tensor.name] = flat.reshape(tensor.shape)
-    return arrays
+    if not verify:
+        yield mapping
+        return
+    with _checking(path, mapping, found.files[path.name]):
+        yield mapping
 
 
-def _check_mapping(path: Path, mapping: mmap.mmap, digest: FileDigest) -> None:
+@contextmanager
+def _checking(path: Path, mapping: mmap.mmap, digest: FileDigest) -> Iterator[None]:
     """Hash the chunks in threads (hashlib lets go of the interpreter lock). Warms the mapping, too."""
     from concurrent.futures import ThreadPoolExecutor
 
@@ -137,11 +154,30 @@ def _check_mapping(path: Path, mapping: mmap.mmap, digest: FileDigest) -> None:
         with memoryview(mapping) as view, view[index * step : (index + 1) * step] as chunk:
             return hashlib.sha256(chunk).hexdigest() == expected[index]
 
-    with ThreadPoolExecutor(device.default_threads()) as pool:
-        for index, good in enumerate(pool.map(intact, range(len(expected)))):
-            if not good:
+    pool = ThreadPoolExecutor(device.default_threads())
+    try:
+        checks = [pool.submit(intact, index) for index in range(len(expected))]
+        yield
+        for index, check in enumerate(checks):
+            if not check.result():
                 end = min((index + 1) * step, digest.bytes)
                 raise _damaged(path, f"the SHA-256 of bytes {index * step} to {end - 1} is not the manifest's")
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _arrays(mapping: Optional[mmap.mmap], found: Manifest) -> dict[str, Array]:
+    """The mapping cut into arrays."""
+    if mapping is None:
+        return {}
+    import numpy as np
+
+    arrays = {}
+    for tensor in found.weights.tensors:
+        dtype = numpy_dtype(tensor.dtype)
+        flat = np.frombuffer(mapping, dtype, tensor.nbytes // dtype.itemsize, tensor.offset)
+        arrays[tensor.name] = flat.reshape(tensor.shape)
+    return arrays
 
 
 def _damaged(path: Path, what: str) -> BundleError:

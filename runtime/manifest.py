@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Optional, Union, get_args, get_origin, get_type_hints
 
@@ -65,11 +66,15 @@ class TensorType:
 
 @dataclass(frozen=True)
 class Function:
-    """A Relax function in the library: names of its arguments in order, `tokens` rows a call, one fresh output."""
+    """A Relax function in the library: names of its arguments in order, `tokens` rows a call, one fresh output.
+
+    tiled: name of the same function, with the same results, for a process that may use AMX tiles.
+    """
 
     tokens: int
     inputs: tuple[str, ...]
     output: TensorType
+    tiled: Optional[str] = None
 
 
 @dataclass(frozen=True)
@@ -223,7 +228,8 @@ def dumps(manifest: Manifest) -> str:
 
     check(manifest, FILE_NAME)
     data = {"format": FORMAT, "version": VERSION, "abi": ABI, **asdict(manifest)}
-    data["files"] = {name: {k: v for k, v in digest.items() if v is not None} for name, digest in data["files"].items()}
+    for part in ("files", "functions"):
+        data[part] = {name: {k: v for k, v in entry.items() if v is not None} for name, entry in data[part].items()}
     data["sha256"] = _digest_of_keys(data)
     return json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
@@ -299,14 +305,23 @@ def _decode(kind: Any, value: Any, where: str, key: str) -> Any:
 def _decode_record(kind: Any, value: Any, where: str, key: str) -> Any:
     if not isinstance(value, dict):
         raise _mismatch(where, key, value, "an object")
-    known = {f.name for f in fields(kind)}
-    needed = [f.name for f in fields(kind) if f.default is not None]
+    known, needed, hints = _schema(kind)
     unknown, missing = sorted(set(value) - known), [n for n in needed if n not in value]
     if unknown or missing:
         what = f"unknown key {unknown[0]!r}" if unknown else f"key {missing[0]!r} is missing"
         raise ManifestError(f"{where}: {key or 'top level'}: {what}. Rebuild the bundle with this release of quern.")
-    hints = get_type_hints(kind)
     return kind(**{n: _decode(hints[n], v, where, f"{key}.{n}" if key else n) for n, v in value.items()})
+
+
+@lru_cache(maxsize=None)
+def _schema(kind: Any) -> tuple[frozenset[str], tuple[str, ...], dict[str, Any]]:
+    """A record's keys, those that it must have, and their types."""
+    every = fields(kind)
+    return (
+        frozenset(f.name for f in every),
+        tuple(f.name for f in every if f.default is not None),
+        get_type_hints(kind),
+    )
 
 
 def _mismatch(where: str, key: str, value: Any, needed: str) -> ManifestError:

@@ -201,6 +201,8 @@ class Checker:
         tokens = int(found[1] or 1)
         self.bounded(f"{key}.tokens", function.tokens, tokens, tokens)
         self.bounded(f"{key}.tokens", tokens, 1, MAX_TOKENS)
+        if function.tiled not in (None, f"{name}_amx"):
+            self.fail(f"{key}.tiled is {function.tiled!r}, but only {name + '_amx'!r} is known")
         own = HEAD_INPUTS if name.startswith("head_") else STEP_INPUTS
         self.unique(f"{key}: input", function.inputs)
         for needed in own:

@@ -66,9 +66,12 @@ class Session:
     Logits come as read-only float32 views of the runtime's own memory, valid as long as they are held.
     """
 
-    def __init__(self, bundle: Bundle, threads: Optional[int] = None) -> None:
+    def __init__(self, bundle: Bundle, threads: Optional[int] = None, tiles: bool = True) -> None:
+        """`tiles` False leaves AMX alone, even where the bundle and the machine have it."""
         self.manifest = bundle.manifest
         self._check_memory(str(bundle.path))
+        wanted = tiles and any(f.tiled for f in self.manifest.functions.values())
+        self.tiles = wanted and device.allow_tiles()  # asked before the first thread of the pool exists
         self._vm = Vm(bundle.library, self.manifest.tvm, threads)
         self._span = aligned_zeros((2,), "int32")  # first position, number of valid tokens
         self._caches = {c.name: aligned_zeros(c.shape, numpy_dtype(c.dtype)) for c in self.manifest.caches}
@@ -101,7 +104,8 @@ class Session:
         else:
             own, buffer = "ids", aligned_zeros((signature.tokens,), "int32")
         tensors: dict[str, Tensor] = {**self._tensors, own: self._vm.tensor(buffer)}
-        return _Call(self._vm.function(name, [tensors[i] for i in signature.inputs]), buffer)
+        code = signature.tiled if self.tiles and signature.tiled else name
+        return _Call(self._vm.function(code, [tensors[i] for i in signature.inputs]), buffer)
 
     @property
     def threads(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from .errors import BundleError, InputError
 
@@ -16,19 +17,25 @@ PROMPT_TAIL_TOKENS = 8  # enough for a decoder to see that a reply does not begi
 MAX_HELD_TOKENS = 8  # a character has at most 4 bytes; more undecided tokens than this are not going to become one
 
 
+def library() -> Any:
+    """The class that reads tokenizer.json; BundleError where the library is not installed."""
+    try:
+        from tokenizers import Tokenizer as Fast
+    except ImportError:
+        raise BundleError(
+            "The Python package tokenizers is not installed, but text needs it. "
+            "Install it (pip install tokenizers), or use the logits command, which takes ids."
+        ) from None
+    return Fast
+
+
 class Tokenizer:
     """tokenizer.json, with the truncation and padding that some checkpoints ship switched off."""
 
     def __init__(self, path: Path) -> None:
+        fast = library()
         try:
-            from tokenizers import Tokenizer as Fast
-        except ImportError:
-            raise BundleError(
-                "The Python package tokenizers is not installed, but text needs it. "
-                "Install it (pip install tokenizers), or use the logits command, which takes ids."
-            ) from None
-        try:
-            self._fast = Fast.from_file(str(path))
+            self._fast = fast.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
             raise BundleError(
                 f"{path}: is no tokenizer that this version of the tokenizers package can read: {error}. "

@@ -13,11 +13,14 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 from . import device
 from .errors import InputError, LibraryError
 from .manifest import TvmVersions
+
+if TYPE_CHECKING:
+    import socket
 
 FFI, RUNTIME = "libtvm_ffi.so", "libtvm_runtime.so"
 ENVIRONMENT = "QUERN_TVM_LIBS"
@@ -37,11 +40,15 @@ class Found:
 
 @dataclass(frozen=True)
 class Libraries:
-    """The loaded libraries of this process; `threads` is what TVM's pool was told."""
+    """The loaded libraries of this process; `threads` is what TVM's pool was told.
+
+    claim: kept while the process lives, so that no second one binds threads to the same CPUs.
+    """
 
     ffi: ctypes.CDLL
     found: Found
     threads: int
+    claim: Optional[socket.socket] = None
 
 
 def find() -> Found:
@@ -134,10 +141,7 @@ def _wished_threads() -> int:
 
 def _open(found: Found, threads: int) -> Libraries:
     os.environ["TVM_NUM_THREADS"] = str(threads)
-    cpus = device.affinity()
-    if threads > len(cpus) or len(cpus) < (os.cpu_count() or 1):
-        # TVM binds worker i to CPU i whatever our affinity says: it would leave the CPUs that the user gave us.
-        os.environ.setdefault("TVM_BIND_THREADS", "0")
+    claim = _bind(threads)
     try:
         ffi = ctypes.CDLL(str(found.ffi), ctypes.RTLD_GLOBAL)
         ctypes.CDLL(str(found.runtime), ctypes.RTLD_GLOBAL)
@@ -146,7 +150,21 @@ def _open(found: Found, threads: int) -> Libraries:
             f"{found.runtime.parent}: the TVM libraries do not load: {error}. "
             f"Install the wheels for this machine ({device.arch()})."
         ) from None
-    return Libraries(ffi, found, threads)
+    return Libraries(ffi, found, threads, claim)
+
+
+def _bind(threads: int) -> Optional[socket.socket]:
+    """Whether TVM shall bind its threads to CPUs: not when it would take the wrong ones, or another process's.
+
+    TVM binds worker i to CPU i whatever our affinity says, so it would leave the CPUs that the user gave us.
+    """
+    if threads == 1 or "TVM_BIND_THREADS" in os.environ:
+        return None
+    cpus = device.affinity()
+    claim = None if threads > len(cpus) or len(cpus) < (os.cpu_count() or 1) else device.claim_cpus()
+    if claim is None:
+        os.environ["TVM_BIND_THREADS"] = "0"
+    return claim
 
 
 def _check_versions(found: Found, built_with: TvmVersions) -> None:

@@ -13,15 +13,22 @@ once for all rows. It walks the context in blocks of `block` positions (online s
   scores   row x 16 positions: the blocked k cache gives 16 keys' element d as one vector, so no sum crosses lanes
   softmax  new maximum, weights 2^(score - maximum), and the factor 2^(old - new) for what is summed so far
   values   out = out * factor + weights x V, the accumulators `out` itself
-Scores live for one block only, so memory does not grow with the context. Blocks that lie before the window of all rows
-are skipped. A row that sees nothing of its first blocks gathers weights 2^0 there, and drops them when its first real
-score brings the factor 2^(MASKED - score) = 0.
+Scores live for one block only, so memory does not grow with the context. Positions before the window of all rows are
+skipped, 16 at a time. A row that sees nothing of its first blocks gathers weights 2^0 there, and drops them when its
+first real score brings the factor 2^(MASKED - score) = 0.
+
+A single token has no more tasks than kv heads. Where these do not fill TASKS threads evenly, what the token sees is
+cut into `parts` equal ranges of 16 positions (flash decoding): each leaves its weighted sum, its maximum
+and its sum of weights, and the caller's thread joins them. The number of parts follows from the shape alone,
+never from the threads or the target, so neither changes a result.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
+from math import gcd
 from operator import add
 from typing import Any
 
@@ -37,6 +44,7 @@ MASKED = -1e30  # below any score of finite fp16 keys; 2^(MASKED - maximum) is e
 # multiply-add. For values: with up to 3 rows, where reading whole lines of V beats a spill; with more, what fits.
 ACCUMULATORS = {512: (8, 8, 16, 16), 256: (5, 4, 8, 4), 128: (5, 2, 5, 4)}
 CACHE_LINE_BYTES = 64
+TASKS = 4  # threads that one token's attention shall fill evenly
 BLOCK_BYTES = 16384  # keys of a block: half of a small L1; values take the other half
 
 
@@ -71,15 +79,21 @@ class Plan:
     value_rows: int  # rows whose values are summed together
     value_vectors: int  # vectors of 16 columns of V that go with them
     prefetch: int  # 1: reading keys asks for this block's values, reading values for the next block's keys
+    parts: int = 1  # ranges of positions that a single token's context is cut into
 
     @property
     def name(self) -> str:
         """Part of the kernel's name."""
         tiles = f"k{self.key_rows}x{self.key_chains}v{self.value_rows}x{self.value_vectors}"
-        return f"t{self.tile}b{self.block}{tiles}p{self.prefetch}"
+        return f"t{self.tile}b{self.block}{tiles}p{self.prefetch}" + (f"s{self.parts}" if self.parts > 1 else "")
 
 
-def plan(request: Request, m: int, group: int, d: int, item_bytes: int) -> Plan:
+def parts(m: int, kv_heads: int) -> int:
+    """Ranges of positions a kv head: the fewest that make the tasks of one token a multiple of TASKS."""
+    return 1 if m > 1 else TASKS // gcd(TASKS, kv_heads)
+
+
+def plan(request: Request, m: int, kv_heads: int, group: int, d: int, item_bytes: int) -> Plan:
     """Default plan for `group` query heads a kv head, with the request's knobs put over it."""
     scores, chains, few, many = ACCUMULATORS[request.target.vector_bits]
     tile = max(t for t in range(1, m + 1) if m % t == 0 and (t == 1 or t * group <= 8))
@@ -90,19 +104,21 @@ def plan(request: Request, m: int, group: int, d: int, item_bytes: int) -> Plan:
         "tile": tile,
         "block": min(max(BLOCK_BYTES // (d * item_bytes) // LANES * LANES, 32), 256),
         "key_rows": key_rows,
-        "key_chains": _largest_divisor(d, max(1, chains // key_rows)),
+        "key_chains": largest_divisor(d, max(1, chains // key_rows)),
         "value_rows": value_rows,
-        "value_vectors": _largest_divisor(max(1, d // LANES), max(1, (few if rows < 4 else many) // value_rows)),
+        "value_vectors": largest_divisor(max(1, d // LANES), max(1, (few if rows < 4 else many) // value_rows)),
         "prefetch": int(rows > 1),  # one row: the hardware's prefetcher keeps up, and the instructions cost
+        "parts": parts(m, kv_heads),
     }
     return Plan(**{key: int(request.knobs.get(key, default)) for key, default in chosen.items()})
 
 
-def _largest_divisor(of: int, most: int) -> int:
+def largest_divisor(of: int, most: int) -> int:
+    """Largest number up to `most` that divides `of`."""
     return next(n for n in range(min(of, most), 0, -1) if of % n == 0)
 
 
-def _multiple(of: int, least: int, divides: int) -> int:
+def multiple(of: int, least: int, divides: int) -> int:
     """Smallest multiple of `of` that is at least `least` and divides `divides`; `of` itself if there is none."""
     return next((n for n in range(of, divides + 1, of) if n >= least and divides % n == 0), of)
 
@@ -129,9 +145,11 @@ class Task:
         buffers: tuple[Any, Any, Any, Any],
         head: Expr,
         first: Expr,
+        part: Expr = 0,
     ):
         self.plan, self.scores, self.group, self.d, self.head, self.first = chosen, scores, group, d, head, first
         self.q, self.keys, self.values, self.out = buffers
+        self.part = part
         self.rows = chosen.tile * group
         self.line = CACHE_LINE_BYTES // (2 if self.keys.ty.dtype == "float16" else 4)
         self.sums, self.maximum, self.factor = chosen.block, chosen.block + LANES, chosen.block + LANES + 1
@@ -139,42 +157,51 @@ class Task:
         self.work = T.alloc_buffer((self.rows, self.query + -(-d // LANES) * LANES), "float32", layout=None)
 
     def place(self, r: Expr) -> tuple[Expr, Expr]:
-        """Row r's token, and the first column of its head, in q and out."""
-        return self.first + r // self.group, (self.head * self.group + r % self.group) * self.d
+        """Row r's line, and the first column of its head, in out: its token, or its part where there are several."""
+        return self.part + self.first + r // self.group, (self.head * self.group + r % self.group) * self.d
 
     def _linear(self, position: Expr) -> Expr:
         """Elements of either cache before this head's `position`, each position counting d."""
         return (self.head * self.values.shape[1] + position) * self.d
 
-    def emit(self, start: Expr, visible: Expr) -> None:
-        """Attention over positions 0..visible-1 for tokens whose first one has position `start`."""
+    def emit(self, start: Expr, low: Expr, high: Expr) -> None:
+        """Weighted sums over positions low..high-1 for tokens whose first one has position `start`; 16 divides low."""
         with T.serial(self.rows) as r:
             self._clear(r)
-        seen: Expr = T.int32(0)  # first block that some row sees
-        if self.scores.window:
-            seen = vector.hold(T.max(start - (self.scores.window - 1), T.int32(0)) // self.plan.block, 1, "int32")
-        with T.serial(seen, (visible + (self.plan.block - 1)) // self.plan.block) as i:
-            base = i * self.plan.block
-            count = vector.hold(T.min(visible - base, T.int32(self.plan.block)), 1, "int32")
+        with T.serial((high - low + (self.plan.block - 1)) // self.plan.block) as i:
+            base = vector.hold(low + i * self.plan.block, 1, "int32")
+            count = vector.hold(T.min(high - base, T.int32(self.plan.block)), 1, "int32")
             vectors = vector.hold((count + (LANES - 1)) // LANES, 1, "int32")
             for group in balanced(self.rows, self.plan.key_rows):
                 with T.serial(vectors) as j:
                     self._scores(group, start, base, j)
             with T.serial(self.rows) as r:
-                self._softmax(r, vectors)
+                self._softmax(r, base, vectors)
             for group in balanced(self.rows, self.plan.value_rows):
                 self._values(group, base, count)
+
+    def divide(self) -> None:
+        """Weighted sums to weighted means."""
         with T.serial(self.rows) as r:
             self._divide(r)
 
+    def leave(self, stats: Any) -> None:
+        """Each row's maximum and sum of weights to stats[part, head], for `join`."""
+        with T.serial(self.rows) as r:
+            line, head = self.part, self.head * self.group + r
+            T.buffer_store(stats, self.work[r, self.maximum], [line, head, 0])
+            sums = vector.total(vector.load(self.work, r, self.sums, lanes=LANES), LANES)
+            T.buffer_store(stats, sums, [line, head, 1])
+
     def _clear(self, r: Expr) -> None:
         """Nothing seen yet; the query scaled."""
-        token, column = self.place(r)
+        line, column = self.place(r)
         T.buffer_store(self.work, T.float32(MASKED), [r, self.maximum])
         vector.store(self.work, vector.splat(0.0, LANES), r, self.sums, lanes=LANES)
         for c, lanes in vector.pieces(self.d):
-            vector.store(self.out, vector.splat(0.0, lanes), token, column + c, lanes=lanes)
-            scaled = vector.load(self.q, token, column + c, lanes=lanes) * vector.splat(self.scores.query_factor, lanes)
+            vector.store(self.out, vector.splat(0.0, lanes), line, column + c, lanes=lanes)
+            query = vector.load(self.q, self.first + r // self.group, column + c, lanes=lanes)
+            scaled = query * vector.splat(self.scores.query_factor, lanes)
             vector.store(self.work, scaled, r, self.query + c, lanes=lanes)
 
     def _divide(self, r: Expr) -> None:
@@ -192,7 +219,7 @@ class Task:
         sums = {(r, a): vector.registers(1) for r in group for a in range(chains)}
         for cell in sums.values():
             vector.store(cell, vector.splat(0.0, LANES), 0, 0, lanes=LANES)
-        unroll = _multiple(chains, self.line // LANES, self.d)
+        unroll = multiple(chains, self.line // LANES, self.d)
         with T.serial(self.d // unroll) as c:
             for u in range(unroll):
                 element, a = c * unroll + u, u % chains
@@ -202,19 +229,23 @@ class Task:
                 for r in group:
                     product = vector.splat(self.work[r, self.query + element], LANES) * keys
                     vector.store(sums[r, a], vector.load(sums[r, a], 0, 0, lanes=LANES) + product, 0, 0, lanes=LANES)
-        position = T.ramp(base + j * LANES, 1, LANES)
         for r in group:
             score = reduce(add, [vector.load(sums[r, a], 0, 0, lanes=LANES) for a in range(chains)])
-            if self.scores.softcap:
-                score = vector.tanh2(score, LANES) * vector.splat(self.scores.softcap * LOG2_E, LANES)
-            own, masked = start + r // self.group, vector.splat(MASKED, LANES)
-            if self.scores.window:
-                score = T.Select(position > vector.splat(own - self.scores.window, LANES), score, masked)
-            score = T.Select(position <= vector.splat(own, LANES), score, masked)
-            vector.store(self.work, score, r, j * LANES, lanes=LANES)
+            masked = self._masked(score, r, start, base + j * LANES, LANES)
+            vector.store(self.work, masked, r, j * LANES, lanes=LANES)
 
-    def _softmax(self, r: Expr, vectors: Expr) -> None:
-        """Row r's scores to weights; its maximum, sums and factor."""
+    def _masked(self, score: Expr, r: Expr, start: Expr, first: Expr, lanes: int) -> Expr:
+        """Products of row r with the keys of positions first.., capped, and MASKED where the row does not see them."""
+        if self.scores.softcap:
+            score = vector.tanh2(score, lanes) * vector.splat(self.scores.softcap * LOG2_E, lanes)
+        position, masked = T.ramp(first, 1, lanes), vector.splat(MASKED, lanes)
+        own = start + r // self.group
+        if self.scores.window:
+            score = T.Select(position > vector.splat(own - self.scores.window, lanes), score, masked)
+        return T.Select(position <= vector.splat(own, lanes), score, masked)
+
+    def _softmax(self, r: Expr, base: Expr, vectors: Expr) -> None:
+        """Row r's scores of the positions from `base` on to weights; its maximum, sums and factor."""
         most = vector.registers(1)
         old = vector.hold(self.work[r, self.maximum], 1)
         vector.store(most, vector.splat(old, LANES), 0, 0, lanes=LANES)
@@ -231,9 +262,13 @@ class Task:
         with T.serial(vectors) as j:
             score = vector.load(self.work, r, j * LANES, lanes=LANES)
             weight = vector.hold(vector.exp2(score - vector.splat(new, LANES), LANES), LANES)
-            vector.store(self.work, weight, r, j * LANES, lanes=LANES)
+            self._keep(r, base, j, weight)
             vector.store(sums, vector.load(sums, 0, 0, lanes=LANES) + weight, 0, 0, lanes=LANES)
         vector.store(self.work, vector.load(sums, 0, 0, lanes=LANES), r, self.sums, lanes=LANES)
+
+    def _keep(self, r: Expr, base: Expr, j: Expr, weight: Expr) -> None:
+        """Row r's weights of the j-th 16 positions from `base` on, for `_values`."""
+        vector.store(self.work, weight, r, j * LANES, lanes=LANES)
 
     def _values(self, group: range, base: Expr, count: Expr) -> None:
         """out = out * factor + weights x V, for rows `group` over the block's `count` positions.
@@ -275,18 +310,71 @@ class Task:
             vector.store(self.out, vector.load(cell, 0, 0, lanes=lanes), token, column + c, lanes=lanes)
 
 
+def join(partial: Any, stats: Any, out: Any, count: int, heads: int, d: int) -> None:
+    """out[0, head] = weighted mean over all parts: sums partial[part, head], (maximum, weights) stats[part, head]."""
+    factors = vector.registers(count, 1)
+    with T.serial(heads) as h:
+        most = vector.hold(reduce(T.max, [stats[p, h, 0] for p in range(count)]), 1)
+        for p in range(count):
+            T.buffer_store(factors, vector.exp2(stats[p, h, 0] - most, 1), [p, 0])
+        total = reduce(add, [factors[p, 0] * stats[p, h, 1] for p in range(count)])
+        inverse = vector.hold(T.float32(1) / total, 1)
+        for c, lanes in vector.pieces(d):
+            terms = [
+                vector.splat(factors[p, 0], lanes) * vector.load(partial, p, h * d + c, lanes=lanes)
+                for p in range(count)
+            ]
+            mean = reduce(add, terms) * vector.splat(inverse, lanes)
+            vector.store(out, mean, 0, h * d + c, lanes=lanes)
+
+
+def emit(
+    chosen: Plan, scores: Scores, m: int, kv_heads: int, group: int, d: int, span: Any, out: Any,
+    task: Callable[[Any, Expr, Expr, Expr], Task],
+) -> None:  # fmt: skip
+    """All tasks of a call; task(where sums go, kv head, first token, part) makes one."""
+    tiles, count = m // chosen.tile, chosen.parts
+    assert count == 1 or m == 1, chosen
+    heads, split = kv_heads * group, count > 1
+    partial = T.alloc_buffer((count, heads * d), "float32", layout=None) if split else out
+    stats = T.alloc_buffer((count, heads, 2), "float32", layout=None) if split else None
+    with T.parallel(kv_heads * tiles * count) as i:
+        first = vector.hold(i // count % tiles * chosen.tile, 1, "int32")
+        with T.If(first < span[1]), T.Then():
+            head, part = vector.hold(i // count // tiles, 1, "int32"), i % count
+            start, low = span[0] + first, T.int32(0)
+            if scores.window:
+                low = vector.hold(T.max(start - (scores.window - 1), T.int32(0)) // LANES, 1, "int32")
+            high = vector.hold(span[0] + T.min(first + chosen.tile, span[1]), 1, "int32")
+            made = task(partial, head, first, part if split else 0)
+            if not split:
+                made.emit(start, low * LANES, high)
+                made.divide()
+            else:
+                vectors = (high + (LANES - 1)) // LANES - low
+                begin = vector.hold((low + part * vectors // count) * LANES, 1, "int32")
+                end = vector.hold(T.min((low + (part + 1) * vectors // count) * LANES, high), 1, "int32")
+                made.emit(start, begin, end)
+                made.leave(stats)
+    if split:
+        join(partial, stats, out, count, heads, d)
+
+
+def scores_of(request: Request, d: int) -> Scores:
+    """What the attributes say of scores."""
+    attrs = request.attrs
+    return Scores(
+        float(attrs.get("scale", d**-0.5)), float(attrs.get("softcap", 0)), int(attrs.get("window", 0))
+    )
+
+
 def lower(request: Request) -> Kernel:
-    """Tasks (kv head, tile of tokens) in parallel, heads outermost so that a thread keeps its head's cache."""
+    """Tasks (kv head, tile of tokens, part) in parallel, heads outermost so that a thread keeps its head's cache."""
     q_spec, k_spec, v_spec, _ = request.args
     heads, kv_heads, d = (int(request.attrs[key]) for key in ("heads", "kv_heads", "head_dim"))
     m, capacity, group = q_spec.shape[0], v_spec.shape[1], heads // kv_heads
-    chosen = plan(request, m, group, d, 2 if k_spec.dtype == "float16" else 4)
-    tiles = m // chosen.tile
-    scores = Scores(
-        float(request.attrs.get("scale", d**-0.5)),
-        float(request.attrs.get("softcap", 0)),
-        int(request.attrs.get("window", 0)),
-    )
+    chosen = plan(request, m, kv_heads, group, d, 2 if k_spec.dtype == "float16" else 4)
+    scores = scores_of(request, d)
     name = f"attention_{k_spec.dtype}_m{m}_h{heads}_kv{kv_heads}_d{d}_c{capacity}_{scores.name}_{chosen.name}"
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_attr({"tirx.noalias": True, "global_symbol": name})
@@ -295,6 +383,10 @@ def lower(request: Request) -> Kernel:
         values = T.arg("v_cache", T.buffer(v_spec.shape, v_spec.dtype, layout=None))
         span = T.arg("span", T.buffer((2,), "int32", layout=None))
         out = T.arg("out", T.buffer((m, heads * d), "float32", layout=None))
+
+        def task(sums: Any, head: Expr, first: Expr, part: Expr) -> Task:
+            return Task(chosen, scores, group, d, (q, keys, values, sums), head, first, part)
+
         with T.sblock("attention"):
             T.reads(
                 q[0:m, 0 : heads * d],
@@ -303,13 +395,7 @@ def lower(request: Request) -> Kernel:
                 span[0:2],
             )
             T.writes(out[0:m, 0 : heads * d])
-            with T.parallel(kv_heads * tiles) as i:
-                first = vector.hold(i % tiles * chosen.tile, 1, "int32")
-                with T.If(first < span[1]), T.Then():
-                    head = vector.hold(i // tiles, 1, "int32")
-                    visible = vector.hold(span[0] + T.min(first + chosen.tile, span[1]), 1, "int32")
-                    task = Task(chosen, scores, group, d, (q, keys, values, out), head, first)
-                    task.emit(span[0] + first, visible)
+            emit(chosen, scores, m, kv_heads, group, d, span, out, task)
     return Kernel(name, builder.get())
 
 

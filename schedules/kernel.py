@@ -58,11 +58,17 @@ class Packing:
     """How one weight argument lies in memory for this kernel, and how to bring the canonical array there.
 
     `pack(array of canonical shape) -> C-contiguous array of spec.shape and spec.dtype`. Equal names: equal layouts.
+    rows: 0, or any slice of rows that starts at a multiple of it may be packed alone; the results lie one behind the
+    other. pack_words: None, or the same as `pack` from u32[rows, k * word_bits / 32], where codes of word_bits bits lie
+    along k from the lowest bit up: many checkpoints have them so, and unpacking would be work for nothing.
     """
 
     name: str
     spec: TensorSpec
     pack: Callable[[np.ndarray], np.ndarray]
+    rows: int = 0
+    pack_words: Callable[[np.ndarray], np.ndarray] | None = None
+    word_bits: int = 0
 
 
 @dataclass(frozen=True)

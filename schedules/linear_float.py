@@ -90,10 +90,10 @@ def _exact(
         with T.prim_func(s_tir=True):
             T.func_attr({"tirx.noalias": True, "global_symbol": "main"})
             x = T.arg("x", T.buffer((m, geometry.k), "float32"))
-            codes = T.arg("codes", T.buffer((nb, spans, steps, storage.vectors, LANES, QUAD), "uint8"))
-            scale = T.arg("scale", T.buffer((nb, spans, LANES), scale_dtype))
-            zero = T.arg("zero", T.buffer((nb, spans, LANES), "uint8")) if affine == "zero" else None
-            offset = T.arg("offset", T.buffer((nb, spans, LANES), "float32")) if affine == "offset" else None
+            codes = T.arg("codes", T.buffer((nb, spans, steps, 1, storage.vectors, LANES, QUAD), "uint8"))
+            scale = T.arg("scale", T.buffer((nb, spans, 1, LANES), scale_dtype))
+            zero = T.arg("zero", T.buffer((nb, spans, 1, LANES), "uint8")) if affine == "zero" else None
+            offset = T.arg("offset", T.buffer((nb, spans, 1, LANES), "float32")) if affine == "offset" else None
             base = T.arg("residual", T.buffer((m, n), "float32")) if residual else None
             out = T.arg("out", T.buffer((m, n), "float32"))
 
@@ -110,11 +110,11 @@ def _exact(
                 with T.serial(0, spans) as s:
                     for t in range(tokens):
                         T.buffer_store(part, T.broadcast(T.float32(0), LANES), [t, lanes])
-                    factor = T.bind(T.Cast(f"float32x{LANES}", scale[vb, s, lanes]))
-                    centre = T.bind(T.Cast(f"int32x{LANES}", zero[vb, s, lanes])) if zero is not None else None
-                    least = T.bind(offset[vb, s, lanes]) if offset is not None else None
+                    factor = T.bind(T.Cast(f"float32x{LANES}", scale[vb, s, 0, lanes]))
+                    centre = T.bind(T.Cast(f"int32x{LANES}", zero[vb, s, 0, lanes])) if zero is not None else None
+                    least = T.bind(offset[vb, s, 0, lanes]) if offset is not None else None
                     with T.serial(0, steps) as j:
-                        stored = [codes.vload([vb, s, j, v, 0, 0], "uint8x64") for v in range(storage.vectors)]
+                        stored = [codes.vload([vb, s, j, 0, v, 0, 0], "uint8x64") for v in range(storage.vectors)]
                         words = [T.bind(T.reinterpret(f"uint32x{LANES}", vector)) for vector in stored]
                         for f in range(storage.quads):
                             for b in range(QUAD):

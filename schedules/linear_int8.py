@@ -29,7 +29,7 @@ from schedules import isa as isas
 from schedules import storage as storages
 from schedules.geometry import Geometry
 from schedules.kernel import Kernel, Request
-from schedules.packed import affine_of, blocks, weight_packings
+from schedules.packed import affine_of, blocks, interleave, weight_packings
 from schedules.storage import LANES, QUAD, Storage, Table
 
 CODES, SCALE = 3, 4  # argument positions of the weight; its zero or offset is next
@@ -54,13 +54,15 @@ def workload(
     residual: bool,
     affine: str = "zero",
     levels: tuple[Table, float, int] | None = None,
+    x: int = 1,
 ) -> Any:
     """The layer in plain TIR: blocks `dot` (int32 per span), `scale` (fp32 over spans), `store` (residual, padding).
 
     affine: "zero", "offset" or "table". levels: table of the instruction set, value of one level, level of zero.
+    x: blocks that lie beside each other.
     """
     nb, spans, width, quads = blocks(n), geometry.spans, geometry.width, storage.quads
-    steps, inputs = width // storage.inputs, storage.inputs
+    steps, inputs, by_span = width // storage.inputs, storage.inputs, (nb // x, spans, x, LANES)
     table, unit, middle = levels or (None, 1.0, 0)
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
@@ -68,10 +70,10 @@ def workload(
             q = T.arg("q", T.buffer((m, spans, width), "int8"))
             ascale = T.arg("ascale", T.buffer((m, spans), "float32"))
             asum = T.arg("asum", T.buffer((m, spans), "int32"))
-            codes = T.arg("codes", T.buffer((nb, spans, steps, storage.vectors, LANES, QUAD), "uint8"))
-            scale = T.arg("scale", T.buffer((nb, spans, LANES), scale_dtype))
-            zero = T.arg("zero", T.buffer((nb, spans, LANES), "uint8")) if affine == "zero" else None
-            offset = T.arg("offset", T.buffer((nb, spans, LANES), "float32")) if affine == "offset" else None
+            codes = T.arg("codes", T.buffer((nb // x, spans, steps, x, storage.vectors, LANES, QUAD), "uint8"))
+            scale = T.arg("scale", T.buffer(by_span, scale_dtype))
+            zero = T.arg("zero", T.buffer(by_span, "uint8")) if affine == "zero" else None
+            offset = T.arg("offset", T.buffer(by_span, "float32")) if affine == "offset" else None
             base = T.arg("residual", T.buffer((m, n), "float32")) if residual else None
             out = T.arg("out", T.buffer((m, n), "float32"))
             with T.sblock("root"):
@@ -85,7 +87,7 @@ def workload(
                         with T.init():
                             T.buffer_store(total, T.int32(0), [vm, vb, vs, vi])
                         quad = vf[0] if vf else 0
-                        code = storages.code(storage, quad, lambda v: codes[vb, vs, vj, v, vi, vq])
+                        code = storages.code(storage, quad, lambda v: codes[vb // x, vs, vj, vb % x, v, vi, vq])
                         activation = T.Cast("int32", q[vm, vs, vj * inputs + quad * QUAD + vq])
                         product = storages.level(table, code) * activation
                         T.buffer_store(total, total[vm, vb, vs, vi] + product, [vm, vb, vs, vi])
@@ -94,16 +96,16 @@ def workload(
                         vm, vb, vs, vi = T.axis.remap("SSRS", [im, ib, s, i])
                         with T.init():
                             T.buffer_store(acc, T.float32(0), [vm, vb, vi])
-                        centred = total[vm, vb, vs, vi]
+                        centred, place = total[vm, vb, vs, vi], (vb // x, vs, vb % x, vi)
                         if zero is not None:
-                            centred = centred - T.Cast("int32", zero[vb, vs, vi]) * asum[vm, vs]
+                            centred = centred - T.Cast("int32", zero[place]) * asum[vm, vs]
                         elif middle:
                             centred = centred - T.int32(middle) * asum[vm, vs]
                         by_token = ascale[vm, vs] if table is None else ascale[vm, vs] * T.float32(unit)
-                        factor = T.Cast("float32", scale[vb, vs, vi]) * by_token
+                        factor = T.Cast("float32", scale[place]) * by_token
                         value = T.Cast("float32", centred) * factor
                         if offset is not None:
-                            value = value + offset[vb, vs, vi] * (T.Cast("float32", asum[vm, vs]) * ascale[vm, vs])
+                            value = value + offset[place] * (T.Cast("float32", asum[vm, vs]) * ascale[vm, vs])
                         T.buffer_store(acc, acc[vm, vb, vi] + value, [vm, vb, vi])
                 with T.grid(m, nb, LANES) as (im, ib, i):
                     with T.sblock("store"):
@@ -127,14 +129,15 @@ def default_knobs(
 ) -> dict[str, int]:
     """The template's stated default for a shape: the ISA's measured choice, cut down to what divides the shape.
 
-    Row blocks lie a power of two apart, so their lines meet in few sets of the first-level cache. Prefetching eight
-    streams into 32 KiB threw out what was still needed (19 against 26 GB/s on Zen 4); into the second level it did
-    not. With 48 KiB (Sapphire Rapids) the first level was the better place.
+    One token: exactly the row blocks that lie beside each other, so that a task reads one stream. Prefetching it into
+    the second-level cache was better than into 32 KiB of the first (Zen 4: 34 against 25 GB/s); with 48 KiB (Sapphire
+    Rapids) the first level was the better place.
     """
     steps = geometry.width // storage.inputs
+    x = interleave(n, isa.KNOBS["row_blocks"])
     gemm = "gemm_" if m > 1 else ""
     return {
-        "row_blocks": _largest_divisor(blocks(n), isa.KNOBS[f"{gemm}row_blocks"]),
+        "row_blocks": _largest_divisor(x, isa.KNOBS["gemm_row_blocks"]) if m > 1 else x,
         "tokens": _largest_divisor(m, isa.KNOBS["gemm_tokens"]) if m > 1 else 1,
         "unroll": _largest_divisor(steps, isa.KNOBS[f"{gemm}unroll"]),
         "prefetch_bytes": isa.KNOBS["prefetch_bytes"] if m == 1 else 0,
@@ -192,13 +195,14 @@ def lower(request: Request) -> Kernel:
     geometry = Geometry(k, group)
     storage = storages.choose(int(request.attrs["bits"]), geometry.width)
     isa = isas.choose(request.target)
+    x = interleave(n, isa.KNOBS["row_blocks"])
     knobs = default_knobs(m, n, geometry, storage, isa, request.target.l1d_kib_per_core) | dict(request.knobs)
     levels = None
     if request.table is not None:
         signed, unit = int8_levels(request.table)
         levels = (tuple(v + isa.TABLE_ZERO for v in signed), unit, isa.TABLE_ZERO)
     sch = s_tir.Schedule(
-        tvm.IRModule({"main": workload(m, n, geometry, storage, scale_dtype, residual, affine, levels)})
+        tvm.IRModule({"main": workload(m, n, geometry, storage, scale_dtype, residual, affine, levels, x)})
     )
     template(
         sch,
@@ -209,7 +213,7 @@ def lower(request: Request) -> Kernel:
     kind = request.attrs.get("grid", storage.name)
     tail = ("_offset" if affine == "offset" else "") + ("_residual" if residual else "")
     name = f"linear_{kind}a8_{isa.NAME}_m{m}_n{n}_k{k}_g{group}_s{scale_dtype[5:]}{tail}"
-    return Kernel(name, sch.mod["main"], weight_packings(CODES, n, geometry, storage, scale_dtype, affine))
+    return Kernel(name, sch.mod["main"], weight_packings(CODES, n, geometry, storage, scale_dtype, affine, x))
 
 
 LOWERS = {

@@ -38,7 +38,7 @@ from schedules.packed_rows import steps as steps_of
 from schedules.storage import Storage, Table, unpack
 from schedules.vector import Expr
 
-RANK = 10
+RANK = 5  # below AMX, which never meets it
 UNROLLED = 64  # inputs of a loop's body at least; from 128 on LLVM moves loads up until registers run out
 HALF = 8  # int16 sums in a register, products of one instruction
 QMAX = 127

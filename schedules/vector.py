@@ -166,6 +166,28 @@ def look_up(table: Sequence[float], code: Expr, lanes: int) -> Expr:
     return values[0]
 
 
+X86_PAIRS = {16: "llvm.x86.avx512.pmaddw.d.512", 8: "llvm.x86.avx2.pmadd.wd", 4: "llvm.x86.sse2.pmadd.wd"}
+
+
+def dot_pairs(a: Expr, b: Expr, lanes: int, arch: str) -> Expr:
+    """i32[lanes] of a[2i] b[2i] + a[2i+1] b[2i+1], for i16[2 * lanes]; exact unless all four numbers are -32768.
+
+    PMADDWD on x86 (with the sum around it VPDPWSSD, where there is one), widening multiplies and ADDP on arm64.
+    """
+    if arch == "x86_64" and lanes in X86_PAIRS:
+        return intrinsic(X86_PAIRS[lanes], a, b, dtype="int32", lanes=lanes)
+    wide = kind("int32", 2 * lanes)
+    products = hold(T.Cast(wide, a) * T.Cast(wide, b), 2 * lanes, "int32")
+    even, odd = (tirx.Shuffle([products], list(range(first, 2 * lanes, 2))) for first in (0, 1))
+    return even + odd
+
+
+def broadcast_pair(buffer: Any, *index: Expr, lanes: int) -> Expr:
+    """i16[2 * lanes]: two neighbours of an i16 buffer, the first at `index`, repeated."""
+    pair = T.reinterpret("int32", buffer[(*index[:-1], T.ramp(index[-1], 1, 2))])
+    return T.reinterpret(kind("int16", 2 * lanes), T.broadcast(pair, lanes))
+
+
 def pieces(n: int, widest: int = LANES) -> Iterator[tuple[int, int]]:
     """(offset, lanes) that cover 0..n-1 with the fewest power-of-two vectors."""
     offset, lanes = 0, widest

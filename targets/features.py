@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from targets.target import TargetError
+from targets.target import OS_GRANTED, TargetError
 
 X86_64_V2 = {
     "cx16": "cx16",
@@ -52,10 +52,7 @@ X86_64_V4_EXTRAS = {
     "avx512ifma": "avx512ifma",
     "avx512bitalg": "avx512_bitalg",
     "avx512vpopcntdq": "avx512_vpopcntdq",
-    "amx-tile": "amx_tile",
-    "amx-int8": "amx_int8",
-    "amx-bf16": "amx_bf16",
-}
+} | OS_GRANTED
 AARCH64_BASE = {"fp-armv8": "fp", "neon": "asimd"}
 AARCH64_EXTRAS = {
     "crc": "crc32",

@@ -48,7 +48,7 @@ def load(name: str, cpuinfo: str | None = None, folder: Path = FOLDER) -> Target
         general = load(native.BASES[arch], folder=folder)
         if cpuinfo is not None:
             return native.detect(cpuinfo, general)
-        return native.detect(native.read_cpuinfo(), general, native.l1d_kib())
+        return native.detect(native.read_cpuinfo(), general, native.l1d_kib(), native.kernel_has_tiles())
     path = folder / f"{name}.toml"
     if name not in names(folder):
         near = difflib.get_close_matches(name, names(folder), n=1)

@@ -1,6 +1,7 @@
 """The target `native`: this machine's CPU, from /proc/cpuinfo, with every feature that a kernel can use."""
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import platform
 from pathlib import Path
@@ -18,6 +19,7 @@ from targets.target import Target, TargetError
 
 BASES = {"x86_64": "x86-64", "aarch64": "aarch64"}  # machine -> target that gives the triple and the glibc floor
 CPUINFO = Path("/proc/cpuinfo")
+ARCH_GET_XCOMP_SUPP, TILE_STATE = 0x1021, 3 << 17  # Linux arch/x86/include/uapi/asm/prctl.h; XTILECFG and XTILEDATA
 ARM_LTD = "0x41"  # "CPU implementer"
 
 
@@ -58,14 +60,27 @@ def l1d_kib(cpu: Path = Path("/sys/devices/system/cpu/cpu0")) -> int | None:
     return None
 
 
-def detect(cpuinfo: str, base: Target, l1d_kib_per_core: int | None = None) -> Target:
-    """The `native` target of the machine that wrote `cpuinfo`; `base` gives what a CPU cannot tell (triple, glibc)."""
+def kernel_has_tiles() -> bool:
+    """Whether this machine's kernel gives AMX tiles to who asks. cpuinfo's flags are older than that (Linux 5.16)."""
+    supported = ctypes.c_uint64()
+    try:
+        failed = ctypes.CDLL(None).arch_prctl(ARCH_GET_XCOMP_SUPP, ctypes.byref(supported))
+    except AttributeError:  # not x86, or not glibc
+        return False
+    return not failed and supported.value & TILE_STATE == TILE_STATE
+
+
+def detect(cpuinfo: str, base: Target, l1d_kib_per_core: int | None = None, tiles: bool = True) -> Target:
+    """The `native` target of the machine that wrote `cpuinfo`; `base` gives what a CPU cannot tell (triple, glibc).
+
+    tiles: False leaves out what the operating system grants and this one does not.
+    """
     if base.arch == "x86_64":
         mcpu, features, vector_bits = _detect_x86(cpuinfo)
     else:
         mcpu, features, vector_bits = _detect_arm(cpuinfo)
     models = _values(cpuinfo, "model name") or [mcpu]
-    return dataclasses.replace(
+    found = dataclasses.replace(
         base,
         name="native",
         description=f"this machine: {models[0]}",
@@ -81,6 +96,7 @@ def detect(cpuinfo: str, base: Target, l1d_kib_per_core: int | None = None) -> T
         dram_read_mb_per_s=None,
         storage_read_mb_per_s=None,
     )
+    return found if tiles else found.plain
 
 
 def _detect_x86(cpuinfo: str) -> tuple[str, tuple[str, ...], int]:

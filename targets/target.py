@@ -1,7 +1,10 @@
 """What the compiler and the kernels know of a device. Plain data: made by `targets.load()`, read by everyone."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+# LLVM's name beside /proc/cpuinfo's. Linux gives tiles to processes that ask: Documentation/arch/x86/xstate.rst.
+OS_GRANTED = {"amx-tile": "amx_tile", "amx-int8": "amx_int8", "amx-bf16": "amx_bf16"}
 
 
 class TargetError(Exception):
@@ -37,6 +40,16 @@ class Target:
     def zig_triple(self) -> str:
         """What `zig cc -target` takes: the ABI and the oldest glibc that the result must still load on."""
         return f"{self.arch}-linux-gnu.{self.glibc}"
+
+    @property
+    def plain(self) -> Target:
+        """The same device without what an operating system may refuse a process (OS_GRANTED)."""
+        granted = {f"+{llvm}": cpuinfo for llvm, cpuinfo in OS_GRANTED.items()}
+        return replace(
+            self,
+            features=tuple(f for f in self.features if f not in granted),
+            cpuinfo=tuple(name for name in self.cpuinfo if name not in granted.values()),
+        )
 
     def has(self, feature: str) -> bool:
         """True when the CPU has this LLVM feature, named without a sign: has("avx512vnni")."""

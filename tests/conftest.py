@@ -15,6 +15,7 @@ from tests.board import arm64
 ALLOWED_SKIPS = (
     r"this CPU lacks ",  # a kernel for an instruction set that the CI machine does not have
     r"no NVIDIA GPU",
+    r"the peer \S+ is not installed",  # other engines, for comparisons: minutes of building, hundreds of megabytes
 )
 IN_CI = bool(os.environ.get("CI"))
 # CI tries the same examples every time; a busy machine is no failure.

@@ -33,7 +33,10 @@ LAW: dict[str, set[str]] = {
     "compiler.quant.patterns": {"compiler.quant", "numpy", "re2"},
     "compiler.quantize": {"compiler.checkpoint", "compiler.models", "compiler.quant", "numpy", "scipy", "torch"},
     "compiler.graph": {"compiler.quant.ir", "numpy", "tvm"},
-    "compiler.models": {"compiler.checkpoint.config", "compiler.graph", "compiler.quant.ir", "tvm"},
+    "compiler.models": {
+        "compiler.checkpoint.config", "compiler.checkpoint.gguf_architecture", "compiler.graph", "compiler.quant.ir",
+        "tvm",
+    },
     "compiler.passes": {"compiler.graph", "compiler.quant", "schedules", "targets", "tvm"},
     "compiler.tune": {"compiler.passes", "schedules", "targets", "tvm"},
     "compiler.codegen": {"numpy", "runtime.manifest", "targets", "tvm"},
@@ -43,12 +46,26 @@ LAW: dict[str, set[str]] = {
         "compiler.checkpoint.config", "compiler.codegen", "compiler.graph", "compiler.quant", "numpy", "runtime",
         "targets", "tvm",
     },
+    # The measured process is the device's runtime and nothing else; the peers' run in environments of their own.
+    "compiler.measure.bundle_process": {"numpy", "runtime"},
+    "compiler.measure.process": set(),
+    "compiler.measure.gguf_model": {"compiler.checkpoint", "compiler.quant", "gguf", "numpy"},
+    "compiler.measure.growth": {"compiler.measure", "matplotlib"},
+    "compiler.measure.peers": {"compiler.measure.process"},
+    "compiler.measure.peers.openvino": {"compiler.measure.peers", "compiler.measure.process", "numpy", "openvino"},
+    "compiler.measure.peers.onnxruntime_genai": {
+        "compiler.measure.peers", "compiler.measure.process", "numpy", "onnx", "onnxruntime_genai",
+    },
     "compiler.measure.forecast": {
         "compiler.codegen", "compiler.graph", "compiler.measure", "compiler.models", "compiler.passes",
         "compiler.pipeline", "numpy", "targets", "tvm",
     },
     "compiler.measure.forecast_report": {"compiler.measure", "rich", "targets"},
     "compiler.report": {"jinja2"},
+    "compiler.weights": {
+        "compiler.codegen.weights_file", "compiler.graph.weights", "compiler.quant", "compiler.quantize", "numpy",
+        "schedules.kernel",
+    },
 }
 
 

@@ -24,6 +24,8 @@ PROVENANCE = frozenset({
     "architectures", "_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache",
     "initializer_range", "attention_dropout", "_attn_implementation_autoset", "_attn_implementation", "pretraining_tp",
     "output_attentions", "output_hidden_states", "return_dict", "gradient_checkpointing", "_from_model_config",
+    "auto_map", "id2label", "label2id", "problem_type", "chunk_size_feed_forward", "is_llama_config",
+    "transformers.js_config", "unsloth_fixed", "unsloth_version",
 })
 
 
@@ -77,6 +79,15 @@ class Config:
         """Mark keys as handled without reading them."""
         self._read.update(keys)
 
+    def neutral(self, **values: Any) -> None:
+        """Mark keys as handled where they have exactly this value, with which they say nothing."""
+        self._read.update(key for key, value in values.items() if self.data.get(key) == value)
+
+    def assume(self, **values: Any) -> None:
+        """Give keys that are not there a value."""
+        for key, value in values.items():
+            self._entries.setdefault(key, Entry(value, f"{self._home}{key} (by default)"))
+
     def where(self, key: str) -> str:
         """"FILE: section.key", to start a message with."""
         entry = self._entries.get(key)
@@ -106,6 +117,15 @@ class Config:
         if type(value) not in (int, float) or not low <= value <= high or not math.isfinite(value):
             self._refuse(key, need)
         return float(value)
+
+    def numbers(self, key: str, low: float, high: float, count: int) -> tuple[float, ...]:
+        """A list of `count` finite numbers, each from low to high."""
+        need = f"{count} numbers from {low:g} to {high:g}"
+        value = self._get(key, REQUIRED, need)
+        good = isinstance(value, (list, tuple)) and len(value) == count
+        if not good or not all(type(v) in (int, float) and low <= v <= high and math.isfinite(v) for v in value):
+            self._refuse(key, need)
+        return tuple(map(float, value))
 
     def boolean(self, key: str, default: bool | _Required = REQUIRED) -> bool:
         """true or false, and nothing that merely looks like it."""

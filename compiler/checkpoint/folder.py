@@ -2,15 +2,19 @@
 from __future__ import annotations
 
 import mmap
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
+from types import MappingProxyType
 from typing import Any
 
 from numpy.typing import NDArray
 
 from compiler.checkpoint import gguf_file, gguf_model, gguf_tokenizer, safetensors, strict_json
 from compiler.checkpoint.config import Config, read_config, read_optional
+from compiler.checkpoint.gguf_architecture import Architecture
 from compiler.checkpoint.safetensors import TensorInfo
 from compiler.checkpoint.strict_json import shown
 from compiler.errors import CheckpointError, UnsupportedError
@@ -36,7 +40,8 @@ class Checkpoint:
     metadata: Mapping[str, str]  # of the first file: what the writer says about itself
     tokenizer_files: Callable[[], dict[str, bytes]] = dict
     _maps: dict[Path, mmap.mmap] = field(default_factory=dict, repr=False)
-    _handed: list[int] = field(default_factory=lambda: [0], repr=False)  # bytes since pages were last dropped
+    _handed: deque[TensorInfo] = field(default_factory=deque, repr=False)  # tensors whose pages are in this process
+    _lock: Lock = field(default_factory=Lock, repr=False)
 
     def array(self, name: str) -> NDArray[Any]:
         """The tensor as a read-only view of its file. CheckpointError if absent.
@@ -47,22 +52,24 @@ class Checkpoint:
         if info is None:
             raise CheckpointError(f"{self.path} has no tensor {shown(name)}. "
                                   f"Is this the model that config.json describes?")
-        if info.file not in self._maps:
-            self._maps[info.file] = safetensors.map_file(info.file)
-        self._drop_pages(info.nbytes)
+        with self._lock:
+            if info.file not in self._maps:
+                self._maps[info.file] = safetensors.map_file(info.file)
+            self._drop_pages(MOST_MAPPED_BYTES - info.nbytes)
+            self._handed.append(info)
         safetensors.read_ahead(self._maps[info.file], info)
         return safetensors.view(self._maps[info.file], info)
 
-    def _drop_pages(self, coming: int) -> None:
-        """Keep the mapped files out of this process's memory: after MOST_MAPPED_BYTES, what was read may go.
+    def _drop_pages(self, most: int) -> None:
+        """Keep the mapped files out of this process's memory: of what was handed out, the oldest goes first.
 
         Views stay valid: a page that is touched again comes back from the page cache, or from disk.
         """
-        self._handed[0] += coming
-        if self._handed[0] > MOST_MAPPED_BYTES:
-            self._handed[0] = coming
-            for mapped in self._maps.values():
-                safetensors.drop_pages(mapped)
+        held = sum(info.nbytes for info in self._handed)
+        while self._handed and held > most:
+            oldest = self._handed.popleft()
+            held -= oldest.nbytes
+            safetensors.drop_pages(self._maps[oldest.file], oldest)
 
     @property
     def name(self) -> str:
@@ -77,21 +84,22 @@ class Checkpoint:
         return read_optional(self.path / name)
 
 
-def open_checkpoint(path: Path | str) -> Checkpoint:
+def open_checkpoint(path: Path | str, gguf: Mapping[str, Architecture] = MappingProxyType({})) -> Checkpoint:
     """Open a folder with config.json and safetensors files, or with one GGUF file, or that file itself.
 
-    Raises a UserError that says what is wrong or missing.
+    gguf: the architectures that may stand in a GGUF file: compiler.models.gguf_architectures(). Raises a UserError that
+    says what is wrong or missing.
     """
     folder = Path(path)
     if folder.suffix == GGUF and not folder.is_dir():
-        return _open_gguf(folder)
+        return _open_gguf(folder, gguf)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder. Give the folder that holds config.json and the .safetensors "
                               f"files, or a .gguf file.")
     if not _visible(folder, "*.safetensors") and (found := _visible(folder, f"*{GGUF}")):
         if len(found) > 1:
             raise CheckpointError(f"{folder} has {len(found)} {GGUF} files ({_some(found)}). Give one of the files.")
-        return _open_gguf(found[0])
+        return _open_gguf(found[0], gguf)
     config = read_config(folder)
     index = _find_index(folder)
     if index is not None:
@@ -103,10 +111,10 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     return Checkpoint(folder, config, tensors, metadata, lambda: _tokenizer_files(folder))
 
 
-def _open_gguf(path: Path) -> Checkpoint:
+def _open_gguf(path: Path, architectures: Mapping[str, Architecture]) -> Checkpoint:
     """One GGUF file: its metadata stands for config.json and for the tokenizer's files."""
     file = gguf_file.read(path)
-    config, tensors = gguf_model.convert(file)
+    config, tensors = gguf_model.convert(file, architectures)
     return Checkpoint(path, config, tensors, {}, lambda: gguf_tokenizer.files(file.metadata, str(path)))
 
 

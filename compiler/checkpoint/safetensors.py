@@ -77,15 +77,20 @@ def map_file(path: Path) -> mmap.mmap:
 
 def read_ahead(mapped: mmap.mmap, info: TensorInfo) -> None:
     """Ask for the tensor's pages all at once: one long read, where touching them would make many short ones."""
-    start = info.offset // mmap.PAGESIZE * mmap.PAGESIZE
     if info.nbytes and hasattr(mmap, "MADV_WILLNEED"):
-        mapped.madvise(mmap.MADV_WILLNEED, start, info.offset + info.nbytes - start)
+        mapped.madvise(mmap.MADV_WILLNEED, *_pages(info))
 
 
-def drop_pages(mapped: mmap.mmap) -> None:
-    """Take the mapping's pages out of the process; they stay in the page cache while memory is plenty."""
-    if hasattr(mmap, "MADV_DONTNEED"):
-        mapped.madvise(mmap.MADV_DONTNEED)
+def drop_pages(mapped: mmap.mmap, info: TensorInfo) -> None:
+    """Take the tensor's pages out of the process; they stay in the page cache while memory is plenty."""
+    if info.nbytes and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED, *_pages(info))
+
+
+def _pages(info: TensorInfo) -> tuple[int, int]:
+    """(start, length) in bytes, from the border of a page on."""
+    start = info.offset // mmap.PAGESIZE * mmap.PAGESIZE
+    return start, info.offset + info.nbytes - start
 
 
 def view(mapped: mmap.mmap, info: TensorInfo) -> NDArray[Any]:

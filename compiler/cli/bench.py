@@ -1,146 +1,351 @@
-"""Measure prefill and decode speed of a bundle, or of a published shape, beside this machine's read bandwidth."""
+"""Measure prefill and decode speed of a bundle, or of a published shape, alone or beside other engines."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from compiler.measure.compare import Row, Workload
+    from compiler.measure.growth import Point, Setup
+    from compiler.measure.peers import Peer, PeerModel, Side
     from compiler.measure.speed import Speed, Spread
     from targets import Target
+
+BITS = (2, 3, 4, 5, 6, 8)
+GROWTH = ("context", "prompt", "size", "group", "bits")
+DEFAULT_SHAPE = "tinyllama-1.1b"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
     parser.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="bundle folder to measure")
-    parser.add_argument(
-        "--shape", metavar="NAME", help="measure a published shape with random weights instead, e.g. tinyllama-1.1b"
+    shape = parser.add_argument_group("a published shape with random weights, instead of a bundle")
+    shape.add_argument("--shape", metavar="NAME", help=f"e.g. {DEFAULT_SHAPE}")
+    shape.add_argument("--bits", type=int, choices=BITS, default=4, help="bits of the linear layers (default: 4)")
+    shape.add_argument(
+        "--group-size", type=int, default=128, metavar="G", help="inputs that share a scale (default: 128)"
     )
-    parser.add_argument(
-        "--bits", type=int, choices=(4, 8), default=4, help="with --shape: bits of the linear layers (default: 4)"
-    )
-    parser.add_argument(
-        "--group-size",
-        type=int,
-        default=128,
-        metavar="G",
-        help="with --shape: inputs that share a scale (default: 128)",
-    )
-    parser.add_argument(
-        "--head-bits", type=int, choices=(4, 8), help="with --shape: bits of the output head (default: as --bits)"
-    )
-    parser.add_argument(
-        "--target", default="native", metavar="NAME", help="with --shape: build for this target (default: native)"
-    )
-    parser.add_argument("--threads", type=int, metavar="N", help="threads (default: what the runtime would take)")
-    parser.add_argument(
-        "--prompt-tokens", type=int, default=512, metavar="N", help="tokens of a prefill (default: 512)"
-    )
-    parser.add_argument(
-        "--decode-tokens", type=int, default=16, metavar="N", help="tokens decoded a round (default: 16)"
-    )
-    parser.add_argument(
-        "--context", type=int, default=128, metavar="N", help="tokens before the decoded ones (default: 128)"
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=5, metavar="N", help="rounds of prefill, decode and reading (default: 5)"
-    )
-    parser.add_argument(
+    shape.add_argument("--head-bits", type=int, choices=BITS, help="bits of the output head (default: as --bits)")
+    shape.add_argument("--target", default="native", metavar="NAME", help="build for this target (default: native)")
+    work = parser.add_argument_group("workload")
+    work.add_argument(
+        "--threads", type=_counts, default=[None], metavar="N[,N]",
+        help="threads, or several numbers one after the other (default: what the runtime would take)",
+    )  # fmt: skip
+    work.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="tokens of a prefill (default: 512)")
+    work.add_argument("--decode-tokens", type=int, default=16, metavar="N", help="tokens decoded a round (default: 16)")
+    work.add_argument("--context", type=int, default=128, metavar="N", help="tokens before these (default: 128)")
+    work.add_argument("--rounds", type=int, default=5, metavar="N", help="how often each is run (default: 5)")
+    peers = parser.add_argument_group("other engines, run in turns with quern")
+    peers.add_argument(
+        "--against", action="append", default=[], metavar="PEER[:VARIANT]",
+        help="llama.cpp (variants native, no-amx, avx2), openvino or onnxruntime-genai; may be repeated",
+    )  # fmt: skip
+    peers.add_argument("--model", type=Path, metavar="DIR", help="with BUNDLE: the checkpoint it was built from")
+    peers.add_argument("--install-peers", action="store_true", help="install what is missing, each in its environment")
+    peers.add_argument("--peers-dir", type=Path, metavar="DIR", help="where peers are (default: ~/.cache/quern/peers)")
+    more = parser.add_argument_group("more")
+    more.add_argument("--perplexity", type=Path, metavar="TEXT", help="with BUNDLE: perplexity on a text file, too")
+    more.add_argument("--windows", type=int, metavar="N", help="windows of 256 tokens of it, at most (default: all)")
+    more.add_argument("--growth", choices=GROWTH, help="a table over one of these instead of a single workload")
+    more.add_argument("--growth-values", metavar="V,V", help="its points (default: a fixed list)")
+    more.add_argument("--plot", type=Path, metavar="FILE", help="with --growth: draw it, .svg or .png")
+    more.add_argument(
         "--cost", choices=("time", "model"), default="time",
         help="with --shape: 'model' counts instructions under qemu and models cycles instead of timing (default: time)",
     )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print one JSON object to stdout")
+    more.add_argument("--record", type=Path, metavar="FILE", help="append the results as JSON lines")
+    more.add_argument("--json", action="store_true", help="print JSON to stdout")
+
+
+def _counts(text: str) -> list[int]:
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, nor several with commas") from None
+    if len(set(counts)) != len(counts):
+        raise argparse.ArgumentTypeError(f"{text!r} has a number twice")
+    return counts
 
 
 def run(options: argparse.Namespace) -> int:
     """Build the shape if asked, measure, print."""
-    import os
-
     import targets
-    from compiler.errors import UserError
 
-    if (options.bundle is None) == (options.shape is None):
-        raise UserError("bench measures either a BUNDLE or a --shape: give one of the two.")
-    for name in ("prompt_tokens", "decode_tokens", "rounds", "group_size"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}, but it must be at least 1.")
-    if options.threads is not None:
-        if options.threads < 1:
-            raise UserError(f"--threads is {options.threads}, but it must be at least 1.")
-        os.environ["TVM_NUM_THREADS"] = str(options.threads)  # before TVM's compiler starts its pool in this process
+    _check(options)
     target = targets.load(options.target)
     if options.cost == "model":
-        if options.shape is None:
-            raise UserError("--cost model compiles a shape for its target: give a --shape, not a BUNDLE.")
         from compiler.measure import forecast_report
 
         forecast_report.show(options, target)
         return 0
-    with _bundle(options, target) as path:
-        from compiler.measure import speed
-        from runtime.bundle import read_manifest
+    if options.growth is not None:
+        return _grow(options, target)
+    from compiler.measure import shapes
 
-        limit = read_manifest(path).model.context
-        prompt = min(options.prompt_tokens, limit)
-        context = max(1, min(options.context, limit - options.decode_tokens))
-        measured = speed.measure(
-            path, target, prompt, min(options.decode_tokens, limit - 1), options.rounds, options.threads, context
-        )
-    _print(options, measured, prompt, context)
+    if options.shape is not None:
+        shapes.settings(options.shape)
+    peers = _peers(options)
+    setup = _setup(options)
+    with ExitStack() as stack:
+        path = options.bundle or stack.enter_context(built(setup, target, options.json))
+        setup = replace(setup, work=_fitting(path, setup.work))
+        found: list[dict[str, object]] = []
+        for threads in options.threads:
+            if peers or options.perplexity:
+                found += _beside(options, path, setup, peers, threads)
+            else:
+                found += _alone(options, path, target, setup.work, threads)
+    _record(options.record, found)
+    if options.json:
+        print("\n".join(json.dumps(record) for record in found))
     return 0
 
 
+def _check(options: argparse.Namespace) -> None:
+    from compiler.errors import UserError
+
+    if options.growth is None and (options.bundle is None) == (options.shape is None):
+        raise UserError("bench measures either a BUNDLE or a --shape: give one of the two.")
+    if options.growth is not None and options.bundle is not None:
+        raise UserError("--growth builds models of its own: give a --shape, or nothing, instead of a BUNDLE.")
+    if options.cost == "model" and options.shape is None:
+        raise UserError("--cost model compiles a shape for its target: give a --shape, not a BUNDLE.")
+    low = {"prompt_tokens": 1, "decode_tokens": 1, "rounds": 1, "group_size": 1, "context": 0, "windows": 2}
+    for name, least in low.items():
+        if (value := getattr(options, name)) is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} is {value}, but it must be at least {least}.")
+    for threads in options.threads:
+        if threads is not None and threads < 1:
+            raise UserError(f"--threads is {threads}, but it must be at least 1.")
+    if options.growth is None and (options.plot or options.growth_values):
+        raise UserError("--plot and --growth-values belong to --growth, which is missing.")
+    if options.perplexity and options.bundle is None:
+        raise UserError("--perplexity needs a BUNDLE: random weights have none worth knowing.")
+    if options.against and options.bundle is not None and options.model is None:
+        raise UserError("--against runs the peer on the same weights. Add --model with the checkpoint of the bundle.")
+    if options.model is not None and (options.bundle is None or not options.against):
+        raise UserError("--model belongs to a BUNDLE and --against: it is where the peer's weights come from.")
+
+
+def _peers(options: argparse.Namespace) -> list[tuple[Peer, str]]:
+    """Those asked for, installed."""
+    from compiler.measure import peers
+    from compiler.progress import Reporter
+
+    found = [peers.find(text) for text in options.against]
+    report = Reporter(quiet=options.json)
+    for peer, variant in found:
+        peers.require(peer, peers.place(options.peers_dir), variant, options.install_peers, report.line)
+    return found
+
+
+def _setup(options: argparse.Namespace) -> Setup:
+    from compiler.measure.compare import Workload
+    from compiler.measure.growth import Setup
+
+    work = Workload(options.prompt_tokens, options.context, options.decode_tokens, options.rounds)
+    bits = options.bits
+    return Setup(options.shape or DEFAULT_SHAPE, bits, options.group_size, options.head_bits or bits, work)
+
+
+def _fitting(path: Path, work: Workload) -> Workload:
+    """The workload, cut to what the bundle's context holds."""
+    from runtime.bundle import read_manifest
+
+    limit = read_manifest(path).model.context
+    steps = min(work.decode_tokens, limit - 1)
+    prompt, context = min(work.prompt_tokens, limit), max(0, min(work.context, limit - steps))
+    return replace(work, prompt_tokens=prompt, decode_tokens=steps, context=context)
+
+
 @contextmanager
-def _bundle(options: argparse.Namespace, target: Target) -> Iterator[Path]:
-    if options.bundle is not None:
-        yield options.bundle
-        return
+def built(setup: Setup, target: Target, quiet: bool) -> Iterator[Path]:
+    """A bundle of the setup's shape, gone at the end."""
     from compiler import models, pipeline
     from compiler.measure import shapes
     from compiler.progress import Reporter
 
-    head = options.head_bits or options.bits
-    source = shapes.RandomSource(options.shape, options.bits, options.group_size, head)
+    config = shapes.config(setup.shape, setup.positions)
+    source = shapes.RandomSource(setup.shape, setup.bits, setup.group_size, setup.head_bits)
     with tempfile.TemporaryDirectory(prefix="quern-bench-") as folder:
-        request = pipeline.Request(Path(folder) / "bundle", target, head_bits=head)
-        model = models.build(shapes.config(options.shape), source.describe, pipeline.model_options(request))
-        inputs = pipeline.Inputs(options.shape, "random", model, source, None)
-        pipeline.compile_inputs(inputs, request, Reporter(quiet=options.json))
+        context = min(config.integer("max_position_embeddings", 1, 1 << 30), max(setup.positions, 2048))
+        request = pipeline.Request(Path(folder) / "bundle", target, head_bits=setup.head_bits, context=context)
+        model = models.build(config, source.describe, pipeline.model_options(request))
+        inputs = pipeline.Inputs(setup.shape, "random", model, source, None)
+        pipeline.compile_inputs(inputs, request, Reporter(quiet=quiet))
         yield request.out
 
 
-def _print(options: argparse.Namespace, speed: Speed, prompt: int, context: int) -> None:
-    spreads = ("prefill_tok_s", "decode_tok_s", "read_gb_s", "decode_bandwidth_ratio")
+def _alone(
+    options: argparse.Namespace, path: Path, target: Target, work: Workload, threads: int | None
+) -> list[dict[str, object]]:
+    from compiler.measure import speed
+
+    measured = speed.measure(
+        path, target, work.prompt_tokens, work.decode_tokens, work.rounds, threads, work.context
+    )  # fmt: skip
+    spreads = ["prefill_tok_s", "decode_tok_s", "read_gb_s", "decode_bandwidth_ratio"]
+    spreads += ["prefill_plain_tok_s"] if measured.prefill_plain_tok_s is not None else []
+    record: dict[str, object] = {name: getattr(measured, name).median for name in spreads}
+    record["spread"] = {name: asdict(getattr(measured, name)) for name in spreads}
+    record |= {"weight_bytes_per_token": measured.weight_bytes_per_token, "threads": measured.threads}
+    record |= {**asdict(work), "peak_rss_mib": measured.peak_rss_mib, **_where(options)}
+    if not options.json:
+        _print_alone(measured, work)
+    return [record]
+
+
+def _where(options: argparse.Namespace) -> dict[str, object]:
+    """What was measured and where, for a record."""
+    from compiler.measure import machine
+
+    named = {"shape": options.shape, "bundle": None if options.bundle is None else str(options.bundle)}
+    return {**named, "target": options.target, **machine.describe()}
+
+
+def _peer_model(options: argparse.Namespace, path: Path, setup: Setup) -> PeerModel:
+    from compiler.checkpoint import open_checkpoint
+    from compiler.measure import shapes
+    from compiler.measure.peers import PeerModel
+    from runtime.bundle import read_manifest
+
+    if options.bundle is None:
+        config = shapes.settings(setup.shape, setup.positions)
+        return PeerModel(config, setup.bits, setup.group_size, setup.head_bits)
+    made = read_manifest(path).quantization
+    bits, group, head = (int(str(made[name])) for name in ("bits", "group_size", "head_bits"))
+    return PeerModel(open_checkpoint(options.model).config.data, bits, group, head, options.model)
+
+
+def _beside(
+    options: argparse.Namespace, path: Path, setup: Setup, peers: Sequence[tuple[Peer, str]], threads: int | None
+) -> list[dict[str, object]]:
+    """One run of quern and the peers in turns, and perplexity where it is asked for."""
+    from compiler.measure import compare
+    from runtime.bundle import open_bundle
+
+    with ExitStack() as stack:
+        sides = _sides(options, stack, path, setup, peers, threads)
+        rows = compare.compare(sides, setup.work)
+        perplexities: list[float | None] = [None] * len(rows)
+        if options.perplexity:
+            from compiler.measure import perplexity
+
+            parts = perplexity.windows(open_bundle(path, verify_weights=False), options.perplexity, options.windows)
+            perplexities = [side.perplexity(parts) for side in sides]
+    if not options.json:
+        _print_rows(rows, setup.work, perplexities)
+    found = compare.records(rows, setup.work, _where(options))
+    return [{**record, "perplexity": value} for record, value in zip(found, perplexities, strict=True)]
+
+
+def _sides(
+    options: argparse.Namespace, stack: ExitStack, path: Path, setup: Setup, peers: Sequence[tuple[Peer, str]],
+    threads: int | None,
+) -> list[Side]:  # fmt: skip
+    from compiler.errors import UserError
+    from compiler.measure import speed
+    from compiler.measure.peers import place
+
+    quern = stack.enter_context(speed.open_side(path, threads))
+    sides: list[Side] = [quern]
+    if not peers:
+        return sides
+    model, folder = _peer_model(options, path, setup), place(options.peers_dir)
+    for peer, variant in peers:
+        try:
+            sides.append(stack.enter_context(peer.opened(folder, variant, model, quern.threads)))
+        except UserError as error:  # noqa: PERF203 an engine takes seconds to start
+            if options.growth is None:
+                raise
+            print(f"left out: {error}", file=sys.stderr)  # the other points and engines are worth having
+    return sides
+
+
+def _grow(options: argparse.Namespace, target: Target) -> int:
+    """A comparison a point; the table grows as the points come in."""
+    from compiler.measure import compare, growth, shapes
+
+    points: list[Point] = []
+    found: list[dict[str, object]] = []
+    peers = _peers(options)
+    todo = growth.setups(options.growth, _setup(options), growth.values(options.growth, options.growth_values))
+    for _, setup in todo:
+        shapes.settings(setup.shape)  # a wrong name is told before the first minutes have passed
+    for threads in options.threads:
+        for value, setup in todo:
+            with ExitStack() as stack:
+                path = stack.enter_context(built(setup, target, quiet=True))
+                rows = compare.compare(_sides(options, stack, path, setup, peers, threads), setup.work)
+            at = shapes.parameters(setup.shape) if options.growth == "size" else value
+            points += [growth.Point(value, at, row) for row in rows]
+            more = {**_where(options), "shape": setup.shape, "growth": options.growth, "value": value}
+            latest = compare.records(rows, setup.work, more)
+            _record(options.record, latest)
+            found += latest
+            if not options.json:
+                print(f"{options.growth} {value}")
+                _print_rows(rows, setup.work, [None] * len(rows))
     if options.json:
-        record: dict[str, object] = {name: getattr(speed, name).median for name in spreads}
-        record["spread"] = {name: asdict(getattr(speed, name)) for name in spreads}
-        record |= {"weight_bytes_per_token": speed.weight_bytes_per_token, "threads": speed.threads}
-        record |= {"prompt_tokens": prompt, "context": context, "rounds": options.rounds, "target": options.target}
-        record |= {"shape": options.shape, "bundle": None if options.bundle is None else str(options.bundle)}
-        print(json.dumps(record))
-        return
+        print("\n".join(json.dumps(record) for record in found))
+    if options.plot is not None:
+        growth.plot(options.growth, points, f"{options.shape or DEFAULT_SHAPE}, {options.bits} bits", options.plot)
+    return 0
+
+
+def _record(file: Path | None, found: Sequence[dict[str, object]]) -> None:
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(record) + "\n" for record in found)
+
+
+def _cells(spread: Spread | None) -> list[str]:
+    if spread is None:
+        return ["", "", ""]
+    return [f"{v:.3g}" if v < 1 else f"{v:.1f}" for v in (spread.median, spread.min, spread.max)]
+
+
+def _print_alone(speed: Speed, work: Workload) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table("", "median", "min", "max", box=None, pad_edge=False)
-    labels = (
-        f"prefill, {prompt} tokens (tokens/s)",
-        f"decode after {context} (tokens/s)",
-        "read ceiling (GB/s)",
-        "decode / ceiling",
-    )
-    for label, name in zip(labels, spreads, strict=True):
-        values: Spread = getattr(speed, name)
-        table.add_row(
-            label,
-            *(f"{value:.3g}" if value < 1 else f"{value:.1f}" for value in (values.median, values.min, values.max)),
-        )
+    table.add_row(f"prefill, {work.prompt_tokens} tokens (tokens/s)", *_cells(speed.prefill_tok_s))
+    if speed.prefill_plain_tok_s is not None:
+        table.add_row("the same without AMX", *_cells(speed.prefill_plain_tok_s))
+    table.add_row(f"decode after {work.context} (tokens/s)", *_cells(speed.decode_tok_s))
+    table.add_row("read ceiling (GB/s)", *_cells(speed.read_gb_s))
+    table.add_row("decode / ceiling", *_cells(speed.decode_bandwidth_ratio))
     console = Console(highlight=False)
     console.print(table)
-    console.print(f"{speed.weight_bytes_per_token / 1e6:.1f} MB of weights a token, {speed.threads} threads")
+    console.print(
+        f"{speed.weight_bytes_per_token / 1e6:.1f} MB of weights a token, {speed.threads} threads, "
+        f"at most {speed.peak_rss_mib:.0f} MiB"
+    )
+
+
+def _print_rows(rows: Sequence[Row], work: Workload, perplexities: Sequence[float | None]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    def phase(speed: Spread | None, ratio: Spread | None) -> list[Any]:
+        median, low, high = _cells(speed)
+        against = "" if ratio is None else f"{ratio.median:.2f}x ({ratio.min:.2f}-{ratio.max:.2f})"
+        return [f"{median} ({low}-{high})" if median else "", against]
+
+    ahead = [f"prefill {work.prompt_tokens}", "quern is", f"decode after {work.context}", "quern is"]
+    table = Table("tokens/s, median (min-max)", "threads", *ahead, "perplexity", box=None, pad_edge=False)
+    for row, value in zip(rows, perplexities, strict=True):
+        cells = phase(row.prefill_tok_s, row.prefill_ratio) + phase(row.decode_tok_s, row.decode_ratio)
+        table.add_row(row.name, str(row.threads), *cells, "" if value is None else f"{value:.4f}")
+    Console(highlight=False, width=140).print(table)

@@ -54,6 +54,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--context", type=_positive, metavar="N", help="positions to keep (default: the model's, at most 4096)"
     )
+    parser.add_argument(
+        "--kv-cache",
+        choices=("float16", "int8", "float32"),
+        help="what keys and values of past tokens are kept in (default: float16, exact: float32)",
+    )
     parser.add_argument("--dump-ir", type=Path, metavar="DIR", help="write every stage of the compile into DIR")
     parser.add_argument("--json", action="store_true", help="print one JSON object about the build to stdout")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
@@ -80,6 +85,7 @@ def run(options: argparse.Namespace) -> int:
         group_size=options.group_size,
         head_bits=options.head_bits,
         context=options.context,
+        kv_cache=options.kv_cache,
         dump_ir=options.dump_ir,
     )
     signal.signal(signal.SIGTERM, _terminate)  # so that `kill` cleans up as Ctrl-C does

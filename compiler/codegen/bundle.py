@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from compiler.errors import UserError
 from runtime import manifest
-from runtime.manifest import CHUNK_BYTES, FileDigest
+from runtime.manifest import FileDigest
 
 PARTIAL, OLD = ".partial-", ".old"
 PATIENCE_S = 5.0  # to get rid of a folder in which somebody still writes
@@ -65,24 +63,10 @@ def staged(out: Path) -> Iterator[Path]:
         _remove(scratch)
 
 
-def digests(folder: Path, chunked: str) -> dict[str, FileDigest]:
-    """Digest of every file in `folder`; the one named `chunked` by pieces, so that it can be checked in parallel."""
+def digests(folder: Path, known: Mapping[str, FileDigest]) -> dict[str, FileDigest]:
+    """Digest of every file in `folder`, in the order of names; those of `known` were found while they were written."""
     files = sorted(path for path in folder.iterdir() if path.name != manifest.FILE_NAME)
-    return {path.name: _digest_chunks(path) if path.name == chunked else manifest.digest_file(path) for path in files}
-
-
-def _digest_chunks(path: Path) -> FileDigest:
-    """As manifest.digest_file with CHUNK_BYTES, but in threads: hashlib lets go of the interpreter lock."""
-    size = path.stat().st_size
-    with path.open("rb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
-        handle = file.fileno()
-
-        def digest(start: int) -> str:
-            return hashlib.sha256(os.pread(handle, CHUNK_BYTES, start)).hexdigest()
-
-        chunks = tuple(pool.map(digest, range(0, size, CHUNK_BYTES)))
-    return FileDigest(size, manifest.digest_of_chunks(chunks), CHUNK_BYTES, chunks)
-
+    return {path.name: known.get(path.name) or manifest.digest_file(path) for path in files}
 
 
 def _foreign(folder: Path) -> list[str]:

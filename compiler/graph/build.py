@@ -154,23 +154,23 @@ class Function:
 
     def attention(self, qkv: relax.Var, rope: relax.Var, cache: KvCache, layer: int, how: Attention) -> relax.Var:
         """Norm q and k if asked, rotate them, append k and v to the layer's cache, attend to what each token sees."""
-        k_cache = self.argument(f"layers.{layer}.k", cache.key_shape, cache.dtype)
-        v_cache = self.argument(f"layers.{layer}.v", cache.value_shape, cache.dtype)
+        past = [self.argument(f"layers.{layer}.{a.name}", a.shape, a.dtype) for a in cache.arrays]
         sizes = {"heads": how.heads, "kv_heads": cache.kv_heads, "head_dim": cache.head_dim}
         out = (self.tokens, how.heads * cache.head_dim)
+        kind = "_int8" if cache.integer else ""
         if how.norms is None:
-            appended = self._emit("rope_append", [qkv, rope, self.span(), k_cache, v_cache], out, **sizes)
+            appended = self._emit(f"rope_append{kind}", [qkv, rope, self.span(), *past], out, **sizes)
         else:
             norms = [self.vector(norm) for norm in how.norms]
-            args = [qkv, rope, self.span(), *norms, k_cache, v_cache]
-            appended = self._emit("rope_append_norm", args, out, **sizes, eps=how.norm_eps)
-        q, keys, values = (self._bb.emit(relax.TupleGetItem(appended, i)) for i in range(3))
+            args = [qkv, rope, self.span(), *norms, *past]
+            appended = self._emit(f"rope_append_norm{kind}", args, out, **sizes, eps=how.norm_eps)
+        q, *past = (self._bb.emit(relax.TupleGetItem(appended, i)) for i in range(1 + len(past)))
         attrs = {
             "scale": cache.head_dim**-0.5 if how.scale is None else how.scale,
             "softcap": how.softcap,
             "window": how.window if how.window < cache.capacity else 0,
         }
-        return self._emit("attention", [q, keys, values, self.span()], out, **sizes, **attrs)
+        return self._emit(f"attention{kind}", [q, *past, self.span()], out, **sizes, **attrs)
 
     def swiglu(self, gate_up: relax.Var) -> relax.Var:
         """silu(gate) * up; gate is the first half of the columns."""

@@ -37,6 +37,16 @@ def _linears(path: str, x: tuple[str, ...]) -> dict[str, Signature]:
     return found
 
 
+def _caches(kind: str, cache: tuple[str, ...]) -> dict[str, Signature]:
+    """What writes and reads a layer's cache of one kind."""
+    sizes, x = ("heads", "kv_heads", "head_dim"), ("qkv", "rope", "span")
+    return {
+        f"rope_append{kind}": Signature((*x, *cache), sizes, cache),
+        f"rope_append_norm{kind}": Signature((*x, "q_norm", "k_norm", *cache), (*sizes, "eps"), cache),
+        f"attention{kind}": Signature(("q", *cache, "span"), (*sizes, "scale", "softcap", "window")),
+    }
+
+
 SIGNATURES: dict[str, Signature] = {
     "embedding": Signature(("ids", "table"), ("scale",)),
     "embedding_quantized": Signature(("ids", "codes", "scale", "zero"), ("bits", "group", "times")),
@@ -53,17 +63,8 @@ SIGNATURES: dict[str, Signature] = {
     "geglu": Signature(("gate_up",)),
     "geglu_quantize": Signature(("gate_up",), ("group",)),
     "geglu_quantize_permuted": Signature(("gate_up", "permutation"), ("group",)),
-    "rope_append": Signature(
-        ("qkv", "rope", "span", "k_cache", "v_cache"), ("heads", "kv_heads", "head_dim"), ("k_cache", "v_cache")
-    ),
-    "rope_append_norm": Signature(
-        ("qkv", "rope", "span", "q_norm", "k_norm", "k_cache", "v_cache"),
-        ("heads", "kv_heads", "head_dim", "eps"),
-        ("k_cache", "v_cache"),
-    ),
-    "attention": Signature(
-        ("q", "k_cache", "v_cache", "span"), ("heads", "kv_heads", "head_dim", "scale", "softcap", "window")
-    ),
+    **_caches("", ("k_cache", "v_cache")),
+    **_caches("_int8", ("k_cache", "v_cache", "k_scale", "v_scale")),
     "add": Signature(("residual", "x")),
     "add_bias": Signature(("x", "bias")),
     "concat": Signature(("first", "second")),

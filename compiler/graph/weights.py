@@ -16,7 +16,8 @@ class Linear:
 
     Graph parameters of a quantised one: NAME.codes, NAME.scale, then NAME.offset if it has offsets or NAME.zero if its
     grid is no table, and NAME.permutation if it is permuted; NAME.weight of a dense one; NAME.bias if there is a bias.
-    `rows` counts the rows of each source.
+    `rows` counts the rows of each source. order: for each row of the graph's, which of the sources' rows it is; None:
+    the same one.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Linear:
     type: WeightType
     rows: tuple[int, ...]
     bias: bool = False
+    order: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,8 @@
-"""Models that exist as numbers only: published shapes with random weights, for timing without a checkpoint."""
+"""Models that exist as numbers only: published shapes with random weights, for timing without a checkpoint.
+
+Heads are matrices of their own even where the published model ties them to its embedding: a token reads the same bytes.
+Rotation is plain and there are no biases, whatever the published model has: neither shows in a time.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +29,18 @@ SHAPES: dict[str, dict[str, Any]] = {
         **LLAMA, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
         "num_key_value_heads": 4, "vocab_size": 32000, "max_position_embeddings": 2048,
     },
+    "llama-0.1b": {
+        **LLAMA, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "num_key_value_heads": 12, "vocab_size": 32000, "max_position_embeddings": 2048,
+    },
+    "llama-0.5b": {
+        **LLAMA, "hidden_size": 1280, "intermediate_size": 3584, "num_hidden_layers": 22, "num_attention_heads": 20,
+        "num_key_value_heads": 4, "vocab_size": 32000, "max_position_embeddings": 4096,
+    },
+    "qwen2.5-0.5b": {
+        **LLAMA, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+        "num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 32768,
+    },
     "llama-3.2-1b": {
         **LLAMA, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
         "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072,
@@ -48,18 +64,30 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def config(shape: str) -> Config:
-    """config.json of a published shape."""
-    return Config.of(SHAPES[shape], shape)
+def settings(shape: str, positions: int = 1) -> dict[str, Any]:
+    """config.json's keys, with room for `positions` at least. Raises UserError."""
+    if shape not in SHAPES:
+        raise UserError(f"There is no shape {shape!r}. Known shapes: {', '.join(SHAPES)}.")
+    published = SHAPES[shape]
+    return {**published, "max_position_embeddings": max(published["max_position_embeddings"], positions)}
+
+
+def config(shape: str, positions: int = 1) -> Config:
+    """config.json of a published shape, with room for `positions` at least. Raises UserError."""
+    return Config.of(settings(shape, positions), shape)
+
+
+def parameters(shape: str) -> int:
+    """Weights of the matrices, embedding and head included."""
+    source = RandomSource(shape, 4, 128, 4)
+    return sum(kind.n * kind.k for kind in map(source.describe, source.modules()))
 
 
 class RandomSource:
     """Weights of a shape: integer codes for linear layers and head, fp16 embeddings. Equal names give equal numbers."""
 
     def __init__(self, shape: str, bits: int, group_size: int, head_bits: int) -> None:
-        if shape not in SHAPES:
-            raise UserError(f"There is no shape {shape!r}. Known shapes: {', '.join(SHAPES)}.")
-        self._config, self._bits, self._group, self._head_bits = SHAPES[shape], bits, group_size, head_bits
+        self._config, self._bits, self._group, self._head_bits = settings(shape), bits, group_size, head_bits
 
     def modules(self) -> list[str]:
         """Every weight matrix."""

@@ -1,21 +1,22 @@
-"""Prefill and decode speed of a bundle, interleaved with the read ceiling, in the threads and memory of one session."""
+"""Prefill and decode speed of a bundle, interleaved with the read ceiling, in the threads and memory of one session.
+
+The session is in a process of its own that has loaded the runtime only (bundle_process.py), as on the device.
+"""
 
 from __future__ import annotations
 
 import statistics
+import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from compiler.errors import UserError
-from compiler.measure import read_bandwidth
+from compiler.measure import perplexity, read_bandwidth
+from compiler.measure.process import Process, Timed
 from runtime.bundle import Bundle, open_bundle
-from runtime.session import Session
-from runtime.vm import Vm
 from targets import Target
 
 
@@ -35,7 +36,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class Speed:
-    """tokens/s, GB/s (10^9 bytes), and bytes of weights that one decoded token reads."""
+    """tokens/s, GB/s (10^9 bytes), and bytes of weights that one decoded token reads.
+
+    prefill_plain_tok_s: prefill without AMX tiles, beside one that used them; None where the session has none.
+    """
 
     prefill_tok_s: Spread
     decode_tok_s: Spread
@@ -43,6 +47,8 @@ class Speed:
     weight_bytes_per_token: int
     decode_bandwidth_ratio: Spread
     threads: int
+    peak_rss_mib: float
+    prefill_plain_tok_s: Spread | None = None
 
 
 def weight_bytes_per_token(bundle: Bundle) -> int:
@@ -57,6 +63,56 @@ def weight_bytes_per_token(bundle: Bundle) -> int:
     return total
 
 
+class QuernSide(Timed):
+    """A bundle in its process, for speed.measure and for compare.py."""
+
+    name = "quern"
+
+    def __init__(self, process: Process, bundle: Bundle) -> None:
+        super().__init__(process)
+        self.used = weight_bytes_per_token(bundle)
+        about = process.ask("about")
+        self.threads: int = about["threads"]
+        self.tiles: bool = about["tiles"]
+        self.about: dict[str, object] = {
+            **bundle.manifest.quantization, "target": bundle.manifest.target.name, "weight_bytes_per_token": self.used,
+        }  # fmt: skip
+
+    def prefill_plain(self, tokens: int) -> float:
+        """The same as `prefill`, without AMX tiles."""
+        return tokens / float(self.process.ask("prefill_plain", tokens=tokens)["seconds"])
+
+    def read(self) -> float:
+        """GB/s of reading all weights; `load_readers` first."""
+        return float(self.process.ask("read")["gb_s"])
+
+    def perplexity(self, windows: list[list[int]]) -> float:
+        """Of windows of ids, the second half of each scored."""
+        return perplexity.perplexity(self.process, windows)
+
+    def peak_rss_mib(self) -> float:
+        """The most memory that the process ever held, mapped weights included."""
+        return float(self.process.ask("memory")["peak_rss_mib"])
+
+    def load_readers(self, bundle: Bundle, target: Target) -> None:
+        """Compile the reading kernels here, and have the process load them."""
+        nbytes = read_bandwidth.usable((bundle.path / bundle.manifest.weights.file).stat().st_size)
+        with tempfile.TemporaryDirectory(prefix="quern-bench-") as folder:
+            library = Path(folder) / "read.so"
+            names = read_bandwidth.build(nbytes, target, library)
+            self.process.ask("reader", library=str(library), names=names, nbytes=nbytes)
+
+
+@contextmanager
+def open_side(path: Path, threads: int | None) -> Iterator[QuernSide]:
+    """The bundle's process, warm: it has computed a token and a prompt. Gone at the end."""
+    bundle = open_bundle(path, verify_weights=False)  # the process verifies them
+    with Process(sys.executable, "compiler.measure.bundle_process", [str(path), str(threads or 0)]) as process:
+        side = QuernSide(process, bundle)
+        side.decode(1, 1)
+        yield side
+
+
 def measure(
     path: Path, target: Target, prompt: int, steps: int, rounds: int, threads: int | None, context: int
 ) -> Speed:
@@ -64,59 +120,22 @@ def measure(
 
     The ratio is taken round by round, because the bandwidth of a shared machine drifts.
     """
-    bundle = open_bundle(path)
-    session = Session(bundle, threads)
-    reader = _reader(bundle, target, session.threads)
-    random = np.random.default_rng(0)
-    ids = random.integers(0, bundle.manifest.model.vocab_size, max(prompt, context, 1)).astype(np.int32)
-    used = weight_bytes_per_token(bundle)
-    _decode(session, ids[:context], min(2, steps))
-    prefill, decode, read, ratio = [], [], [], []
-    for _ in range(rounds):
-        session.reset()
-        started = time.perf_counter()
-        session.prefill(ids[:prompt])
-        prefill.append(prompt / (time.perf_counter() - started))
-        before = reader()
-        seconds = _decode(session, ids[:context], steps)
-        gb_s = (before + reader()) / 2
-        decode.append(1 / seconds)
-        read.append(gb_s)
-        ratio.append(used / seconds / 1e9 / gb_s)
-    return Speed(Spread.of(prefill), Spread.of(decode), Spread.of(read), used, Spread.of(ratio), session.threads)
-
-
-def _decode(session: Session, ids: np.ndarray, steps: int) -> float:
-    """Median seconds a decoded token, after `ids`."""
-    session.reset()
-    row = session.prefill(ids)
-    times = []
-    for _ in range(steps):
-        token = int(row.argmax())
-        started = time.perf_counter()
-        row = session.step(token)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
-
-
-def _reader(bundle: Bundle, target: Target, threads: int) -> Callable[[], float]:
-    """A function that reads the weights file from memory, once, and gives GB/s: the fastest reader for this machine."""
-    data = np.asarray(np.memmap(bundle.path / bundle.manifest.weights.file, np.uint8, mode="r"))
-    nbytes = read_bandwidth.usable(data.nbytes)
-    if nbytes == 0:
-        raise UserError(f"{bundle.path}: its {data.nbytes} bytes of weights are too few to time reading them.")
-    with tempfile.TemporaryDirectory(prefix="quern-bench-") as folder:
-        library = Path(folder) / "read.so"
-        names = read_bandwidth.build(nbytes, target, library)
-        vm = Vm(library, bundle.manifest.tvm, threads)
-    tensor = vm.tensor(data[:nbytes].view(np.int32))
-    functions = [vm.function(name, [tensor]) for name in names]
-
-    def gb_s(function: Callable[[], object]) -> float:
-        started = time.perf_counter()
-        function()
-        return nbytes / (time.perf_counter() - started) / 1e9
-
-    for function in functions:
-        function()
-    return lambda: max(gb_s(function) for function in functions)
+    bundle = open_bundle(path, verify_weights=False)
+    size = (path / bundle.manifest.weights.file).stat().st_size
+    if read_bandwidth.usable(size) == 0:
+        raise UserError(f"{path}: its {size} bytes of weights are too few to time reading them.")
+    prefill, without, decode, read, ratio = [], [], [], [], []
+    with open_side(path, threads) as side:
+        side.load_readers(bundle, target)
+        for _ in range(rounds):
+            prefill.append(side.prefill(prompt))
+            if side.tiles:
+                without.append(side.prefill_plain(prompt))
+            before = side.read()
+            decode.append(side.decode(context, steps))
+            read.append((before + side.read()) / 2)
+            ratio.append(side.used * decode[-1] / 1e9 / read[-1])
+        return Speed(
+            Spread.of(prefill), Spread.of(decode), Spread.of(read), side.used, Spread.of(ratio), side.threads,
+            side.peak_rss_mib(), Spread.of(without) if without else None,
+        )  # fmt: skip

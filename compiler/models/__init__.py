@@ -2,6 +2,7 @@
 
 A file has `build(config, describe, options) -> Model`: it reads the configuration, checks every tensor's shape from
 headers alone, and writes the graph. It knows checkpoint module names; it knows no quantisation format and no target.
+GGUF, if it has one, says how such a model looks in a GGUF file.
 What several share lies in the folder decoder/.
 """
 
@@ -13,12 +14,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from compiler.checkpoint.config import Config
+from compiler.checkpoint.gguf_architecture import Architecture
 from compiler.errors import ConfigError, UnsupportedError
 from compiler.graph.build import Graph
 from compiler.graph.kv_cache import KvCache
 from compiler.graph.weights import Weight
 from compiler.quant.ir import WeightType
 
+# What the config.json of some published models says of parts that their architecture does not have.
+NEUTRAL = {
+    "is_encoder_decoder": False, "attention_bias": False, "mlp_bias": False, "lm_head_bias": False, "qkv_bias": False,
+    "rope_interleaved": False, "use_mrope": False, "full_attn_mod": 1, "interpolate_factor": 1,
+}  # fmt: skip
 Describe = Callable[[str], WeightType]  # checkpoint module -> shape and kind; raises UserError when there is none
 
 
@@ -39,7 +46,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Model:
-    """A finished graph and everything it needs. `caches` holds one geometry a layer."""
+    """A finished graph and everything it needs. `caches` holds one geometry a layer.
+
+    left_out: beginnings of checkpoint modules that the graph does not use, and that belong there all the same.
+    """
 
     type: str
     graph: Graph
@@ -50,11 +60,18 @@ class Model:
     bos: int | None
     eos: tuple[int, ...]
     parameters: int
+    left_out: tuple[str, ...] = ()
 
 
 def known() -> list[str]:
     """Every model_type that has a file here."""
     return sorted(info.name for info in pkgutil.iter_modules(__path__) if not info.ispkg)
+
+
+def gguf_architectures() -> dict[str, Architecture]:
+    """What the files here say of GGUF, by general.architecture."""
+    files = (importlib.import_module(f"compiler.models.{name}") for name in known())
+    return {file.GGUF.name: file.GGUF for file in files if hasattr(file, "GGUF")}
 
 
 def build(config: Config, describe: Describe, options: Options) -> Model:
@@ -65,6 +82,7 @@ def build(config: Config, describe: Describe, options: Options) -> Model:
             f"{config.where('model_type')} is {model_type!r}, but quern knows {', '.join(known())}. "
             f"docs/adding.md shows how to add an architecture: it is one file."
         )
+    config.neutral(**NEUTRAL)
     model: Model = importlib.import_module(f"compiler.models.{model_type}").build(config, describe, options)
     config.refuse_unhandled()
     return model

@@ -15,10 +15,23 @@ from __future__ import annotations
 from dataclasses import replace
 
 from compiler.checkpoint.config import Config
+from compiler.checkpoint.gguf_architecture import Architecture
 from compiler.models import Describe, Model, Options
-from compiler.models.decoder import Decoder, Part, read_frequencies, read_shape
+from compiler.models.decoder import Decoder, Part, read_rotation, read_shape
 
 SMALLEST, LARGEST = 1e-4, 1e4  # multipliers outside are damage
+
+GGUF = Architecture(
+    "granite",
+    interleaved=True,
+    keys={
+        "embedding_scale": "embedding_multiplier",
+        "residual_scale": "residual_multiplier",
+        "attention.scale": "attention_multiplier",
+        "logit_scale": "logits_scaling",
+    },
+    biases={"attention_bias": "attn_q", "mlp_bias": "ffn_up"},
+)
 
 
 def build(config: Config, describe: Describe, options: Options) -> Model:
@@ -32,7 +45,7 @@ def build(config: Config, describe: Describe, options: Options) -> Model:
     config.string("hidden_act", ("silu",), default="silu")
     on_attention = config.boolean("attention_bias", default=False)
     on_ffn = config.boolean("mlp_bias", default=False)
-    net = Decoder(config, shape, read_frequencies(config, shape.head_dim), describe, options)
+    net = Decoder(config, shape, read_rotation(config, shape, options), describe, options)
 
     def block(i: int) -> Part:
         attention = net.attention(i, qkv_bias=on_attention, o_bias=on_attention, scale=attention_scale)

@@ -6,8 +6,12 @@ Source of the arithmetic and of the module names: transformers' LlamaForCausalLM
 from __future__ import annotations
 
 from compiler.checkpoint.config import Config
+from compiler.checkpoint.gguf_architecture import Architecture
 from compiler.models import Describe, Model, Options
-from compiler.models.decoder import Decoder, read_frequencies, read_shape
+from compiler.models.decoder import Decoder, read_rotation, read_shape
+
+# Mistral's files say llama, too: their window is not kept.
+GGUF = Architecture("llama", interleaved=True, biases={"attention_bias": "attn_q", "mlp_bias": "ffn_up"})
 
 
 def build(config: Config, describe: Describe, options: Options) -> Model:
@@ -16,7 +20,7 @@ def build(config: Config, describe: Describe, options: Options) -> Model:
     config.string("hidden_act", ("silu",), default="silu")
     on_attention = config.boolean("attention_bias", default=False)
     on_ffn = config.boolean("mlp_bias", default=False)
-    net = Decoder(config, shape, read_frequencies(config, shape.head_dim), describe, options)
+    net = Decoder(config, shape, read_rotation(config, shape, options), describe, options)
     blocks = [
         net.pre_norm(i, net.attention(i, qkv_bias=on_attention, o_bias=on_attention), net.ffn(i, bias=on_ffn))
         for i in range(shape.layers)

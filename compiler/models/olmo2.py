@@ -8,9 +8,12 @@ from __future__ import annotations
 from tvm import relax
 
 from compiler.checkpoint.config import Config
+from compiler.checkpoint.gguf_architecture import POST_NORMS, Architecture
 from compiler.graph.build import Function
 from compiler.models import Describe, Model, Options
-from compiler.models.decoder import Decoder, Part, read_frequencies, read_shape
+from compiler.models.decoder import Decoder, Part, read_rotation, read_shape
+
+GGUF = Architecture("olmo2", names=POST_NORMS)
 
 
 def build(config: Config, describe: Describe, options: Options) -> Model:
@@ -18,7 +21,7 @@ def build(config: Config, describe: Describe, options: Options) -> Model:
     shape = read_shape(config, eps=1e-5)
     config.string("hidden_act", ("silu",), default="silu")
     bias = config.boolean("attention_bias", default=False)
-    net = Decoder(config, shape, read_frequencies(config, shape.head_dim), describe, options)
+    net = Decoder(config, shape, read_rotation(config, shape, options), describe, options)
 
     def block(i: int) -> Part:
         norms = (shape.q_width, shape.kv_width)

@@ -6,8 +6,11 @@ Source of the arithmetic and of the module names: transformers' Qwen2ForCausalLM
 from __future__ import annotations
 
 from compiler.checkpoint.config import Config
+from compiler.checkpoint.gguf_architecture import Architecture
 from compiler.models import Describe, Model, Options
-from compiler.models.decoder import Decoder, read_frequencies, read_shape, read_windows
+from compiler.models.decoder import Decoder, read_rotation, read_shape, read_windows
+
+GGUF = Architecture("qwen2")
 
 
 def build(config: Config, describe: Describe, options: Options) -> Model:
@@ -17,7 +20,7 @@ def build(config: Config, describe: Describe, options: Options) -> Model:
     first = config.integer("max_window_layers", 0, 1024, default=28)
     used = config.boolean("use_sliding_window", default=False)
     windows = read_windows(config, shape.layers, lambda i: i >= first, used)
-    net = Decoder(config, shape, read_frequencies(config, shape.head_dim), describe, options)
+    net = Decoder(config, shape, read_rotation(config, shape, options), describe, options)
     blocks = [
         net.pre_norm(i, net.attention(i, qkv_bias=True, window=window), net.ffn(i)) for i, window in enumerate(windows)
     ]

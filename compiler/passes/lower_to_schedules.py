@@ -16,18 +16,26 @@ from compiler.quant.grids import GRIDS
 from schedules.kernel import Kernel, Packing, Request, TensorSpec, Unsupported, lowerings
 from targets import Target
 
+TILED = "_amx"
+
 
 @dataclass(frozen=True)
 class Lowered:
-    """The module of `call_tir`s, and the layout of every weight parameter that changed, by parameter name."""
+    """The module of `call_tir`s, and the layout of every weight parameter that changed, by parameter name.
+
+    tiled: names of functions that there are twice, and of their second form, which needs what an OS may refuse.
+    """
 
     mod: tvm.IRModule
     packings: Mapping[str, Packing]
+    tiled: Mapping[str, str]
 
 
 def lower_to_schedules(mod: tvm.IRModule, target: Target) -> Lowered:
     """quern.OP(args) -> call_tir(kernel, args). Needs stage `fused`; leaves no `quern.*` call.
 
+    What an operating system may refuse a process (AMX tiles), only second forms of functions use: NAME_amx is NAME with
+    the kernels of the whole target, and is there when one of them is another. All other kernels are the plain target's.
     Raises UnsupportedError when the target has no schedule for an operator. Two kernels that want one weight in two
     layouts are a bug in schedules/.
     """
@@ -35,9 +43,9 @@ def lower_to_schedules(mod: tvm.IRModule, target: Target) -> Lowered:
     kernels: dict[tuple[object, ...], Kernel] = {}
     packings: dict[str, Packing] = {}
 
-    def kernel_for(op: Op) -> Kernel:
-        request = _request(op, target)
-        key = (request.op, request.args, request.outs, tuple(request.attrs.items()))
+    def kernel_for(op: Op, device: Target) -> Kernel:
+        request = _request(op, device)
+        key = (device.features, request.op, request.args, request.outs, tuple(request.attrs.items()))
         if key not in kernels:
             try:
                 kernels[key] = table[request.op](request)
@@ -45,10 +53,19 @@ def lower_to_schedules(mod: tvm.IRModule, target: Target) -> Lowered:
                 raise UnsupportedError(f"{target.name}: {error}") from error
         return kernels[key]
 
+    tiled: dict[str, str] = {}
+
+    def compare(op: Op, context: Context) -> None:
+        if kernel_for(op, target).name != kernel_for(op, target.plain).name:
+            tiled[context.function] = f"{context.function}{TILED}"
+
+    if target != target.plain:
+        rewrite(mod, compare)
+        mod = _with_copies(mod, tiled)
     chosen: dict[relax.Var, Kernel] = {}
 
     def choose(op: Op, context: Context) -> None:
-        kernel = kernel_for(op)
+        kernel = kernel_for(op, target if context.function in tiled.values() else target.plain)
         chosen[context.original] = kernel
         for index, packing in kernel.packings.items():
             name = op.args[index].name
@@ -71,7 +88,16 @@ def lower_to_schedules(mod: tvm.IRModule, target: Target) -> Lowered:
             return relax.op.call_tir_inplace(function, relax.Tuple(op.args), indices, types)
         return relax.call_tir(function, relax.Tuple(op.args), types if len(types) > 1 else types[0])
 
-    return Lowered(rewrite(mod, call, retype), packings)
+    return Lowered(rewrite(mod, call, retype), packings, tiled)
+
+
+def _with_copies(mod: tvm.IRModule, names: Mapping[str, str]) -> tvm.IRModule:
+    """The module with a copy of each named function under its second name. Copies have variables of their own."""
+    functions = {var.name_hint: function for var, function in mod.functions_items()}
+    for name, copy in names.items():
+        function = relax.utils.copy_with_new_vars(functions[name])
+        functions[copy] = function.with_attr("global_symbol", copy)
+    return tvm.IRModule(functions)
 
 
 def _request(op: Op, target: Target) -> Request:

@@ -19,8 +19,9 @@ from compiler.graph.ops import Op
 class Context:
     """What a rule may ask about the function under rewriting."""
 
-    def __init__(self, builder: relax.BlockBuilder, uses: Mapping[relax.Var, int]) -> None:
+    def __init__(self, builder: relax.BlockBuilder, uses: Mapping[relax.Var, int], function: str) -> None:
         self.builder = builder
+        self.function = function  # name of the function under rewriting
         self.original: relax.Var | None = None  # variable of the old function that the call at hand is bound to
         self._old_uses = uses
         self._made: dict[relax.Var, tuple[Op, int]] = {}
@@ -67,7 +68,7 @@ def _rewrite_function(
     retype: Callable[[relax.Var], relax.Var] | None,
 ) -> None:
     (block,) = function.body.blocks
-    context = Context(builder, _count_uses(block.bindings, function.body.body))
+    context = Context(builder, _count_uses(block.bindings, function.body.body), name)
     params = [retype(p) if retype else p for p in function.params]
     new: dict[relax.Var, relax.Expr] = dict(zip(function.params, params, strict=True))
     with builder.function(name, params):

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from compiler.errors import UnsupportedError
+from compiler.quant.codes import Codes, PackedRows, stack
 from compiler.quant.grids import GRIDS
 
 DENSE_STORAGE: dict[str, np.dtype[Any]] = {
@@ -85,13 +86,14 @@ class WeightType:
 class QuantWeight:
     """codes u8[n, k], scale f16|f32[n, groups], zero i16[n, groups], groups = ceil(k / group_size).
 
+    `stored` has the codes, as an array or still in the checkpoint's packing; `codes` unpacks all of them.
     permutation (act-order): None, or i32[k] where stored column j holds original input permutation[j]; whoever
     multiplies must gather x[permutation] first. offset: None, or f32[n, groups] added to every weight of the group.
     Codes and zeros are below the grid's number of levels, scales and offsets finite. zero is 0 on table grids and where
     there is an offset.
     """
 
-    codes: NDArray[np.uint8]
+    stored: NDArray[np.uint8] | PackedRows | Codes
     scale: NDArray[Any]
     zero: NDArray[np.int16]
     grid: str
@@ -102,8 +104,7 @@ class QuantWeight:
 
     def __post_init__(self) -> None:
         assert self.grid in GRIDS, f"unknown grid {self.grid!r}"
-        assert self.codes.dtype == np.uint8, self.codes.dtype
-        n, k = self.codes.shape
+        n, k = self.stored.shape
         assert 0 < self.group_size <= k, (self.group_size, k)
         want = (n, -(-k // self.group_size))
         assert self.scale.dtype in (np.float16, np.float32), self.scale.dtype
@@ -115,21 +116,42 @@ class QuantWeight:
             assert np.isfinite(self.offset).all(), "an offset is not finite"
         if self.offset is not None or GRIDS[self.grid].values is not None:
             assert not self.zero.any(), "a table grid or an offset leaves no zero point"
-        assert levels == 256 or int(self.codes.max()) < levels, f"a code is not below {levels}"
-        assert not (self.zero.astype(np.uint16) >= levels).any(), f"a zero is outside 0..{levels - 1}"
-        assert np.isfinite(self.scale).all(), "a scale is not finite"
+        for part in self.parts.parts:
+            if isinstance(part, np.ndarray):
+                assert part.dtype == np.uint8, part.dtype
+                assert levels == 256 or int(part.max()) < levels, f"a code is not below {levels}"
+            else:
+                assert 1 << part.bits == levels, part.bits
+        assert int(self.zero.view(np.uint16).max()) < levels, f"a zero is outside 0..{levels - 1}"
+        assert all_finite(self.scale), "a scale is not finite"
         if self.permutation is not None:
             assert self.permutation.dtype == np.int32, self.permutation.dtype
             assert np.array_equal(np.sort(self.permutation), np.arange(k)), "not a permutation"
 
     @property
+    def codes(self) -> NDArray[np.uint8]:
+        """u8[n, k], unpacked anew at every call."""
+        return self.parts.array()
+
+    @property
+    def parts(self) -> Codes:
+        """The codes as they are stored."""
+        return self.stored if isinstance(self.stored, Codes) else Codes((self.stored,))
+
+    @property
     def type(self) -> WeightType:
         """Shape and kind."""
-        n, k = self.codes.shape
+        n, k = self.stored.shape
         permuted = self.permutation is not None
         order = "" if self.permutation is None else order_digest(self.permutation)
         return WeightType(n, k, self.grid, self.group_size, str(self.scale.dtype), self.offset is not None, permuted,
                           self.activations, order)
+
+    def rows(self, order: Sequence[int]) -> QuantWeight:
+        """The same weight with row order[i] in place i."""
+        places = np.asarray(order)
+        offset = None if self.offset is None else self.offset[places]
+        return replace(self, stored=self.codes[places], scale=self.scale[places], zero=self.zero[places], offset=offset)
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,6 +170,10 @@ class DenseWeight:
         """Shape and kind."""
         n, k = self.values.shape
         return WeightType(n, k, self.dtype, 0)
+
+    def rows(self, order: Sequence[int]) -> DenseWeight:
+        """The same weight with row order[i] in place i."""
+        return DenseWeight(self.values[np.asarray(order)], self.dtype)
 
 
 @overload
@@ -181,11 +207,18 @@ def join(weights: Sequence[QuantWeight] | Sequence[DenseWeight] | Sequence[Quant
                                "Quantise them with one order, or with desc_act = false.")
     offsets = [w.offset for w in quantised if w.offset is not None]
     return QuantWeight(
-        np.concatenate([w.codes for w in quantised]),
+        stack([w.parts for w in quantised]),
         np.concatenate([w.scale for w in quantised]),
         np.concatenate([w.zero for w in quantised]),
         first.grid, first.group_size, first.permutation,
         np.concatenate(offsets) if offsets else None, first.activations)
+
+
+def all_finite(values: NDArray[Any]) -> bool:
+    """Whether no value is NaN or infinite. float16 is told by its exponent: numpy widens it first, ten times slower."""
+    if values.dtype == np.float16:
+        return bool(((values.view(np.uint16) & np.uint16(0x7C00)) != np.uint16(0x7C00)).all())
+    return bool(np.isfinite(values).all())
 
 
 def order_digest(permutation: NDArray[np.int32]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compiler.errors import CheckpointError, FormatError
-from compiler.quant.ir import DENSE_STORAGE, DenseWeight, QuantWeight, WeightType
+from compiler.quant.ir import DENSE_STORAGE, DenseWeight, QuantWeight, WeightType, all_finite
 from compiler.quant.reference import F32, widen
 
 
@@ -109,7 +109,7 @@ class Source(Protocol):
         """The weight itself. Reads this module's tensors and no others."""
 
     def bias(self, module: str) -> F32 | None:
-        """f32[n] that the linear layer adds to its output, or None where there is none, or nothing but zeros."""
+        """f32[n] that the linear layer adds to its output, perhaps zeros; None where the checkpoint has none."""
 
     def vector(self, name: str) -> F32:
         """A one-dimensional tensor as float32, by module ("model.norm") or by tensor name ("model.norm.weight")."""
@@ -132,7 +132,7 @@ def read_vector(checkpoint: CheckpointView, name: str) -> F32:
 
 
 def read_bias(checkpoint: CheckpointView, module: str, n: int) -> F32 | None:
-    """NAME.bias as f32[n], or None where there is none. auto-gptq writes one on every linear layer, all zero: None too.
+    """NAME.bias as f32[n], or None where there is none. auto-gptq writes one of zeros on every linear layer.
 
     Raises FormatError unless it is a finite vector of n dense numbers.
     """
@@ -143,8 +143,7 @@ def read_bias(checkpoint: CheckpointView, module: str, n: int) -> F32 | None:
     if info.shape != (n,):
         raise FormatError(f"{info.file}: {name} is {spelled(info)}, but the weight of {module} has {n} rows, and each "
                           f"needs one number. The file is damaged, or from another model: fetch it again.")
-    values = read_vector(checkpoint, name)
-    return np.ascontiguousarray(values) if values.any() else None
+    return np.ascontiguousarray(read_vector(checkpoint, name))
 
 
 def scale_type(checkpoint: CheckpointView, name: str) -> str:
@@ -162,8 +161,8 @@ def read_scales(checkpoint: CheckpointView, name: str) -> NDArray[Any]:
 
 def refuse_not_finite(values: NDArray[Any], where: str) -> None:
     """Raise FormatError when a scale is NaN or infinite."""
-    bad = int(values.size - np.isfinite(values).sum())
-    if bad:
+    if not all_finite(values):
+        bad = int(values.size - np.isfinite(values).sum())
         raise FormatError(f"{where}: {bad} of {values.size} are NaN or infinite. "
                           f"The file is damaged or the quantisation failed: fetch it again, or quantise again.")
 

@@ -27,12 +27,12 @@ RANK = 10
 VECTOR = 8
 TABLE_ZERO = 0
 KNOBS = {
-    "row_blocks": 2,
-    "unroll": 16,
+    "row_blocks": 4,
+    "unroll": 4,
     "prefetch_bytes": 1024,
     "gemm_row_blocks": 1,
     "gemm_tokens": 4,
-    "gemm_unroll": 1,
+    "gemm_unroll": 2,
 }
 
 

@@ -23,8 +23,8 @@ KNOBS = {
     "row_blocks": 8,
     "unroll": 16,
     "prefetch_bytes": 1024,
-    "gemm_row_blocks": 4,
-    "gemm_tokens": 4,
+    "gemm_row_blocks": 2,
+    "gemm_tokens": 8,
     "gemm_unroll": 1,
 }
 

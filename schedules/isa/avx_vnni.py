@@ -17,11 +17,11 @@ VECTOR = 8
 TABLE_ZERO = 128
 KNOBS = {
     "row_blocks": 4,
-    "unroll": 16,
+    "unroll": 4,
     "prefetch_bytes": 1024,
     "gemm_row_blocks": 1,
     "gemm_tokens": 4,
-    "gemm_unroll": 1,
+    "gemm_unroll": 2,
 }
 
 

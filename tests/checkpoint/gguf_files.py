@@ -7,12 +7,20 @@ from typing import Any
 
 import numpy as np
 
+from compiler import models
+from compiler.checkpoint import Checkpoint, open_checkpoint
+
 CODES = {"u32": (4, "<I"), "f32": (6, "<f"), "bool": (7, "<?"), "u64": (10, "<Q"), "u8": (0, "<B")}
 HIDDEN, FFN, LAYERS, HEADS, KV_HEADS, CONTEXT = 256, 512, 2, 4, 2, 128
 LETTERS = [chr(97 + i) for i in range(26)]
 BYTES = [f"<0x{i:02X}>" for i in range(256)]
 TOKENS = ["<unk>", "<s>", "</s>", *BYTES, "\u2581", *LETTERS, "ab", "\u2581ab", "abc", "\u2581a", *"ABCDEFGHIJ"]
 TYPES = [2, 3, 3] + [6] * 256 + [1] * (len(TOKENS) - 259)
+
+
+def open_gguf(path: Path) -> Checkpoint:
+    """As the pipeline opens it."""
+    return open_checkpoint(path, models.gguf_architectures())
 
 
 def string(text: str | bytes) -> bytes:
@@ -51,9 +59,11 @@ def blocks(kind: str, n: int, k: int, random: np.random.Generator, size: float =
 
     weights, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     flat = random.integers(0, 256, (n * k // weights, nbytes), np.uint8)
-    largest = {"Q6_K": 32 * 128, "Q4_K": 64 * 16, "Q5_K": 64 * 32, "IQ4_XS": 32 * 127, "IQ4_NL": 127, "Q8_0": 128}
+    largest = {"Q6_K": 32 * 128, "Q4_K": 64 * 16, "Q5_K": 64 * 32, "IQ4_XS": 32 * 127, "IQ4_NL": 127, "Q8_0": 128,
+               "Q2_K": 15 * 3, "Q3_K": 32 * 4}
     scale = (random.uniform(0.2, 1, len(flat)) * size / largest.get(kind, 16)).astype(np.float16)
-    places = {"Q6_K": [208], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q4_1": [0, 2], "Q5_1": [0, 2]}
+    places = {"Q2_K": [80, 82], "Q3_K": [108], "Q6_K": [208], "Q4_K": [0, 2], "Q5_K": [0, 2],
+              "Q4_1": [0, 2], "Q5_1": [0, 2]}
     for at in places.get(kind, [0]):
         flat[:, at:at + 2] = scale.view(np.uint8).reshape(-1, 2)
     return flat.reshape(n, -1)

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from compiler.checkpoint import gguf_file, open_checkpoint
+from compiler.checkpoint import gguf_file
 from compiler.errors import CheckpointError, UnsupportedError, UserError
 from compiler.quant.formats import open_source
-from tests.checkpoint.gguf_files import key, raw, string, tensor, write_llama
+from tests.checkpoint.gguf_files import key, open_gguf, raw, string, tensor, write_llama
 
 AGAIN = "The file is damaged: fetch it again."
 PEAK_BYTES = 4 << 20
@@ -134,7 +134,7 @@ def test_flipped_bytes_and_cuts(tmp_path: Path, whole: bytes, changes: list[tupl
     path.write_bytes(content if cut is None else content[:cut])
     tracemalloc.start()
     with contextlib.suppress(UserError):
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_gguf(path)
         checkpoint.tokenizer_files()
         source = open_source(checkpoint)
         assert source.load("model.layers.0.self_attn.q_proj").type == source.describe("model.layers.0.self_attn.q_proj")
@@ -150,4 +150,4 @@ def test_any_bytes(tmp_path: Path, tail: bytes, counts: tuple[int, int]) -> None
     path = tmp_path / "m.gguf"
     path.write_bytes(raw([], [tail], counts=counts))
     with contextlib.suppress(UserError):
-        open_checkpoint(path)
+        open_gguf(path)

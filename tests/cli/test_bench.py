@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
 from compiler.__main__ import main
-
-
-@pytest.fixture(autouse=True)
-def _restore_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TVM_NUM_THREADS", os.environ.get("TVM_NUM_THREADS", "1"))  # bench sets it for its process
 
 
 @pytest.mark.parametrize(
@@ -25,11 +19,28 @@ def _restore_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         (["story", "--decode-tokens", "0"], "--decode-tokens is 0, but it must be at least 1."),
         (["story", "--threads", "0"], "--threads is 0, but it must be at least 1."),
         (["--shape", "a72-count", "--group-size", "0"], "--group-size is 0, but it must be at least 1."),
-        (["--shape", "gpt-9"], "There is no shape 'gpt-9'. Known shapes: tinyllama-1.1b, llama-3.2-1b, llama-3.2-3b, "
-         "llama-2-7b, qwen2.5-1.5b, a72-count."),
+        (["--shape", "a72-count", "--context", "-1"], "--context is -1, but it must be at least 0."),
+        (["--shape", "gpt-9"],
+         "There is no shape 'gpt-9'. Known shapes: tinyllama-1.1b, llama-0.1b, llama-0.5b, qwen2.5-0.5b, llama-3.2-1b, "
+         "llama-3.2-3b, llama-2-7b, qwen2.5-1.5b, a72-count."),
+        (["--growth", "size", "--growth-values", "llama-0.1b,gpt-9"],
+         "There is no shape 'gpt-9'. Known shapes: tinyllama-1.1b, llama-0.1b, llama-0.5b, qwen2.5-0.5b, llama-3.2-1b, "
+         "llama-3.2-3b, llama-2-7b, qwen2.5-1.5b, a72-count."),
+        (["story", "--growth", "bits"],
+         "--growth builds models of its own: give a --shape, or nothing, instead of a BUNDLE."),
+        (["--shape", "a72-count", "--plot", "x.svg"],
+         "--plot and --growth-values belong to --growth, which is missing."),
+        (["--shape", "a72-count", "--perplexity", "x.txt"],
+         "--perplexity needs a BUNDLE: random weights have none worth knowing."),
+        (["story", "--against", "llama.cpp"],
+         "--against runs the peer on the same weights. Add --model with the checkpoint of the bundle."),
+        (["story", "--model", "x"],
+         "--model belongs to a BUNDLE and --against: it is where the peer's weights come from."),
+        (["story", "--perplexity", "x.txt", "--windows", "1"], "--windows is 1, but it must be at least 2."),
+        (["story", "--cost", "model"], "--cost model compiles a shape for its target: give a --shape, not a BUNDLE."),
         (["--shape", "a72-count", "--target", "rpi"],
          "There is no target 'rpi'. Did you mean 'rpi5'? Known targets: native, aarch64, riscv64-v, rpi3, rpi4, rpi5, "
-         "snapdragon-8gen2, x86-64."),
+         "sapphire-rapids, snapdragon-8gen2, x86-64."),
     ],
     ids=str,
 )  # fmt: skip
@@ -42,3 +53,12 @@ def test_a_bundle_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["bench", str(tmp_path / "story")]) == 2
     said = f"error: {tmp_path / 'story'}: there is no such directory. Point at a directory that quern built.\n"
     assert capsys.readouterr() == ("", said)
+
+
+def test_threads_that_are_no_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    refused = {"1,2,x": "'1,2,x' is not a number, nor several with commas", "2,2": "'2,2' has a number twice"}
+    for given, said in refused.items():
+        with pytest.raises(SystemExit) as left:
+            main(["bench", "story", "--threads", given])
+        assert left.value.code == 2
+        assert capsys.readouterr().err.endswith(f"error: argument --threads: {said}\n")

@@ -13,7 +13,6 @@ import pytest
 from compiler.codegen import bundle
 from compiler.codegen.bundle import OLD, PARTIAL, BundleError
 from runtime import manifest
-from runtime.manifest import digest_of_chunks
 
 
 def make(folder: Path, word: str = "new") -> None:
@@ -193,13 +192,12 @@ def test_a_folder_that_cannot_be_written_to(out: Path, monkeypatch: pytest.Monke
     assert str(refusal.value) == (f"{out}: the folder {out.parent} cannot be written to. Give --out another place.")
 
 
-def test_digests_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundle, "CHUNK_BYTES", 4)
+def test_digests_by_hand(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").write_bytes(b"abcdefghij")
     (tmp_path / "model.so").write_bytes(b"abcdefghij")
     (tmp_path / manifest.FILE_NAME).write_text("cannot hold its own digest")
-    found = bundle.digests(tmp_path, "weights.bin")
-    chunks = [hashlib.sha256(piece).hexdigest() for piece in (b"abcd", b"efgh", b"ij")]
+    known = manifest.FileDigest(10, "found while it was written", 4, ())
+    found = bundle.digests(tmp_path, {"weights.bin": known})
     assert list(found) == ["model.so", "weights.bin"]
     assert (found["model.so"].bytes, found["model.so"].sha256) == (10, hashlib.sha256(b"abcdefghij").hexdigest())
-    assert found["weights.bin"] == manifest.FileDigest(10, digest_of_chunks(chunks), 4, tuple(chunks))
+    assert found["weights.bin"] is known

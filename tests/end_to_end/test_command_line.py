@@ -92,7 +92,7 @@ def test_json_tells_about_the_build(built: tuple[Built, Built]) -> None:
         "parameters": made.model.parameters,
         "quantization": {
             "format": "gptq", "bits": 4, "group_size": 128, "activations": "int8", "checkpoint_activations": None,
-            "head_bits": 8,
+            "head_bits": 8, "kv_cache": "float16",
         },
         "weights_bytes": (built[0].bundle / "weights.bin").stat().st_size,
         "planned_peak_bytes": made.memory.planned_peak_bytes,

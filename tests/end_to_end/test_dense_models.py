@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from compiler.quant.ir import DenseWeight
+from compiler.quant.reference import dequantize
+from compiler.quantize import rtn
 from runtime.tokenizer import Tokenizer
 from tests.end_to_end import reference
 from tests.end_to_end.bundles import SHORT, Bundles, Sessions, all_logits, greedy
@@ -17,6 +21,8 @@ from tests.end_to_end.places import BABYLLAMA, OWN_TEXT, STORIES260K
 
 pytestmark = pytest.mark.slow
 STEPS = 64
+torch = pytest.importorskip("torch")
+
 PROMPTS = ("Once upon a time", "One day, Tom", "The sun was")
 # What int8 activations and an 8-bit head may cost; at most 0.26 % seen, with one scale for a whole row.
 INT8_COST = 0.01
@@ -60,3 +66,17 @@ def test_dense_model(
     figure("perplexity of the exact path", of_exact)
     figure("perplexity with int8 activations", of_int8)
     assert abs(of_int8 / of_exact - 1) < INT8_COST
+
+
+def test_a_head_of_4_bits(bundles: Bundles, sessions: Sessions) -> None:
+    """The exact path against the same model with its head rounded, but not the embedding it is tied to."""
+    exact = sessions(bundles(STORIES260K, activations="exact", head_bits=4, chunks=SHORT))
+    assert exact.manifest.quantization["head_bits"] == 4
+    oracle = copy.deepcopy(reference.model(STORIES260K))
+    weight = DenseWeight(oracle.lm_head.weight.detach().numpy().copy(), "float32")
+    coded = dequantize(rtn.quantize(weight, 4, rtn.default_group_size(weight.type.k)))
+    oracle.lm_head.weight = torch.nn.Parameter(torch.from_numpy(coded))
+    ids = Tokenizer(STORIES260K / "tokenizer.json").encode(PROMPTS[0])
+    want = reference.logits(oracle, ids)
+    assert np.abs(all_logits(exact, ids) - want).max() < reference.tolerance(oracle, want)
+    assert np.abs(reference.logits(reference.model(STORIES260K), ids) - want).max() > 0.01  # the rounding shows

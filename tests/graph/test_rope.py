@@ -17,7 +17,7 @@ FREQUENCY_ULP = 2.0**-23  # relative: where the float32 power of torch is rounde
 
 def test_by_hand() -> None:  # 100 ** 0 and 100 ** -(2 / 4); position 0 does not turn
     assert rope.inverse_frequencies(4, 100.0).tolist() == [1, np.float32(0.1)]
-    table = rope.table(3, np.array([np.pi / 2, np.pi], np.float32))
+    table = rope.Rotation(np.array([np.pi / 2, np.pi], np.float32)).table(3, 4)
     assert table[0].tolist() == [1, 1, 0, 0]
     assert table[1].tolist() == pytest.approx([0, -1, 1, 0], abs=1e-7)
     assert table[2].tolist() == pytest.approx([-1, 1, 0, 0], abs=2e-7)
@@ -31,7 +31,7 @@ def test_every_value_is_rounded_once(head_dim: int, theta: float) -> None:
     powers = [np.float32(math.pow(base, np.float32(2 * i) / np.float32(head_dim))) for i in range(head_dim // 2)]
     frequencies = rope.inverse_frequencies(head_dim, theta)
     assert frequencies.tolist() == [np.float32(1) / power for power in powers]
-    table = rope.table(300, frequencies)
+    table = rope.Rotation(frequencies).table(300, head_dim)
     for position in (0, 1, 299):
         angles = [float(np.float32(position) * f) for f in frequencies]
         want = [f(angle) for f in (math.cos, math.sin) for angle in angles]
@@ -54,4 +54,4 @@ def test_against_transformers(head_dim: int, theta: float) -> None:
 
     cos, sin = oracle(torch.zeros(1), torch.arange(4096)[None])
     want = np.concatenate([part[0, :, : head_dim // 2].numpy() for part in (cos, sin)], axis=1)
-    np.testing.assert_allclose(rope.table(4096, theirs), want, rtol=0, atol=HALF_ULP + TORCH_ULP)
+    np.testing.assert_allclose(rope.Rotation(theirs).table(4096, head_dim), want, rtol=0, atol=HALF_ULP + TORCH_ULP)

@@ -64,4 +64,7 @@ def test_every_shape_is_a_model_we_can_build(shape: str) -> None:
 def test_unknown() -> None:
     with pytest.raises(UserError) as caught:
         shapes.RandomSource("gpt-9", 4, 128, 4)
-    assert str(caught.value) == "There is no shape 'gpt-9'. Known shapes: tinyllama-1.1b, a72-count."
+    assert str(caught.value) == (
+        "There is no shape 'gpt-9'. Known shapes: tinyllama-1.1b, llama-0.1b, llama-0.5b, qwen2.5-0.5b, llama-3.2-1b, "
+        "llama-3.2-3b, llama-2-7b, a72-count."
+    )

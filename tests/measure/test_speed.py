@@ -11,10 +11,11 @@ import targets
 from compiler import pipeline
 from compiler.__main__ import main
 from compiler.errors import UserError
-from compiler.measure import speed
+from compiler.measure import bundle_process, speed
 from compiler.measure.speed import Spread
 from compiler.progress import Reporter
-from runtime.bundle import open_bundle
+from runtime.bundle import Bundle, open_bundle
+from runtime.session import Session
 from tests.runtime import tiny
 
 REPO = Path(__file__).parents[2]
@@ -64,6 +65,34 @@ def test_figures_fit_together(stories: Path, prompt: int, steps: int, context: i
     ratio, decode, read = measured.decode_bandwidth_ratio, measured.decode_tok_s, measured.read_gb_s
     assert used * decode.min / read.max <= ratio.median * (1 + 1e-9)
     assert ratio.median <= used * decode.max / read.min * (1 + 1e-9)
+
+
+def test_a_prompt_without_tiles_is_computed_by_a_session_of_its_own(
+    stories: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    class Tiled(Session):
+        """Says that it uses tiles unless told not to: what code it runs is no matter here."""
+
+        def __init__(self, bundle: Bundle, threads: int | None = None, tiles: bool = True) -> None:
+            super().__init__(bundle, threads, tiles)
+            self.tiles = tiles
+            made.append(tiles)
+
+    monkeypatch.setattr(bundle_process, "Session", Tiled)
+    measured = bundle_process.Measured(open_bundle(stories), 1)
+    assert measured.about()["tiles"]
+    assert measured.prefill_plain(16)["seconds"] > 0
+    assert measured.prefill_plain(16)["seconds"] > 0
+    assert made == [True, False]
+
+
+def test_with_tiles_prefill_is_measured_without_them_too(stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed.QuernSide, "tiles", property(lambda side: True, lambda side, value: None), raising=False)
+    measured = speed.measure(stories, NATIVE, 16, 1, rounds=2, threads=1, context=4)
+    assert measured.prefill_plain_tok_s is not None
+    assert 0 < measured.prefill_plain_tok_s.min <= measured.prefill_plain_tok_s.max
 
 
 def test_weights_too_few_to_time(tmp_path: Path) -> None:

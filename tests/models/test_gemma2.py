@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import Gemma2Config
 
-from tests.models import oracle
+from tests.models import gguf_oracle, oracle
 
 
 @pytest.mark.parametrize("caps", [True, False])
@@ -21,3 +21,9 @@ def test_agrees_with_transformers(tmp_path: Path, caps: bool) -> None:
         final_logit_softcapping=2.5 if caps else None,
     )
     oracle.check(tmp_path, config, int8=caps)
+
+
+def test_the_same_from_gguf(tmp_path: Path) -> None:
+    config = Gemma2Config(**oracle.SMALL, head_dim=20, query_pre_attn_scalar=20, sliding_window=9)
+    own = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "attention.sliding_window": 9}
+    gguf_oracle.check(tmp_path, config, "gemma2", plus_one=True, metadata=own)

@@ -16,7 +16,7 @@ from compiler.graph import ops, rope
 from compiler.graph.kv_cache import KvCache
 from compiler.graph.weights import Constant, Linear, Table, Vector
 from compiler.models import Describe, Model, Options
-from compiler.models.decoder.network import DEFAULT_CONTEXT
+from compiler.models.decoder.settings import DEFAULT_CONTEXT
 from compiler.passes.verify import verify
 from compiler.quant.ir import WeightType
 
@@ -79,7 +79,7 @@ def test_weights_by_hand() -> None:  # in the order in which decode names them f
     assert norm == Vector("layers.0.attention_norm", "model.layers.0.input_layernorm", 16)
     assert isinstance(rotation, Constant)
     assert rotation.name == "rope"
-    assert np.array_equal(rotation.values, rope.table(48, rope.inverse_frequencies(4, 500.0)))
+    assert np.array_equal(rotation.values, rope.Rotation(rope.inverse_frequencies(4, 500.0)).table(48, 4))
     sources = (f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj")
     assert qkv == Linear("layers.0.qkv", sources, WeightType(32, 16, "int4", 8), (16, 8, 8))
     assert o == Linear("layers.0.o", (f"{attention}.o_proj",), WeightType(16, 16, "int4", 8), (16,))
@@ -206,7 +206,7 @@ def test_defaults_are_those_of_transformers() -> None:
     assert model.caches[0].kv_heads == 4
     eps = {op.attrs["eps"] for op in operators(model, "head_1") if op.name == "rms_norm"}
     assert eps == {llama.rms_norm_eps}
-    assert np.array_equal(rotation_of(model), rope.table(48, rope.inverse_frequencies(4, 10000.0)))
+    assert np.array_equal(rotation_of(model), rope.Rotation(rope.inverse_frequencies(4, 10000.0)).table(48, 4))
     assert (model.bos, model.eos) == (None, ())
     assert not llama.tie_word_embeddings
     assert linears(model)["head"].sources == ("lm_head",)
@@ -223,12 +223,13 @@ def test_defaults_are_those_of_transformers() -> None:
     ],
 )
 def test_every_spelling_of_the_rotary_base(spelling: dict[str, Any]) -> None:
-    assert np.array_equal(rotation_of(build(**spelling)), rope.table(48, rope.inverse_frequencies(4, 77.0)))
+    assert np.array_equal(rotation_of(build(**spelling)), rope.Rotation(rope.inverse_frequencies(4, 77.0)).table(48, 4))
 
 
 REFUSED: list[tuple[type[UserError], dict[str, Any], str]] = [
-    (UnsupportedError, {"rope_parameters": {"rope_type": "yarn", "rope_theta": 500.0}},
-     "config.json: rope_parameters.rope_type is 'yarn', but quern knows 'default', 'linear', 'llama3'."),
+    (UnsupportedError, {"rope_parameters": {"rope_type": "longrope", "rope_theta": 500.0}},
+     "config.json: rope_parameters.rope_type is 'longrope', but quern knows 'default', 'linear', 'dynamic', "
+     "'llama3', 'yarn'."),
     (ConfigError, {"rope_parameters": {"rope_type": "default", "factor": 4.0}},
      "config.json: rope_parameters.factor is 4.0: quern does not know this key and will not guess what it changes. "
      "If it changes nothing in the computation, remove it; otherwise the model is not supported."),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compiler import models, pipeline
+from compiler import models, pipeline, weights
 from compiler.checkpoint.config import Config
 from compiler.errors import CheckpointError, ConfigError, UnsupportedError
 from compiler.graph.weights import Linear, Vector
@@ -61,10 +61,12 @@ REFUSED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
      "config.json: intermediate_size: with intermediate_size,hidden_size as config.json states them, "
      "model.layers.0.mlp.gate_proj must be [96, 72], but the checkpoint's is [104, 72]. "
      "The configuration belongs to another checkpoint, or was edited."),
-    ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, UnsupportedError,
-     ROPE + "rope_type is 'yarn', but quern knows 'default', 'linear', 'llama3'."),
-    ("llama", {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, UnsupportedError,
-     ROPE + "type is 'dynamic', but quern knows 'default', 'linear', 'llama3'."),
+    ("llama", {"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, UnsupportedError,
+     ROPE + "rope_type is 'longrope', but quern knows 'default', 'linear', 'dynamic', 'llama3', 'yarn'."),
+    ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7}}, ConfigError,
+     ROPE + "mscale is 0.7" + UNHANDLED),
+    ("llama", {"rope_scaling": {"type": "ntk", "factor": 4.0}}, UnsupportedError,
+     ROPE + "type is 'ntk', but quern knows 'default', 'linear', 'dynamic', 'llama3', 'yarn'."),
     ("llama", {"rope_scaling": {"type": "linear"}}, ConfigError,
      ROPE + "factor is missing, but it must be a number from 1 to 1e+06."),
     ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 32}}, ConfigError,
@@ -73,7 +75,7 @@ REFUSED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
                                 "original_max_position_embeddings": 32}}, ConfigError,
      ROPE + "low_freq_factor is 4, but it must be below high_freq_factor, 1."),
     ("llama", {"partial_rotary_factor": 0.5}, UnsupportedError,
-     "config.json: partial_rotary_factor is 0.5, but quern rotates whole heads only (1.0)."),
+     "config.json: partial_rotary_factor is 0.5, but this architecture rotates whole heads (1.0)."),
     ("llama", {"sliding_window": 9}, ConfigError, "config.json: sliding_window is 9" + UNHANDLED),
     ("mistral", {"attention_bias": True}, ConfigError, "config.json: attention_bias is true" + UNHANDLED),
     ("mistral", {"sliding_window": 0}, ConfigError,
@@ -90,10 +92,12 @@ REFUSED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
      "config.json: use_bidirectional_attention is true, but quern's attention is causal."),
     ("granite", {"residual_multiplier": 0}, ConfigError,
      "config.json: residual_multiplier is 0, but it must be a number from 0.0001 to 10000."),
-    ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}, UnsupportedError,
-     ROPE + "type is 'longrope', but quern knows 'default'."),
-    ("phi3", {"partial_rotary_factor": 0.75}, UnsupportedError,
-     "config.json: partial_rotary_factor is 0.75, but quern rotates whole heads only (1.0)."),
+    ("phi3", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, UnsupportedError,
+     ROPE + "type is 'yarn', but quern knows 'default', 'longrope', 'su'."),
+    ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}, ConfigError,
+     ROPE + "short_factor is [1.0], but it must be 6 numbers from 1e-06 to 1e+06."),
+    ("phi3", {"rope_scaling": {"type": "longrope", "original_max_position_embeddings": 8}}, ConfigError,
+     ROPE + "original_max_position_embeddings is 8, but outside of this section it is 4096. Make them agree."),
     ("llama", {"clip_qkv": 8.0}, ConfigError, "config.json: clip_qkv is 8.0" + UNHANDLED),
 ]  # fmt: skip
 
@@ -106,7 +110,10 @@ def test_refused(model_type: str, own: dict[str, Any], error: type[Exception], m
 
 
 class Biased:
-    """A Source whose every linear layer has a bias, and whose norms are too short."""
+    """A Source whose every linear layer (but one) has a bias, and whose norms are too short."""
+
+    def __init__(self, value: float = 1.0, but: str = "") -> None:
+        self._value, self._but = value, but
 
     def modules(self) -> list[str]:
         return []
@@ -121,7 +128,8 @@ class Biased:
         return DenseWeight(np.zeros(WIDTHS[module.rpartition(".")[2]], np.float16), "float16")
 
     def bias(self, module: str) -> np.ndarray | None:
-        return None if module.endswith("k_proj") else np.ones(WIDTHS[module.rpartition(".")[2]][0], np.float32)
+        name = module.rpartition(".")[2]
+        return None if name == self._but else np.full(WIDTHS[name][0], self._value, np.float32)
 
     def vector(self, name: str) -> np.ndarray:
         return np.ones(71, np.float32)
@@ -136,21 +144,34 @@ def test_a_bias_that_the_graph_does_not_add_is_refused() -> None:
     )
 
 
-def test_biases_are_joined_and_an_absent_one_is_zeros() -> None:
+def test_a_bias_that_the_checkpoint_lacks_is_refused() -> None:
+    with pytest.raises(CheckpointError) as caught:
+        pipeline.refuse_other_biases(build("qwen2"), Biased(but="k_proj"))
+    assert str(caught.value) == (
+        "model.layers.0.self_attn.k_proj has no bias, but with this config.json qwen2 adds one there. The checkpoint "
+        "belongs to another architecture, or attention_bias or mlp_bias is wrong."
+    )
+
+
+def test_biases_of_zeros_hurt_nobody_and_others_are_joined() -> None:
+    pipeline.refuse_other_biases(build("llama"), Biased(0.0))
     (qkv,) = [w for w in build("qwen2").weights if w.name == "layers.0.qkv"]
-    bias = dict(pipeline.load_weight(qkv, Biased()))["layers.0.qkv.bias"]
-    assert bias.tolist() == [1] * 72 + [0] * 24 + [1] * 24
+    bias = dict(weights.load_weight(qkv, Biased(2.0)))["layers.0.qkv.bias"]
+    assert isinstance(bias, np.ndarray)
+    assert bias.tolist() == [2] * (72 + 24 + 24)
 
 
 def test_constants_are_folded_into_norms() -> None:
     norm = Vector("norm", "model.norm", 71, plus=1.0, times=0.25)
-    assert dict(pipeline.load_weight(norm, Biased()))["norm"].tolist() == [0.5] * 71
+    folded = dict(weights.load_weight(norm, Biased()))["norm"]
+    assert isinstance(folded, np.ndarray)
+    assert folded.tolist() == [0.5] * 71
 
 
 def test_a_norm_of_another_width_is_refused() -> None:
     (norm,) = [w for w in build("llama").weights if w.name == "norm"]
     with pytest.raises(CheckpointError) as caught:
-        list(pipeline.load_weight(norm, Biased()))
+        list(weights.load_weight(norm, Biased()))
     assert str(caught.value) == (
         "model.norm has 71 values, but config.json's widths need 72. "
         "The configuration belongs to another checkpoint, or was edited."

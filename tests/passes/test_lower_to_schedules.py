@@ -25,7 +25,7 @@ Q1, Scale1, Sum1 = R.Tensor((1, 2, 32), "int8"), R.Tensor((1, 2), "float32"), R.
 Q16, Scale16, Sum16 = R.Tensor((16, 2, 32), "int8"), R.Tensor((16, 2), "float32"), R.Tensor((16, 2), "int32")
 Codes, Scales, Zeros = R.Tensor((40, 64), "uint8"), R.Tensor((40, 2), "float16"), R.Tensor((40, 2), "int16")
 Qkv, Rope, Span = R.Tensor((1, 12), "float32"), R.Tensor((32, 4), "float32"), R.Tensor((2,), "int32")
-Keys, Values = R.Tensor((1, 2, 4, 16), "float16"), R.Tensor((1, 32, 4), "float16")
+Keys, Values = R.Tensor((2, 2, 2, 16), "float16"), R.Tensor((1, 32, 4), "float16")
 Appended = R.Tuple(R.Tensor((1, 4), "float32"), Keys, Values)
 
 
@@ -107,9 +107,9 @@ def test_equal_calls_share_a_kernel(lowered: Lowered) -> None:
 
 
 def test_weights_take_the_layout_of_their_kernel_in_every_function(lowered: Lowered) -> None:
-    # x86: 40 rows are 4 blocks of 16 in pairs; 32 inputs of 4 bits are 4 steps of one vector, 4 bytes a row.
+    # x86: 40 rows are 4 blocks of 16 side by side; 32 inputs of 4 bits are 4 steps of one vector, 4 bytes a row.
     # A Cortex-A72: 10 blocks of 4 rows; 64 inputs are 2 steps of one vector, 16 bytes a row.
-    on_x86, on_a72 = ((4, 2, 4, 1, 16, 4), (4, 2, 16)), ((10, 2, 1, 4, 16), (10, 2, 4))
+    on_x86, on_a72 = ((1, 2, 4, 4, 1, 16, 4), (1, 2, 4, 16)), ((10, 2, 1, 4, 16), (10, 2, 4))
     codes, groups = on_a72 if any("widening" in v.name_hint for v in lowered.mod.get_global_vars()) else on_x86
     want = {"codes": (codes, "uint8"), "scale": (groups, "float16"), "zero": (groups, "uint8")}
     assert {name: (p.spec.shape, p.spec.dtype) for name, p in lowered.packings.items()} == want
@@ -122,6 +122,22 @@ def test_weights_take_the_layout_of_their_kernel_in_every_function(lowered: Lowe
 def test_attributes_and_results_stay(lowered: Lowered) -> None:
     assert int(lowered.mod["decode"].attrs["num_input"]) == 1
     assert ops.shape_of(lowered.mod["prefill"].ret_ty) == (16, 40)
+
+
+def test_kernels_with_tiles_stand_in_functions_of_their_own() -> None:
+    """An operating system may refuse tiles: prefill is there in both forms, decode has no use for them."""
+    target = targets.load("sapphire-rapids")
+    made = lower_to_schedules(TwoFunctions, target)
+    verify(made.mod, "scheduled")
+    assert made.tiled == {"prefill": "prefill_amx"}
+    kernels = {f: [call.args[0].name_hint for call in calls(made.mod, f)] for f in ("decode", "prefill", "prefill_amx")}
+    plain, tiled = kernels["prefill"], kernels["prefill_amx"]
+    assert [a == b for a, b in zip(plain, tiled, strict=True)] == [True, False, True, True]
+    assert (plain[1].split("_")[2], tiled[1].split("_")[2]) == ("avx512", "amx")
+    assert not any("amx" in name for f in ("decode", "prefill") for name in kernels[f])
+    assert lower_to_schedules(TwoFunctions, target.plain).packings.keys() == made.packings.keys()
+    assert lower_to_schedules(TwoFunctions, target.plain).tiled == {}
+    assert {p.name for p in made.mod["prefill_amx"].params} == {p.name for p in made.mod["prefill"].params}
 
 
 def test_what_is_written_in_place_stays_an_argument() -> None:

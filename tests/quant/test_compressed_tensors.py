@@ -297,8 +297,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], type[UserError], str]] = {
     "format": ({"format": "float-quantized"}, UnsupportedError,
                "config_groups.group_0.format is 'float-quantized', but quern reads pack-quantized and int-quantized. "
                "Take the model in one of these."),
-    "status": ({"quantization_status": "frozen"}, ConfigError,
-               "quantization_status is 'frozen', but it must be one of 'compressed'."),
+    "status": ({"quantization_status": "calibration"}, ConfigError,
+               "quantization_status is 'calibration', but it must be one of 'compressed', 'frozen'."),
     "sparse": ({"sparsity_config": {"format": "sparse-24-bitmask"}}, UnsupportedError,
                "sparsity_config is not empty, and quern does not support it. Take the model without it."),
     "rotation": ({"transform_config": {"config_groups": {"u": {"type": "hadamard"}}}}, UnsupportedError,
@@ -347,3 +347,36 @@ def test_refuses_settings_it_does_not_know(tmp_path: Path, case: str) -> None:
 def test_a_dense_sparsity_is_none(tmp_path: Path) -> None:
     dense = {"format": "dense", "global_sparsity": 0.1, "ignore": [], "targets": []}
     assert load(tmp_path, settings(sparsity_config=dense, transform_config={"config_groups": {}})).group_size == 8
+
+
+STATIC = {**PLAIN, "group": PLAIN["group"] | {"input_activations": {
+    "num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "group_size": None, "block_structure": None,
+    "dynamic": False, "actorder": None, "observer": "minmax", "observer_kwargs": {}}}}
+
+
+def test_frozen_files_of_older_llm_compressors_are_the_same(tmp_path: Path) -> None:
+    w = load(tmp_path, settings(**PLAIN, quantization_status="frozen"), **plain())
+    assert dequantize(w)[0].tolist() == [-64, -0.5, 0, 63.5]
+
+
+@pytest.mark.parametrize("scale", [
+    np.array([0.02], np.float32), np.array([0x3CA4], np.uint16), np.array(0.5, np.float16)])
+def test_static_activations_as_llm_compressor_writes_them(tmp_path: Path, scale: np.ndarray) -> None:
+    w = load(tmp_path, settings(**STATIC), **plain(m__input_scale=scale))
+    assert w.type == WeightType(2, 4, "int8", 4, "float32", activations="int8-static")
+
+
+@pytest.mark.parametrize(("scale", "said"), [
+    (None, "{folder}: m has no .input_scale, which config_groups with static input_activations says it has. The "
+           "configuration belongs to another checkpoint, or the file is damaged."),
+    (np.ones(2, np.float32), "{file}: m.input_scale is float32[2], but static input_activations need one 16- or 32-bit "
+                             "float. config_groups is of another checkpoint, or the file is damaged."),
+    (np.zeros(1, np.float32), "{file}: m.input_scale is 0, but a scale is above 0. The file is damaged: fetch it "
+                              "again."),
+    (np.full(1, np.nan, np.float32), "{file}: m.input_scale: 1 of 1 are NaN or infinite. The file is damaged or the "
+                                     "quantisation failed: fetch it again, or quantise again."),
+])
+def test_static_activations_without_a_sound_scale_are_refused(tmp_path: Path, scale: Any, said: str) -> None:
+    with pytest.raises(FormatError) as error:
+        load(tmp_path, settings(**STATIC), **plain(m__input_scale=scale))
+    assert str(error.value) == said.format(folder=tmp_path, file=tmp_path / "model.safetensors")

@@ -13,12 +13,13 @@ from compiler.errors import FormatError, UnsupportedError
 from compiler.quant.formats import gguf, open_source
 from compiler.quant.ir import QuantWeight, WeightType
 from compiler.quant.reference import dequantize
-from tests.checkpoint.gguf_files import HIDDEN, blocks, interleave, key, raw, tensor, write_llama
+from tests.checkpoint.gguf_files import HIDDEN, blocks, interleave, key, open_gguf, raw, tensor, write_llama
 from tests.quant import samples
 
 # float32 forwards of equal weights: see tests/quant/test_real_checkpoints.py.
 LOGITS_TOLERANCE = 5e-5
-HALFS = {"q6_k": [208], "q4_k": [0, 2], "q5_k": [0, 2], "q4_1": [0, 2], "q5_1": [0, 2]}
+HALFS = {"q2_k": [80, 82], "q3_k": [108], "q6_k": [208],
+         "q4_k": [0, 2], "q5_k": [0, 2], "q4_1": [0, 2], "q5_1": [0, 2]}
 EXTREMES = np.array([65504, -65504, 6e-8, -6e-8, 6.1e-5, 0.0, -0.0, 1.0], np.float16)
 
 
@@ -72,7 +73,7 @@ def test_scales_that_are_not_finite_are_refused(kind: str) -> None:
 
 def test_rows_of_q_and_k_come_back_in_order(tmp_path: Path) -> None:
     path = write_llama(tmp_path / "m.gguf", "Q4_K")
-    source, reader = open_source(open_checkpoint(path)), package.GGUFReader(path)
+    source, reader = open_source(open_gguf(path)), package.GGUFReader(path)
     stored = {t.name: package.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}
     for module, name, heads in (("q_proj", "blk.1.attn_q.weight", 4), ("k_proj", "blk.1.attn_k.weight", 2)):
         mine = dequantize(source.load(f"model.layers.1.self_attn.{module}"))
@@ -86,6 +87,7 @@ def test_rows_of_q_and_k_come_back_in_order(tmp_path: Path) -> None:
     ("Q4_0", "Q4_0", "Q4_1", "Q4_0", "Q6_K"),
     ("Q5_0", "Q5_1", "Q8_0", "F16", "F32"),
     ("IQ4_XS", "IQ4_NL", "Q5_K", "BF16", "Q8_0"),
+    ("Q2_K", "Q3_K", "Q3_K", "Q2_K", "Q6_K"),  # as Q2_K files are
 ])
 def test_whole_models_equal_transformers(tmp_path: Path, attention: str, value: str, down: str, embedding: str,
                                          head: str | None) -> None:
@@ -99,7 +101,7 @@ def test_whole_models_equal_transformers(tmp_path: Path, attention: str, value: 
            and name != "model_type"})).float().eval()
     loaded = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=theirs)["tensors"]
     theirs.load_state_dict(loaded, strict=head is not None)
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_gguf(path)
     source = open_source(checkpoint)
     ours = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         **{name: item for name, item in checkpoint.config.data.items() if name != "quantization_config"})).eval()
@@ -134,15 +136,15 @@ def minimal(path: Path, *tensors: bytes, data: bytes) -> Path:
 
 
 def test_refusals(tmp_path: Path) -> None:
-    path = minimal(tmp_path / "m.gguf", tensor("output.weight", (1, 256), 10, 32),
+    path = minimal(tmp_path / "m.gguf", tensor("output.weight", (1, 256), 22, 32),
                    tensor("blk.0.attn_q.weight", (6, 8), 0, 128), tensor("blk.0.attn_k.weight", (2, 8), 24, 320),
                    data=bytes(352))
-    source = open_source(open_checkpoint(path))
+    source = open_source(open_gguf(path))
     with pytest.raises(UnsupportedError) as unsupported:
         source.load("lm_head")
     assert str(unsupported.value) == (
-        f"{path}: lm_head is q2_k, but quern decodes bfloat16, float16, float32, iq4_nl, iq4_xs, q4_0, q4_1, q4_k, "
-        f"q5_0, q5_1, q5_k, q6_k, q8_0. Take the model as Q4_K_M, Q5_K_M, Q6_K or Q8_0.")
+        f"{path}: lm_head is iq2_s, but quern decodes bfloat16, float16, float32, iq4_nl, iq4_xs, q2_k, q3_k, q4_0, "
+        f"q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0. Take the model as Q4_K_M, Q5_K_M, Q6_K or Q8_0.")
     with pytest.raises(UnsupportedError, match=r"self_attn\.k_proj is int8, but quern decodes"):
         source.load("model.layers.0.self_attn.k_proj")
     assert source.has("lm_head")
@@ -152,7 +154,7 @@ def test_refusals(tmp_path: Path) -> None:
 def test_heads_that_do_not_divide_the_rows_are_refused(tmp_path: Path) -> None:
     path = minimal(tmp_path / "m.gguf", tensor("blk.0.attn_q.weight", (6, 8), 0, 32), data=bytes(224))
     with pytest.raises(Exception) as error:  # noqa: PT011 - the whole message follows
-        open_source(open_checkpoint(path)).load("model.layers.0.self_attn.q_proj")
+        open_source(open_gguf(path)).load("model.layers.0.self_attn.q_proj")
     assert str(error.value) == (f"{path}: model.layers.0.self_attn.q_proj has 6 rows, which are not 2 heads of even "
                                 f"width. Fetch the file again.")
 
@@ -162,7 +164,7 @@ def test_biases_move_with_their_rows(tmp_path: Path) -> None:
     data = bytes(32) + bytes(8 * 8 * 4) + interleave(bias, 2).tobytes()
     path = minimal(tmp_path / "m.gguf", tensor("blk.0.attn_q.weight", (8, 8), 0, 32),
                    tensor("blk.0.attn_q.bias", (8,), 0, 288), data=data)
-    found = open_source(open_checkpoint(path)).bias("model.layers.0.self_attn.q_proj")
+    found = open_source(open_gguf(path)).bias("model.layers.0.self_attn.q_proj")
     assert found is not None
     assert found.tolist() == bias.tolist()
 

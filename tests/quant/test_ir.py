@@ -13,7 +13,7 @@ from compiler.quant.ir import DenseWeight, QuantWeight, WeightType, join, order_
 def weight(n: int = 2, k: int = 5, group_size: int = 2, fill: int = 0, **changed: Any) -> QuantWeight:
     groups = -(-k // group_size)
     parts: dict[str, Any] = {
-        "codes": np.full((n, k), fill, np.uint8), "scale": np.ones((n, groups), np.float16),
+        "stored": np.full((n, k), fill, np.uint8), "scale": np.ones((n, groups), np.float16),
         "zero": np.full((n, groups), 8, np.int16), "grid": "int4", "group_size": group_size, "permutation": None}
     return QuantWeight(**{**parts, **changed})
 
@@ -27,8 +27,8 @@ def test_type() -> None:
 
 
 @pytest.mark.parametrize("changed", [
-    {"codes": np.full((2, 5), 16, np.uint8)}, {"codes": np.zeros((2, 5), np.int8)},
-    {"codes": np.zeros((2, 7), np.uint8)}, {"zero": np.full((2, 3), 16, np.int16)},
+    {"stored": np.full((2, 5), 16, np.uint8)}, {"stored": np.zeros((2, 5), np.int8)},
+    {"stored": np.zeros((2, 7), np.uint8)}, {"zero": np.full((2, 3), 16, np.int16)},
     {"zero": np.full((2, 3), -1, np.int16)}, {"zero": np.zeros((2, 3), np.uint8)},
     {"scale": np.full((2, 3), np.nan, np.float16)}, {"scale": np.ones((2, 2), np.float16)},
     {"scale": np.ones((2, 3), np.float64)}, {"grid": "nf4"}, {"grid": "int7"}, {"offset": np.zeros((2, 3), np.float32)},
@@ -95,3 +95,16 @@ def test_kinds_that_can_be_joined() -> None:
     assert ordered.kind != WeightType(2, 4, "int4", 2, permuted=True, order="b").kind
     unread = WeightType(2, 4, "int4", 2, permuted=True)
     assert unread.kind != WeightType(2, 4, "int4", 2, permuted=True).kind  # unknown orders are never taken for equal
+
+
+def test_rows_in_another_order() -> None:  # codes, scales, zeros and offsets move together; columns do not
+    random = np.random.default_rng(0)
+    scale, offset = (random.standard_normal((3, 2)).astype(np.float32) for _ in range(2))
+    codes = random.integers(0, 16, (3, 8), np.uint8)
+    moved = QuantWeight(codes, scale, np.zeros((3, 2), np.int16), "int4", 4, offset=offset).rows([2, 0, 1])
+    assert moved.offset is not None
+    assert np.array_equal(moved.codes, codes[[2, 0, 1]])
+    assert np.array_equal(moved.scale, scale[[2, 0, 1]])
+    assert np.array_equal(moved.offset, offset[[2, 0, 1]])
+    values = random.standard_normal((3, 8)).astype(np.float16)
+    assert np.array_equal(DenseWeight(values, "float16").rows([2, 0, 1]).values, values[[2, 0, 1]])

@@ -10,7 +10,7 @@ import pytest
 
 from runtime import device
 from runtime.bundle import open_bundle
-from runtime.errors import BundleError, DeviceError, ManifestError
+from runtime.errors import BundleError, DeviceError, InputError, ManifestError
 from tests.runtime import tiny
 
 COPY = "Copy the bundle again or rebuild it."
@@ -94,6 +94,26 @@ def test_truncated_and_missing_files(bundle: Path, name: str, verify: bool) -> N
     )
     path.mkdir()
     assert refusal(BundleError, bundle) == f"{path}: is not a regular file. Copy the bundle again."
+
+
+def test_meanwhile_runs_during_the_check_and_nothing_of_a_damaged_bundle_comes_out(bundle: Path) -> None:
+    seen: list[str] = []
+    assert open_bundle(bundle, meanwhile=lambda found: seen.append(found.model.name)).weights
+    assert seen == ["tiny"]
+    flip(bundle / "weights.bin", 512)
+    damaged = refusal(BundleError, bundle, meanwhile=lambda found: seen.append(found.library))
+    assert seen == ["tiny", "model.so"]
+    assert damaged == (
+        f"{bundle / 'weights.bin'}: is damaged: the SHA-256 of bytes 512 to 1023 is not the manifest's. {COPY}"
+    )
+
+    def fails(_: object) -> None:
+        raise InputError("first")
+
+    assert refusal(InputError, bundle, meanwhile=fails) == "first"
+    flip(bundle / "model.so", 0)  # code is checked before anybody gets a chance to load it
+    assert "model.so: is damaged" in refusal(BundleError, bundle, meanwhile=lambda _: seen.append("too early"))
+    assert "too early" not in seen
 
 
 def test_what_is_no_bundle(tmp_path: Path) -> None:

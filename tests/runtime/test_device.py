@@ -1,6 +1,7 @@
 """What the kernel's text files say about a machine."""
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,17 @@ def test_x86_features_are_those_of_every_core(monkeypatch: pytest.MonkeyPatch) -
     text = "processor\t: 0\nflags\t\t: fpu avx2 avx512_vnni\n\nprocessor\t: 1\nflags\t\t: fpu avx2\nvmx flags\t: x\n"
     assert device.cpu_features(text) == {"fpu", "avx2"}
     assert device.cpu_features("nothing") == frozenset()
+
+
+def test_tiles_are_asked_for_only_where_the_cpu_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernel answers where it has them, and where it refuses: tests/end_to_end/test_amx.py."""
+    asked: list[object] = []
+    monkeypatch.setattr("ctypes.CDLL", asked.append)
+    for arch, features in (("aarch64", device.TILE_FEATURES), ("x86_64", frozenset({"avx512f", "amx_tile"}))):
+        monkeypatch.setattr(device, "arch", lambda arch=arch: arch)
+        monkeypatch.setattr(device, "cpu_features", lambda features=features: features)
+        assert device.allow_tiles() is False
+    assert asked == []
 
 
 def test_arm_features(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,6 +80,27 @@ def test_default_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     for quota, threads in ((None, 8), (2.0, 2), (1.4, 1), (0.2, 1), (100.0, 8)):
         monkeypatch.setattr(device, "cpu_quota", lambda q=quota: q)
         assert device.default_threads() == threads
+
+
+def test_cpus_that_are_all_one_core_count_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "CPU_FOLDER", tmp_path)
+    monkeypatch.setattr(device, "cpu_quota", lambda: None)
+    for cpu, siblings in enumerate(("0,2", "1,3", "0,2", "1,3")):
+        write(tmp_path / f"cpu{cpu}/topology/thread_siblings_list", siblings)
+    for cpus, threads in (({0, 1, 2, 3}, 2), ({0, 2}, 2), ({1}, 1)):
+        monkeypatch.setattr(device, "affinity", lambda c=cpus: frozenset(c))
+        assert device.default_threads() == threads
+
+
+def test_one_process_at_a_time_binds_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "CLAIM", f"\0quern-test-{os.getpid()}")
+    first = device.claim_cpus()
+    assert first is not None
+    assert device.claim_cpus() is None
+    first.close()
+    second = device.claim_cpus()
+    assert second is not None
+    second.close()
 
 
 def test_the_fastest_cpu_is_the_one_that_tvm_leaves_to_its_caller(

@@ -85,6 +85,35 @@ def test_runs_alone_when_copied_out(toy: Path, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "[]\n")
 
 
+OPENS = """
+import sys
+sys.path.insert(0, {root!r})
+opened, early = [], []
+def hook(event, args):
+    if event == "open" and isinstance(args[0], (str, bytes)) or event == "ctypes.dlopen" and args[0]:
+        name = str(args[0])
+        if name.startswith({bundle!r}):
+            opened.append(name.rpartition("/")[2])
+        if name.endswith("weights.bin"):
+            early.append("numpy" in sys.modules)
+sys.addaudithook(hook)
+from runtime.__main__ import main
+code = main(["generate", {bundle!r}, "--prompt", "bcd", "--max-new-tokens", "2", "--json"])
+print(sorted(opened), early, file=sys.stderr)
+sys.exit(code)
+"""
+
+
+def test_a_start_reads_each_file_once_and_begins_with_the_weights(toy: Path, tmp_path: Path) -> None:
+    """Their digest takes longest: it runs in threads while numpy and the other libraries are loaded."""
+    code = OPENS.format(root=str(ROOT), bundle=str(toy))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+                          check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    # tokenizer.json is read once more by its library, outside Python, and model.so is mapped by TVM
+    assert done.stderr == "['manifest.json', 'model.so', 'tokenizer.json', 'weights.bin'] [False]\n"
+
+
 def test_chat_over_a_pipe(toy: Path) -> None:
     done = run("chat", toy, "--max-new-tokens", 2, stdin="ab\n/reset\nab\n")
     assert (done.returncode, done.stderr) == (0, "")

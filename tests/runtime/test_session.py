@@ -102,7 +102,12 @@ PINNING = """
 import os, sys
 from pathlib import Path
 from runtime.bundle import open_bundle
+from runtime import device
 from runtime.session import Session
+device.CLAIM += str(os.getpid())  # this process alone, whoever else runs on the machine
+if sys.argv[2] == "beside another":
+    other = device.claim_cpus()
+    assert other is not None and device.claim_cpus() is None
 if sys.argv[2] == "confined":
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 session = Session(open_bundle(Path(sys.argv[1])), threads=int(sys.argv[3]))
@@ -116,6 +121,7 @@ print(sorted(os.sched_getaffinity(0)), sorted(map(sorted, workers)))
 @pytest.mark.parametrize(("how", "threads", "expected"), [
     ("free", 1, "[0, 1] []\n"),  # nothing to pin
     ("free", 2, "[0] [[1]]\n"),  # the caller gets the CPU that TVM's worker does not have
+    ("beside another", 2, "[0, 1] [[0, 1]]\n"),  # somebody has these CPUs: both bound, both would stall
     ("confined", 2, "[1] [[1]]\n"),  # TVM would have put the worker on the CPU that we were not given
 ])  # fmt: skip
 def test_pinning(toy: Path, how: str, threads: int, expected: str) -> None:

@@ -91,6 +91,54 @@ def test_against_float64_and_leaves_the_rest_alone(m, heads, kv_heads, d, start,
     assert np.array_equal(got_k[:, others], before_k[:, others])
 
 
+def unpack(keys: np.ndarray, values: np.ndarray, d: int) -> tuple[np.ndarray, np.ndarray]:
+    """Codes of an int8 cache as [kv_heads, capacity, d]."""
+    kv_heads, blocks = keys.shape[:2]
+    k = keys.reshape(kv_heads, blocks, d // 2, 16, 2).transpose(0, 1, 3, 2, 4).reshape(kv_heads, blocks * 16, d)
+    v = values.reshape(kv_heads, blocks * 8, -1, 2).transpose(0, 1, 3, 2).reshape(kv_heads, blocks * 16, -1)
+    return k, v
+
+
+@pytest.mark.parametrize("target", RUNNABLE, ids=lambda t: t.name)
+@pytest.mark.parametrize("size", [0, 1e-38, 1e-30, 1, 1e30], ids="{:g}".format)
+@pytest.mark.parametrize(
+    ("m", "heads", "kv_heads", "d", "start", "valid"),
+    [(1, 7, 1, 64, 31, 1), (5, 3, 1, 80, 14, 5), (5, 6, 2, 12, 30, 3), (3, 4, 2, 256, 45, 3)],
+)
+def test_int8_cache_takes_the_nearest_code(m, heads, kv_heads, d, start, valid, size, target):
+    rng, table = np.random.default_rng(d), angles(d)
+    qkv = (rng.standard_normal((m, (heads + 2 * kv_heads) * d)) * size).astype(np.float32)
+    qkv[:, heads * d] = size  # no head is all zeros but where size is 0
+    padded = 2 * -(-d // 16) * 16
+    shapes = (kv_heads, 3, d // 2, 32), (kv_heads, 24, padded)
+    before = [rng.integers(-127, 128, shape).astype(np.int8) for shape in shapes]
+    before += [rng.standard_normal((kv_heads, 48)).astype(np.float32) for _ in range(2)]
+    caches = [array.copy() for array in before]
+    call = request(
+        "quern.rope_append_int8", [qkv, table, np.zeros(2, np.int32), *caches],
+        [TensorSpec((m, heads * d), "float32")], target, heads=heads, kv_heads=kv_heads, head_dim=d,
+    )  # fmt: skip
+    build(rope.lower, call, inplace=(3, 4, 5, 6))(qkv, table, np.array([start, valid], np.int32), *caches)
+
+    rows = qkv.reshape(m, heads + 2 * kv_heads, d)[:valid].astype(np.float64)
+    positions = start + np.arange(valid)
+    others = np.setdiff1d(np.arange(48), positions)
+    rotated = oracle(rows[:, heads : heads + kv_heads], table, positions)
+    old, new = unpack(before[0], before[1], d), unpack(caches[0], caches[1], d)
+    for i, (want, was, got) in enumerate(zip((rotated, rows[:, heads + kv_heads :]), old, new, strict=True)):
+        want, largest = want.transpose(1, 0, 2), np.abs(want).max(2).T
+        codes, scale = got[:, positions, :d].astype(np.float64), caches[2 + i][:, positions].astype(np.float64)
+        if size < 1e-36:
+            assert not codes.any() and not scale.any()
+        else:
+            assert (np.abs(codes).max(2) == 127).all()
+            np.testing.assert_allclose(scale, largest / 127, rtol=1e-5)
+            # half a code, and what fp32 rotation may move it by
+            assert (np.abs(codes * scale[..., None] - want) <= 0.5001 * scale[..., None] + 8 * EPS32 * size * 8).all()
+        assert np.array_equal(got[:, others], was[:, others])
+        assert np.array_equal(caches[2 + i][:, others], before[2 + i][:, others])
+
+
 @pytest.mark.parametrize("target", RUNNABLE, ids=lambda t: t.name)
 @pytest.mark.parametrize("each", [True, False], ids=["each head", "all heads"])
 def test_norms_come_before_the_rotation(each, target):

@@ -122,7 +122,7 @@ def test_an_unknown_name() -> None:
         targets.load("rpi-4")
     assert str(caught.value) == (
         "There is no target 'rpi-4'. Did you mean 'rpi4'? Known targets: native, aarch64, riscv64-v, rpi3, rpi4, "
-        "rpi5, snapdragon-8gen2, x86-64."
+        "rpi5, sapphire-rapids, snapdragon-8gen2, x86-64."
     )
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import pytest
 
-from targets import TargetError, load
+from targets import TargetError, load, native
 from targets.features import X86_64_V2, X86_64_V3, X86_64_V4
 
 V2, V3, V4 = (" ".join(level.values()) for level in (X86_64_V2, X86_64_V3, X86_64_V4))
@@ -46,6 +46,15 @@ def test_extras_need_their_level() -> None:
     assert all(sapphire_rapids.has(f) for f in ("avxvnni", "gfni", "avx512vnni", "amx-tile", "amx-int8"))
     old = load("native", x86(f"{V2} {flags}"))
     assert not any(old.has(f) for f in ("avxvnni", "gfni", "avx512vnni"))
+
+
+def test_tiles_need_the_kernel_as_well() -> None:
+    cpuinfo, base = x86(f"{V4} avx512_vnni amx_tile amx_int8 amx_bf16"), load("x86-64")
+    granted, refused = (native.detect(cpuinfo, base, tiles=tiles) for tiles in (True, False))
+    assert set(granted.features) - set(refused.features) == {"+amx-tile", "+amx-int8", "+amx-bf16"}
+    assert set(granted.cpuinfo) - set(refused.cpuinfo) == {"amx_tile", "amx_int8", "amx_bf16"}
+    assert granted.plain == refused == refused.plain
+    assert native.kernel_has_tiles() >= load("native").has("amx-tile")
 
 
 def test_the_manifest_can_list_every_required_flag() -> None:

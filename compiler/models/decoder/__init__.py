@@ -4,7 +4,20 @@ settings: the keys of config.json that all have; rotary: position embedding; net
 """
 
 from compiler.models.decoder.network import Decoder, Part
-from compiler.models.decoder.rotary import read_frequencies
-from compiler.models.decoder.settings import Shape, read_shape, read_windows
+from compiler.models.decoder.rotary import KINDS, LONG, read_rotation, read_section
+from compiler.models.decoder.settings import FULL, SLIDING, Shape, kept_context, read_shape, read_windows
 
-__all__ = ["Decoder", "Part", "Shape", "read_frequencies", "read_shape", "read_windows"]
+__all__ = [
+    "FULL",
+    "KINDS",
+    "LONG",
+    "SLIDING",
+    "Decoder",
+    "Part",
+    "Shape",
+    "kept_context",
+    "read_rotation",
+    "read_section",
+    "read_shape",
+    "read_windows",
+]

@@ -10,20 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
+from types import MappingProxyType
 
 from tvm import relax
 
 from compiler.checkpoint.config import Config
-from compiler.errors import ConfigError
-from compiler.graph import rope
 from compiler.graph.build import Attention, Function, Graph
 from compiler.graph.kv_cache import KvCache
+from compiler.graph.rope import Rotation
 from compiler.graph.weights import Constant, Linear, Table, Vector, Weight
 from compiler.models import Describe, Model, Options, expect
-from compiler.models.decoder.settings import Shape
+from compiler.models.decoder.settings import Shape, kept_context
 from compiler.quant.ir import WeightType
 
-DEFAULT_CONTEXT = 4096  # positions kept when the model allows more and --context does not ask
 HEAD_KEYS = "num_attention_heads,num_key_value_heads,head_dim,hidden_size"
 FFN_KEYS = "intermediate_size,hidden_size"
 VOCABULARY_KEYS = "vocab_size,hidden_size"
@@ -38,17 +37,27 @@ class Decoder:
         self,
         config: Config,
         shape: Shape,
-        frequencies: rope.Frequencies,
+        rotation: Rotation,
         describe: Describe,
         options: Options,
         norm_plus: float = 0.0,
     ) -> None:
         self.config, self.shape, self.options = config, shape, options
-        self.context = _context(config, shape, options)
+        self.context = kept_context(config, shape, options)
         self.cache = KvCache.for_context(shape.kv_heads, shape.head_dim, self.context, options.cache_dtype)
-        self.rotation = Constant("rope", rope.table(self.cache.capacity, frequencies))
         self._describe, self._norm_plus = describe, norm_plus
-        self._weights: list[Weight] = [self.rotation]
+        self._weights: list[Weight] = []
+        self._rotations: dict[Rotation, Constant] = {}
+        self._rotation = rotation
+
+    def table(self, rotation: Rotation) -> Constant:
+        """The rotary table of a rotation, one for all layers that share it."""
+        if rotation not in self._rotations:
+            name = f"rope{len(self._rotations) or ''}"
+            made = Constant(name, rotation.table(self.cache.capacity, self.shape.head_dim))
+            self._rotations[rotation] = made
+            self._weights.append(made)
+        return self._rotations[rotation]
 
     def vector(self, name: str, module: str, n: int, times: float = 1.0) -> Vector:
         """The weight of a norm over n values; `times` is folded into it."""
@@ -64,8 +73,12 @@ class Decoder:
         keys: str,
         kind: Callable[[WeightType], WeightType],
         bias: bool = False,
+        order: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
     ) -> tuple[Linear, ...]:
-        """Layers on one input of k columns, rows by checkpoint module: one layer where all are quantised alike."""
+        """Layers on one input of k columns, rows by checkpoint module: one layer where all are quantised alike.
+
+        order: for modules whose rows stand in another order in the graph, the checkpoint's row of each.
+        """
         types = [(module, expect(self._describe, module, n, k, self.config, keys)) for module, n in sources.items()]
         runs = [list(run) for _, run in groupby(types, key=lambda item: item[1].kind)]
         made = []
@@ -73,7 +86,8 @@ class Decoder:
             modules, rows = tuple(module for module, _ in run), tuple(type_.n for _, type_ in run)
             scale = "float32" if any(type_.scale == "float32" for _, type_ in run) else "float16"
             joined = kind(replace(run[0][1], n=sum(rows), scale=scale))
-            made.append(Linear(f"{name}.{i}" if len(runs) > 1 else name, modules, joined, rows, bias))
+            label = f"{name}.{i}" if len(runs) > 1 else name
+            made.append(Linear(label, modules, joined, rows, bias, _joined_order(modules, rows, order)))
         self._weights.extend(made)
         return tuple(made)
 
@@ -93,19 +107,25 @@ class Decoder:
         scale: float | None = None,
         softcap: float = 0.0,
         window: int = 0,
+        rotation: Rotation | None = None,
     ) -> Part:
         """Self-attention of layer i, from the projections of q, k, v to that of the output.
 
         fused: name of the one module that holds q, k and v, one below the other. norm_widths: q_norm and k_norm stand
         before the rotation, their weights so long: head_dim norms each head, q_width and kv_width norm all together.
+        rotation: this layer's own, where it is not the model's.
         """
         shape, module = self.shape, f"model.layers.{i}.self_attn"
+        rotation = rotation or self._rotation
+        table = self.table(rotation)
         parts = {f"{module}.q_proj": shape.q_width, f"{module}.k_proj": shape.kv_width}
         parts[f"{module}.v_proj"] = shape.kv_width
         if fused is not None:
             parts = {f"{module}.{fused}": shape.q_width + 2 * shape.kv_width}
         linear = self.options.linear
-        qkv = self.linears(f"layers.{i}.qkv", shape.hidden, parts, HEAD_KEYS, linear, qkv_bias)
+        order = self._order(parts, rotation)
+        assert not (order and norm_widths), "weights of norms would have to move with the rows"
+        qkv = self.linears(f"layers.{i}.qkv", shape.hidden, parts, HEAD_KEYS, linear, qkv_bias, order)
         norms = None
         if norm_widths is not None:
             q_norm, k_norm = (
@@ -118,10 +138,23 @@ class Decoder:
         o = self.linears(f"layers.{i}.o", shape.q_width, out, HEAD_KEYS, linear, o_bias)
 
         def part(f: Function, x: relax.Var) -> relax.Var:
-            table = f.argument(self.rotation.name, self.rotation.values.shape, "float32")
-            return f.linears(f.attention(f.linears(x, qkv), table, self.cache, i, how), o)
+            angles = f.argument(table.name, table.values.shape, "float32")
+            return f.linears(f.attention(f.linears(x, qkv), angles, self.cache, i, how), o)
 
         return part
+
+    def _order(self, parts: Mapping[str, int], rotation: Rotation) -> dict[str, tuple[int, ...]]:
+        """Rows of q and k for heads that rotate in part; v, and o after it, stay as they are."""
+        d = self.shape.head_dim
+        if 2 * len(rotation.frequencies) == d:
+            return {}
+        head, turning = rotation.head_order(d), self.shape.heads + self.shape.kv_heads
+        moved = [h * d + place for h in range(turning) for place in head]
+        moved += range(turning * d, turning * d + self.shape.kv_width)
+        if len(parts) == 1:
+            return {module: tuple(moved) for module in parts}
+        q, k, _ = parts
+        return {q: tuple(moved[: self.shape.q_width]), k: tuple(moved[: self.shape.kv_width])}
 
     def ffn(
         self, i: int, *, fused: str | None = None, bias: bool = False, gate: Callable[..., relax.Var] = Function.swiglu
@@ -144,6 +177,19 @@ class Decoder:
         def block(f: Function, x: relax.Var) -> relax.Var:
             x = f.add(x, attention(f, before_attention(f, x)))
             return f.add(x, ffn(f, before_ffn(f, x)))
+
+        return block
+
+    def four_norms(self, i: int, attention: Part, ffn: Part) -> Part:
+        """Gemma's block: a norm before and a norm after each half."""
+        before_attention = self.norm(i, "attention_norm", "input_layernorm")
+        after_attention = self.norm(i, "attention_post_norm", "post_attention_layernorm")
+        before_ffn = self.norm(i, "ffn_norm", "pre_feedforward_layernorm")
+        after_ffn = self.norm(i, "ffn_post_norm", "post_feedforward_layernorm")
+
+        def block(f: Function, x: relax.Var) -> relax.Var:
+            x = f.add(x, after_attention(f, attention(f, before_attention(f, x))))
+            return f.add(x, after_ffn(f, ffn(f, before_ffn(f, x))))
 
         return block
 
@@ -200,16 +246,15 @@ class Decoder:
         )
 
 
-def _context(config: Config, shape: Shape, options: Options) -> int:
-    """Positions to keep."""
-    if not options.context:
-        return min(shape.positions, DEFAULT_CONTEXT)
-    if options.context > shape.positions:
-        raise ConfigError(
-            f"--context asks for {options.context} positions, but {config.where('max_position_embeddings')} "
-            f"is {shape.positions}. Ask for at most that."
-        )
-    return options.context
+def _joined_order(
+    modules: tuple[str, ...], rows: tuple[int, ...], order: Mapping[str, tuple[int, ...]]
+) -> tuple[int, ...] | None:
+    """The order of rows that lie one module below the other; None where every module keeps its own."""
+    if not any(module in order for module in modules):
+        return None
+    starts = [sum(rows[:i]) for i in range(len(rows))]
+    places = [order.get(module, tuple(range(n))) for module, n in zip(modules, rows, strict=True)]
+    return tuple(start + place for start, part in zip(starts, places, strict=True) for place in part)
 
 
 def _in_order_of_use(weights: Sequence[Weight], parameters: Sequence[str]) -> tuple[Weight, ...]:

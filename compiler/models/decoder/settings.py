@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from compiler.checkpoint.config import Config
 from compiler.errors import ConfigError, UnsupportedError
+from compiler.models import Options
 
 MOST = 1 << 20  # upper bound of any width in config.json
 MOST_POSITIONS = 1 << 24
+DEFAULT_CONTEXT = 4096  # positions kept when the model allows more and --context does not ask
 SLIDING, FULL = "sliding_attention", "full_attention"  # how transformers names kinds of layers
 
 
@@ -79,14 +81,29 @@ def read_shape(config: Config, *, head_dim: int | None = None, eps: float = 1e-6
     )
 
 
+def kept_context(config: Config, shape: Shape, options: Options) -> int:
+    """Positions to keep."""
+    if not options.context:
+        return min(shape.positions, DEFAULT_CONTEXT)
+    if options.context > shape.positions:
+        raise ConfigError(
+            f"--context asks for {options.context} positions, but {config.where('max_position_embeddings')} "
+            f"is {shape.positions}. Ask for at most that."
+        )
+    return options.context
+
+
 def read_windows(
-    config: Config, layers: int, sliding: Callable[[int], bool] = lambda _: True, used: bool = True
+    config: Config, layers: int, sliding: Callable[[int], bool] = lambda _: True, used: bool = True, absent: int = 0
 ) -> tuple[int, ...]:
     """How many positions each layer sees, 0 for all: sliding_window, in the layers that layer_types names.
 
     sliding(layer) decides where there is no layer_types. used=False: a sliding_window that stands there says nothing.
+    absent: what a missing key means, in all layers' positions; null is no window.
     """
-    window = config.integer("sliding_window", 1, MOST_POSITIONS) if used and config.has("sliding_window") else 0
+    window = 0 if "sliding_window" in config.data or not used else absent
+    if used and config.has("sliding_window"):
+        window = config.integer("sliding_window", 1, MOST_POSITIONS)
     config.accept("sliding_window")
     if not config.has("layer_types"):
         config.accept("layer_types")

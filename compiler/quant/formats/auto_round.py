@@ -36,7 +36,8 @@ HARMLESS = frozenset({
     "low_gpu_mem_usage", "low_cpu_mem_usage", "block_name_to_quantize", "to_quant_block_names", "quant_block_list",
     "scale_dtype", "backend", "provider", "quant_lm_head", "lm_head", "modules_in_block_to_quantize", "enable_alg_ext",
     "not_use_best_mse", "dynamic_max_gap", "lr_scheduler", "sampler", "model_free", "disable_opt_rtn",
-    "desc_act", "true_sequential", "damp_percent",
+    "desc_act", "true_sequential", "damp_percent", "enable_opt_rtn", "momentum", "enable_deterministic_algorithms",
+    "enable_torch_compile", "fp_layers", "ignore_layers",
 })
 
 

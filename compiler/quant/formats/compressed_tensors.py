@@ -9,9 +9,10 @@ both             weight_scale f16|bf16|f32[n, G]; with actorder = group weight_g
 ->  codes u8[n, k], scale f16|f32[n, G], zero i16[n, G], permutation i32[k] with actorder = group
 
 input_activations say what the checkpoint was made for, and quern does it its own way. W8A8 means int8 activations with
-one scale a token, amax / 127.5 over all inputs (dynamic), or one stored scale for all (static: input_scale, unread).
-quern's have one scale a token and span of at most 128 inputs, amax / 127: finer, so errors are smaller, and results
-differ in the rounding. --activations exact rounds no activation. The manifest keeps what the checkpoint was made for.
+one scale a token, amax / 127.5 over all inputs (dynamic), or one stored scale for all (static: input_scale f32|bf16|f16
+[1], checked and not used). quern's have one scale a token and span of at most 128 inputs, amax / 127: finer, so errors
+are smaller, and results differ in the rounding; tests/quant/test_real_checkpoints.py has the bound. --activations exact
+rounds no activation. The manifest keeps what the checkpoint was made for.
 """
 from __future__ import annotations
 
@@ -23,10 +24,10 @@ from numpy.typing import NDArray
 
 from compiler.errors import FormatError, UnsupportedError
 from compiler.quant import act_order
+from compiler.quant.codes import Fields
 from compiler.quant.formats.dense import DenseSource
 from compiler.quant.grids import integer_grid
 from compiler.quant.ir import DENSE_STORAGE, DenseWeight, QuantWeight, WeightType, order_digest
-from compiler.quant.packing import unpack
 from compiler.quant.patterns import Rules
 from compiler.quant.reference import F32
 from compiler.quant.source import (
@@ -122,12 +123,11 @@ class CompressedSource:
         scale = read_scales(self._checkpoint, f"{module}.weight_scale")
         if scale.ndim < 2:  # strategy tensor
             scale = scale.reshape(-1, 1)
-        codes = self._codes(module, scheme, shapes)
         order = self._order(module, scheme, shapes)
-        if order is not None:
-            codes = np.take(codes, order, axis=1)
+        codes = self._codes(module, scheme, shapes, order)
         scale = np.ascontiguousarray(np.broadcast_to(scale, (shapes.n, shapes.groups)))
         zero = self._zeros(module, scheme, shapes)
+        self._refuse_wrong_input_scale(module, scheme)
         return QuantWeight(codes, scale, zero, integer_grid(scheme.bits).name, shapes.group_size, order,
                            activations=scheme.activations)
 
@@ -156,11 +156,13 @@ class CompressedSource:
                               f"among its targets. The configuration belongs to another checkpoint, or was edited.")
         return scheme
 
-    def _codes(self, module: str, scheme: Scheme, shapes: Shapes) -> NDArray[np.uint8]:
+    def _codes(self, module: str, scheme: Scheme, shapes: Shapes, order: NDArray[np.int32] | None,
+               ) -> NDArray[np.uint8] | Fields:
         array = self._checkpoint.array
         if scheme.packed:
-            return _unpack(array(f"{module}.weight_packed"), scheme.bits, shapes.k)
-        return _unsigned(array(f"{module}.weight"), scheme.bits, f"{self._where(module)}.weight")
+            return Fields(array(f"{module}.weight_packed"), scheme.bits, shapes.k, order)
+        codes = _unsigned(array(f"{module}.weight"), scheme.bits, f"{self._where(module)}.weight")
+        return codes if order is None else np.take(codes, order, axis=1)
 
     def _zeros(self, module: str, scheme: Scheme, shapes: Shapes) -> NDArray[np.int16]:
         middle = integer_grid(scheme.bits).middle
@@ -170,7 +172,7 @@ class CompressedSource:
         name = f"{module}.weight_zero_point"
         stored = self._checkpoint.array(name)
         if info.dtype == "int32":
-            zero = np.ascontiguousarray(_unpack(stored.T, scheme.bits, shapes.n).T)
+            zero = np.ascontiguousarray(Fields(stored.T, scheme.bits, shapes.n).rows(0, shapes.groups).T)
         else:
             zero = _unsigned(stored.reshape(-1, 1) if stored.ndim < 2 else stored, scheme.bits, f"{info.file}: {name}")
         zero = np.broadcast_to(zero, (shapes.n, shapes.groups))
@@ -179,6 +181,23 @@ class CompressedSource:
             raise FormatError(f"{info.file}: {name}: a zero point is {wrong}, but symmetric = true needs 0 everywhere. "
                               f"If the file has zero points, config.json must say symmetric = false.")
         return zero.astype(np.int16)
+
+    def _refuse_wrong_input_scale(self, module: str, scheme: Scheme) -> None:
+        """A static checkpoint has one positive scale for its activations: one that has none was made otherwise."""
+        if scheme.activations != "int8-static":
+            return
+        name = f"{module}.input_scale"
+        info = self._part(module, "input_scale")
+        if info is None:
+            raise FormatError(f"{self._checkpoint.path}: {module} has no .input_scale, which config_groups with static "
+                              f"input_activations says it has. The configuration belongs to another checkpoint, or the "
+                              f"file is damaged.")
+        if info.shape not in ((), (1,)) or info.dtype not in DENSE_STORAGE:
+            raise FormatError(f"{info.file}: {name} is {spelled(info)}, but static input_activations need one 16- or "
+                              f"32-bit float. config_groups is of another checkpoint, or the file is damaged.")
+        if not (values := read_scales(self._checkpoint, name)).all() or (values < 0).any():
+            raise FormatError(f"{info.file}: {name} is {float(values.reshape(-1)[0]):g}, but a scale is above 0. The "
+                              f"file is damaged: fetch it again.")
 
     def _order(self, module: str, scheme: Scheme, shapes: Shapes) -> NDArray[np.int32] | None:
         if self._part(module, "weight_g_idx") is None:
@@ -250,15 +269,6 @@ class CompressedSource:
             refuse("weight_g_idx", order, f"int32[{shapes.k}]")
 
 
-def _unpack(words: NDArray[np.int32], bits: int, count: int) -> NDArray[np.uint8]:
-    """i32[rows, w] -> u8[rows, count]: what is packed beyond count is padding."""
-    missing = -words.shape[1] % bits  # 3-bit fields come by three words
-    if missing:
-        words = np.pad(words, ((0, 0), (0, missing)))
-    codes = unpack(words, bits, axis=1)
-    return codes if codes.shape[1] == count else np.ascontiguousarray(codes[:, :count])
-
-
 def _unsigned(values: NDArray[np.int8], bits: int, where: str) -> NDArray[np.uint8]:
     """q + 2^(b-1) as u8. Raises FormatError for a q that `bits` bits cannot hold."""
     if bits == 8:
@@ -274,7 +284,7 @@ def _unsigned(values: NDArray[np.int8], bits: int, where: str) -> NDArray[np.uin
 def _read_config(config: ConfigView) -> Rules[Scheme | None]:
     """Every group's scheme for its targets: exact names, then patterns in alphabetical order, then the class name."""
     config.string("quant_method", [NAME])
-    config.string("quantization_status", ["compressed"], "compressed")
+    config.string("quantization_status", ["compressed", "frozen"], "compressed")  # frozen: older W8A8 files
     config.strings("ignore", ())  # which are quantised, the tensors themselves say
     for key in ("sparsity_config", "transform_config", "kv_cache_scheme"):
         _refuse_used(config, key)

@@ -5,7 +5,10 @@ q4_0  d, 16 nibble bytes                          int4  w = d * (q - 8)        q
 q4_1  d, m, 16 nibble bytes                       int4  w = d * q + m          q5_1 the same with u32 of fifth bits
 q8_0  d, i8[32]                                   int8  w = d * (q - 128), q stored minus 128
 iq4_nl d, 16 nibble bytes                         table iq4_nl  w = d * table[q]
-256 weights a block, groups of 32 (q6_k: 16), s the integer scale of the group:
+256 weights a block, groups of 32 (q2_k, q3_k, q6_k: 16), s the integer scale of the group:
+q2_k  u4 s[16] low and u4 m[16] high in 16 bytes, bit pairs 2 x 32 bytes, d, dmin   int2  w = (d * s) * q - (dmin * m)
+q3_k  third bits u8[32], bit i of byte j for run i of 32; bit pairs 2 x 32 bytes; u6 s[16] in 12 bytes, minus 32; d
+                                                  int3  w = (d * s) * (q - 4)
 q4_k  d, dmin, u6 s[8] and u6 m[8] in 12 bytes, nibbles 32 + 32 together       w = (d * s) * q - (dmin * m)
 q5_k  the same, fifth bits u8[32], bit i of byte j for group i                 int5
 q6_k  low nibbles 64 + 64, high bit pairs 4 x 32, i8 s[16], d                  int6  w = (d * s) * (q - 32)
@@ -221,10 +224,30 @@ def _k(fifth: bool) -> Callable[[U8], Parts]:
     return unpack
 
 
+def _pairs(packed: U8) -> U8:
+    """u8[blocks, 32 * r] -> u8[blocks, 128 * r]: of every 32 bytes first the lowest two bits, then the next ..."""
+    runs = packed.reshape(packed.shape[0], -1, 1, 32)
+    found: U8 = runs >> np.array([0, 2, 4, 6], np.uint8).reshape(1, 1, 4, 1) & np.uint8(3)
+    return found.reshape(packed.shape[0], -1)
+
+
+def _q2_k(blocks: U8) -> Parts:
+    s, m = (blocks[:, :16] & np.uint8(15)).astype(np.float32), (blocks[:, :16] >> np.uint8(4)).astype(np.float32)
+    d, low = _half(blocks, 80).astype(np.float32), _half(blocks, 82).astype(np.float32)
+    return _pairs(blocks[:, 16:80]), d * s, -(low * m)
+
+
+def _q3_k(blocks: U8) -> Parts:
+    third = np.unpackbits(blocks[:, :32, None], axis=2, bitorder="little").swapaxes(1, 2)  # run i, byte j
+    codes = _pairs(blocks[:, 32:96]) | third.reshape(-1, 256) << np.uint8(2)
+    low, high = _nibbles(blocks[:, 96:104], 8), blocks[:, 104:108].reshape(-1, 1, 4)
+    upper = high >> np.array([0, 2, 4, 6], np.uint8).reshape(1, 4, 1) & np.uint8(3)
+    six = (low | upper.reshape(low.shape) << np.uint8(4)).astype(np.float32)
+    return codes, _half(blocks, 108).astype(np.float32) * (six - np.float32(32)), None
+
+
 def _q6_k(blocks: U8) -> Parts:
-    low, high = _nibbles(blocks[:, :128], 64), blocks[:, 128:192].reshape(-1, 2, 1, 32)
-    pairs = high >> np.array([0, 2, 4, 6], np.uint8).reshape(1, 1, 4, 1) & np.uint8(3)
-    codes = low | pairs.reshape(low.shape) << np.uint8(4)
+    codes = _nibbles(blocks[:, :128], 64) | _pairs(blocks[:, 128:192]) << np.uint8(4)
     s = np.ascontiguousarray(blocks[:, 192:208]).view(np.int8)
     return codes, _half(blocks, 208).astype(np.float32) * s.astype(np.float32), None
 
@@ -236,6 +259,8 @@ BLOCKS = {
     "q5_1": Block(32, 24, "int5", 32, "float16", 0, True, _legacy(offset=True, fifth=True)),
     "q8_0": Block(32, 34, "int8", 32, "float16", 128, False, _q8_0),
     "iq4_nl": Block(32, 18, "iq4_nl", 32, "float16", 0, False, _iq4_nl),
+    "q2_k": Block(256, 84, "int2", 16, "float32", 0, True, _q2_k),
+    "q3_k": Block(256, 110, "int3", 16, "float32", 4, False, _q3_k),
     "q4_k": Block(256, 144, "int4", 32, "float32", 0, True, _k(fifth=False)),
     "q5_k": Block(256, 176, "int5", 32, "float32", 0, True, _k(fifth=True)),
     "q6_k": Block(256, 210, "int6", 16, "float32", 32, False, _q6_k),

@@ -1,0 +1,137 @@
+"""The measured process: it has loaded a bundle and the runtime, as on the device, and neither TVM nor the compiler.
+
+python -m compiler.measure.bundle_process BUNDLE THREADS (0: the runtime's default); see process.py for how it is asked.
+Nobody samples here: the tokens are given, as llama-bench gives them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.bundle import Bundle, open_bundle
+from runtime.device import peak_rss_mib
+from runtime.errors import UserError
+from runtime.session import Session
+from runtime.vm import Vm
+
+SEED = 0
+
+
+class Measured:
+    """One session; each method is a verb, its keywords the request, its result the answer. Times are in seconds."""
+
+    def __init__(self, bundle: Bundle, threads: int | None) -> None:
+        self._bundle, self._session = bundle, Session(bundle, threads)
+        self._plain: Session | None = None
+        model = bundle.manifest.model
+        random = np.random.default_rng(SEED)
+        self._ids = random.integers(0, model.vocab_size, model.context).astype(np.int32)
+        self._filled = 0  # positions of the cache that hold the keys and values of self._ids
+        self._readers: list[Callable[[], object]] = []
+        self._read_bytes = 0
+
+    def about(self) -> dict[str, Any]:
+        """Threads, positions in all, and whether prompts go through AMX tiles."""
+        return {"threads": self._session.threads, "context": self._session.context, "tiles": self._session.tiles}
+
+    def memory(self) -> dict[str, Any]:
+        """The most that this process ever held."""
+        return {"peak_rss_mib": peak_rss_mib()}
+
+    def prefill(self, tokens: int) -> dict[str, Any]:
+        """A prompt of `tokens` from an empty context to the logits after it."""
+        seconds = self._prefill(self._session, tokens)
+        self._filled = max(self._filled, tokens)
+        return {"seconds": seconds}
+
+    def prefill_plain(self, tokens: int) -> dict[str, Any]:
+        """The same without tiles, in a session of its own."""
+        if self._plain is None:
+            self._plain = Session(self._bundle, self._session.threads, tiles=False)
+        return {"seconds": self._prefill(self._plain, tokens)}
+
+    def _prefill(self, session: Session, tokens: int) -> float:
+        session.reset()
+        started = time.perf_counter()
+        session.prefill(self._ids[:tokens])
+        return time.perf_counter() - started
+
+    def decode(self, context: int, tokens: int) -> dict[str, Any]:
+        """`tokens` tokens one by one, after `context` others, whose part in the cache is filled only once."""
+        if self._filled < context:
+            self._session.reset()
+            self._session.prefill(self._ids[:context])
+            self._filled = context
+        self._session.position = context
+        given = self._ids[context : context + tokens].tolist()
+        started = time.perf_counter()
+        for token in given:
+            self._session.step(token)
+        seconds = time.perf_counter() - started
+        self._filled = max(self._filled, context + tokens)
+        return {"seconds": seconds}
+
+    def reader(self, library: str, names: list[str], nbytes: int) -> dict[str, Any]:
+        """Load the functions that only read (read_bandwidth.py wrote them) and run each once, as warming up."""
+        manifest = self._bundle.manifest
+        data = np.asarray(np.memmap(self._bundle.path / manifest.weights.file, np.uint8, mode="r"))
+        vm = Vm(Path(library), manifest.tvm, self._session.threads)
+        tensor = vm.tensor(data[:nbytes].view(np.int32))
+        self._readers = [vm.function(name, [tensor]) for name in names]
+        self._read_bytes = nbytes
+        for function in self._readers:
+            function()
+        return {}
+
+    def read(self) -> dict[str, Any]:
+        """Every byte of the weights once: GB/s (10^9 bytes) of the fastest reader."""
+        best = 0.0
+        for function in self._readers:
+            started = time.perf_counter()
+            function()
+            best = max(best, self._read_bytes / (time.perf_counter() - started) / 1e9)
+        return {"gb_s": best}
+
+    def losses(self, window: list[int], first: int) -> dict[str, Any]:
+        """Sum of -log p(window[j + 1] | window[:j + 1]) in nats over j = first .. len - 2; the window is seen alone."""
+        self._session.reset()
+        self._filled = 0
+        rows = np.concatenate([block.copy() for block in self._session.logits(window)])
+        return {"sum": nll(rows[first:-1], window[first + 1 :])}
+
+
+def nll(logits: NDArray[np.float32], targets: list[int]) -> float:
+    """Sum of -log softmax(logits[i])[targets[i]], in float64; logits f32[n, vocab]."""
+    rows = logits.astype(np.float64)
+    rows -= rows.max(axis=1, keepdims=True)
+    logs = rows[np.arange(len(targets)), targets] - np.log(np.exp(rows).sum(axis=1))
+    return float(-logs.sum())
+
+
+def main() -> int:
+    """Answer until stdin ends."""
+    path, threads = sys.argv[1:]
+    measured: Measured | None = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            if measured is None:
+                measured = Measured(open_bundle(Path(path)), int(threads) or None)
+            answer = getattr(measured, request.pop("verb"))(**request)
+        except UserError as error:
+            answer = {"error": str(error)}
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""Growth tables: what each point measures, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from compiler.__main__ import main
+from compiler.errors import UserError
+from compiler.measure import growth, shapes
+from compiler.measure.compare import Row, Workload
+from compiler.measure.growth import Point, Setup
+from compiler.measure.speed import Spread
+
+BASE = Setup("tinyllama-1.1b", 4, 128, 4, Workload(512, 128, 16, 5))
+
+
+def test_only_what_depends_on_the_value_is_measured() -> None:
+    assert growth.setups("context", BASE, [0, 4096])[1] == (
+        4096, Setup("tinyllama-1.1b", 4, 128, 4, Workload(0, 4096, 16, 5)))  # fmt: skip
+    assert growth.setups("prompt", BASE, [1])[0][1].work == Workload(1, 128, 0, 5)
+    assert growth.setups("size", BASE, ["llama-2-7b"])[0][1].shape == "llama-2-7b"
+    assert growth.setups("group", BASE, [32])[0][1].group_size == 32
+    assert growth.setups("bits", BASE, [6])[0][1] == Setup("tinyllama-1.1b", 6, 128, 6, BASE.work)
+
+
+def test_a_model_has_room_for_its_point() -> None:
+    [(_, setup)] = growth.setups("context", BASE, [4096])
+    assert setup.positions == 4112
+    assert shapes.settings(setup.shape, setup.positions)["max_position_embeddings"] == 4112
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "said"),
+    [
+        ("group", "32,x", "--growth-values is '32,x', but --growth group needs numbers, as in 32,64."),
+        ("bits", "4,7", "--growth-values: quern has no 7-bit weights. Take some of 2, 3, 4, 5, 6, 8."),
+        ("prompt", "0", "--growth-values: 0 is too few for --growth prompt."),
+        ("context", "-1", "--growth-values: -1 is too few for --growth context."),
+    ],
+)
+def test_refused(kind: str, given: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        growth.values(kind, given)
+    assert str(caught.value) == said
+
+
+def test_the_sizes_grow() -> None:
+    counts = [shapes.parameters(shape) for shape in growth.SIZES]
+    assert counts == sorted(counts)
+    assert counts[2] == 1_099_956_224  # TinyLlama's 1,100,048,384 without its 45 norms of 2048
+    assert 0.1e9 < counts[0] < 0.15e9 and 6.7e9 < counts[-1] < 6.8e9
+
+
+def test_a_plot_is_drawn_and_repeats(tmp_path: Path) -> None:
+    def point(value: int, name: str, speed: float) -> Point:
+        return Point(value, value, Row(name, {}, 2, None, Spread(speed, speed - 1, speed + 1), None, None))
+
+    points = [point(v, name, s / (1 + v)) for v in (0, 128) for name, s in (("quern", 40.0), ("llama.cpp", 20.0))]
+    growth.plot("context", points, "tinyllama-1.1b, 4 bits", tmp_path / "a" / "context.svg")
+    growth.plot("context", points, "tinyllama-1.1b, 4 bits", tmp_path / "again.svg")
+    drawn = (tmp_path / "a" / "context.svg").read_text()
+    assert drawn == (tmp_path / "again.svg").read_text()
+    assert all(f"<!-- {text} -->" in drawn for text in ("quern", "llama.cpp", "tokens of context", "decode"))
+    assert "<!-- prefill -->" not in drawn
+
+
+def test_the_verb_grows_over_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every width that quern packs, on a shape of its own, through build, process and record."""
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    rest = {"num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 64}
+    monkeypatch.setitem(shapes.SHAPES, "small", {**shapes.LLAMA, **small, **rest})
+    options = ["--growth", "bits", "--growth-values", "3,8", "--shape", "small", "--group-size", "32", "--threads", "1"]
+    work = ["--prompt-tokens", "4", "--context", "0", "--decode-tokens", "2", "--rounds", "2"]
+    assert main(["bench", *options, *work, "--record", str(tmp_path / "r.jsonl"), "--json"]) == 0
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert printed == [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert [(r["growth"], r["value"], r["about"]["bits"], r["name"]) for r in printed] == [
+        ("bits", 3, 3, "quern"), ("bits", 8, 8, "quern")]  # fmt: skip
+    for record in printed:
+        for speed in (record["prefill_tok_s"], record["decode_tok_s"]):
+            assert 0 < speed["min"] <= speed["median"] <= speed["max"]
+        assert (record["shape"], record["rounds"], record["context"], record["threads"]) == ("small", 2, 0, 1)
