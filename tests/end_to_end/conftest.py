@@ -13,6 +13,12 @@ from tests.end_to_end.places import DEMO
 Figure = Callable[[str, object], None]
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process has one thread count for good, and whatever is run in this one has one; started processes choose."""
+    monkeypatch.setenv("TVM_NUM_THREADS", "1")
+
+
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Bundles:
     """Compiles in this process, once for each set of settings."""

@@ -75,13 +75,14 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 def test_the_mend_of_amx_is_made_once_and_only_where_it_fits(tmp_path: Path) -> None:
     file = tmp_path / "mmq.cpp"
     file.write_text("    tc.rows[7] = 16;\n\n    _tile_loadconfig(&tc);\n")
-    llama_cpp.mend_amx(file)
+    _, place, more = llama_cpp.MENDS[0]
+    llama_cpp.mend(file, place, more)
     barrier = '    __asm__ volatile("" ::: "memory");\n'
     assert file.read_text() == f"    tc.rows[7] = 16;\n\n{barrier}    _tile_loadconfig(&tc);\n"
     file.write_text("    _tile_loadconfig(&other);\n")
     with pytest.raises(UserError) as caught:
-        llama_cpp.mend_amx(file)
-    assert str(caught.value) == f"{file}: has changed where quern mends llama.cpp for GCC 12. Report this to quern."
+        llama_cpp.mend(file, place, more)
+    assert str(caught.value) == f"{file}: has changed where quern mends llama.cpp. Report this to quern."
 
 
 def test_the_estimate_is_read() -> None:

@@ -135,11 +135,11 @@ def environment(folder: Path, packages: list[str], say: Say) -> Path:
     return python
 
 
-def run(command: list[str]) -> str:
-    """What a command prints; UserError with its last lines when it fails."""
+def run(command: list[str], both: bool = False) -> str:
+    """What a command prints to stdout, or to stdout and stderr; UserError with its last lines when it fails."""
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stdout + done.stderr).strip().splitlines()[-12:]
         raise UserError("\n".join([f"{' '.join(command)} failed with status {done.returncode}:", *last]))
-    return done.stdout
+    return done.stdout + done.stderr if both else done.stdout

@@ -85,20 +85,26 @@ def _fetch(python: Path, source: Path) -> None:
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")
         (vendored,) = Path(folder).glob("*/vendor/llama.cpp")
-        mend_amx(vendored / "ggml/src/ggml-cpu/amx/mmq.cpp")
+        for name, place, more in MENDS:
+            mend(vendored / name, place, more)
         vendored.rename(source)
 
 
-def mend_amx(file: Path) -> None:
-    """GCC 12 moves the stores that fill the tile configuration behind the instruction that reads it, which then faults.
+# (file, what stands there once, what is put before it)
+MENDS = (
+    # GCC 12 moves the stores that fill the tile configuration behind the instruction that reads it, which then faults.
+    ("ggml/src/ggml-cpu/amx/mmq.cpp", "    _tile_loadconfig(&tc);", '    __asm__ volatile("" ::: "memory");\n'),
+    # The log has a thread of its own, which the end of main cuts off, often before the estimate is out.
+    ("tools/perplexity/perplexity.cpp", "    llama_backend_free();\n", "    common_log_flush(common_log_main());\n"),
+)
 
-    A barrier before it keeps them in place; compilers that were right before lose nothing.
-    """
-    load, barrier = "    _tile_loadconfig(&tc);", '    __asm__ volatile("" ::: "memory");\n'
+
+def mend(file: Path, place: str, more: str) -> None:
+    """Put `more` before `place`, which must stand in the file once. Other compilers and runs lose nothing by it."""
     text = file.read_text(encoding="utf-8")
-    if text.count(load) != 1:
-        raise UserError(f"{file}: has changed where quern mends llama.cpp for GCC 12. Report this to quern.")
-    file.write_text(text.replace(load, barrier + load), encoding="utf-8")
+    if text.count(place) != 1:
+        raise UserError(f"{file}: has changed where quern mends llama.cpp. Report this to quern.")
+    file.write_text(text.replace(place, more + place), encoding="utf-8")
 
 
 class LlamaCpp:
@@ -129,7 +135,8 @@ class LlamaCpp:
             text.write("".join(letter(i) for window in windows for i in window))
             text.flush()
             said = run([str(self._tools / "llama-perplexity"), "-m", str(self._model), "-t", str(self.threads),
-                        "-c", str(len(windows[0])), "-b", str(len(windows[0])), "-f", text.name])  # fmt: skip
+                        "-c", str(len(windows[0])), "-b", str(len(windows[0])), "-f", text.name],
+                       both=True)  # fmt: skip
         return final_estimate(said)
 
 
