@@ -34,13 +34,21 @@ def _byte_level(use_regex: bool) -> dict[str, Any]:
 _GPT2 = _byte_level(use_regex=True)
 _DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, _GPT2]}
 _LLAMA3, _QWEN2 = _split(_WORDS % r"\p{N}{1,3}"), _split(_WORDS % r"\p{N}")
+# Words are cut where small letters end; %s: what may follow a word, twice, and a number.
+_CASED = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+%s|"
+          r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*%s|"
+          r"%s| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+_ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_GPT4O, _TEKKEN = _split(_CASED % (_ENDING, _ENDING, r"\p{N}{1,3}")), _split(_CASED % ("", "", r"\p{N}"))
 # tokenizer.ggml.pre -> what splits the text before BPE, as the tokenizer.json of those models has it.
 SPLITS: dict[str, dict[str, Any]] = {
     "gpt-2": _GPT2, "phi-2": _GPT2, "olmo": _GPT2, "smollm": _DIGITS, "starcoder": _DIGITS, "refact": _DIGITS,
     "llama-bpe": _LLAMA3, "llama3": _LLAMA3, "llama-v3": _LLAMA3, "dbrx": _LLAMA3, "smaug-bpe": _LLAMA3,
+    "falcon3": _LLAMA3, "gpt-4o": _GPT4O, "tekken": _TEKKEN, "megrez": _QWEN2,
     "qwen2": _QWEN2, "deepseek-r1-qwen": _QWEN2,
 }
-WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "llama-v3")  # a word that is a token needs no merges; BOS by default
+BEGIN = ("llama-bpe", "llama3", "llama-v3", "falcon3")  # a text begins with BOS unless the file says otherwise
+WHOLE_WORDS_FIRST = (*BEGIN, "tekken")  # a word that is a token needs no merges
 NFC = ("qwen2", "deepseek-r1-qwen")
 
 
@@ -160,7 +168,7 @@ def _added(tokens: list[str], types: list[int]) -> list[dict[str, Any]]:
 
 def _post_processor(metadata: Mapping[str, Any], tokens: list[str], kind: str, where: str) -> dict[str, Any] | None:
     """Start and end tokens, where the file or llama.cpp's default for the kind asks for them."""
-    begins = kind == "llama" or metadata.get("tokenizer.ggml.pre") in WHOLE_WORDS_FIRST
+    begins = kind == "llama" or metadata.get("tokenizer.ggml.pre") in BEGIN
     single: list[dict[str, Any]] = [{"Sequence": {"id": "A", "type_id": 0}}]
     special: dict[str, Any] = {}
     for key, default, place in (("bos", begins, 0), ("eos", False, 2)):

@@ -166,10 +166,24 @@ def test_refuses_what_it_would_get_wrong() -> None:
     assert refusal(SPM | {"tokenizer.ggml.model": "t5"}, UnsupportedError) == (
         "FILE: tokenizer.ggml.model is 't5', but quern reads gpt2 and llama. Take the model as safetensors, with its "
         "tokenizer.json.")
-    for pre, shown in ((None, "null"), ("tekken", "'tekken'")):
+    for pre, shown in ((None, "null"), ("viking", "'viking'")):
         assert refusal(SPM | {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre}, UnsupportedError) == (
             f"FILE: tokenizer.ggml.pre is {shown}, but quern knows {known}. Convert the model with a current "
             f"llama.cpp, or take it as safetensors.")
     assert refusal(SPM | {"tokenizer.ggml.remove_extra_whitespaces": True}, UnsupportedError) == (
         "FILE: the tokenizer normalises text (remove_extra_whitespaces or precompiled_charsmap), which quern does not "
         "do for SentencePiece BPE. Take the model as safetensors, with its tokenizer.json.")
+
+
+@pytest.mark.parametrize(("pre", "pieces"), [  # by hand, from the patterns in the models' tokenizer.json
+    ("qwen2", ["don", "'t", " HTTPServer", " getName", " ", "1", "2", "3", "4", "/\n"]),
+    ("llama-bpe", ["don", "'t", " HTTPServer", " getName", " ", "123", "4", "/\n"]),
+    ("gpt-4o", ["don't", " HTTPServer", " get", "Name", " ", "123", "4", "/\n"]),
+    ("tekken", ["don", "'t", " HTTPServer", " get", "Name", " ", "1", "2", "3", "4", "/\n"]),
+    ("smollm", ["don", "'t", " HTTPServer", " getName", " ", "1", "2", "3", "4", "/", "\n"]),
+])  # fmt: skip
+def test_where_a_text_is_split(pre: str, pieces: list[str]) -> None:
+    text = "don't HTTPServer getName 1234/\n"
+    model = {"type": "BPE", "vocab": {}, "merges": []}
+    made = Tokenizer.from_str(json.dumps({"version": "1.0", "pre_tokenizer": gguf_tokenizer.SPLITS[pre], "model": model}))
+    assert [text[a:b] for _, (a, b) in made.pre_tokenizer.pre_tokenize_str(text)] == pieces
