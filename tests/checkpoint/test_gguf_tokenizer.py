@@ -185,5 +185,6 @@ def test_refuses_what_it_would_get_wrong() -> None:
 def test_where_a_text_is_split(pre: str, pieces: list[str]) -> None:
     text = "don't HTTPServer getName 1234/\n"
     model = {"type": "BPE", "vocab": {}, "merges": []}
-    made = Tokenizer.from_str(json.dumps({"version": "1.0", "pre_tokenizer": gguf_tokenizer.SPLITS[pre], "model": model}))
+    splitter = {"version": "1.0", "pre_tokenizer": gguf_tokenizer.SPLITS[pre], "model": model}
+    made = Tokenizer.from_str(json.dumps(splitter))
     assert [text[a:b] for _, (a, b) in made.pre_tokenizer.pre_tokenize_str(text)] == pieces
