@@ -134,6 +134,11 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("--against runs the peer on the same weights. Add --model with the checkpoint of the bundle.")
     if options.model is not None and (options.bundle is None or not options.against):
         raise UserError("--model belongs to a BUNDLE and --against: it is where the peer's weights come from.")
+    if options.model is not None and options.model.is_file():
+        raise UserError(
+            f"{options.model}: --against writes the peer's file from a checkpoint folder. For a GGUF file, run "
+            f"llama.cpp's llama-bench on the file itself."
+        )
 
 
 def _peers(options: argparse.Namespace) -> list[tuple[Peer, str]]:

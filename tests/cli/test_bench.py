@@ -37,6 +37,9 @@ from compiler.__main__ import main
         (["story", "--model", "x"],
          "--model belongs to a BUNDLE and --against: it is where the peer's weights come from."),
         (["story", "--perplexity", "x.txt", "--windows", "1"], "--windows is 1, but it must be at least 2."),
+        (["story", "--against", "llama.cpp", "--model", __file__],
+         f"{__file__}: --against writes the peer's file from a checkpoint folder. For a GGUF file, run "
+         f"llama.cpp's llama-bench on the file itself."),
         (["story", "--cost", "model"], "--cost model compiles a shape for its target: give a --shape, not a BUNDLE."),
         (["--shape", "a72-count", "--target", "rpi"],
          "There is no target 'rpi'. Did you mean 'rpi5'? Known targets: native, aarch64, riscv64-v, rpi3, rpi4, rpi5, "

@@ -66,5 +66,5 @@ def test_unknown() -> None:
         shapes.RandomSource("gpt-9", 4, 128, 4)
     assert str(caught.value) == (
         "There is no shape 'gpt-9'. Known shapes: tinyllama-1.1b, llama-0.1b, llama-0.5b, qwen2.5-0.5b, llama-3.2-1b, "
-        "llama-3.2-3b, llama-2-7b, a72-count."
+        "llama-3.2-3b, llama-2-7b, llama-3-8b, qwen2.5-1.5b, a72-count."
     )
