@@ -19,9 +19,13 @@ def _port(text: str) -> int:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
-    parser.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE", help="what `build` wrote; not with --rollback")
     parser.add_argument(
-        "place", metavar="[USER@]HOST[:DIR]", help="the device, and a folder for versions of this bundle (default: quern)"
+        "bundle", type=Path, nargs="?", metavar="BUNDLE", help="what `build` wrote; not with --rollback"
+    )
+    parser.add_argument(
+        "place",
+        metavar="[USER@]HOST[:DIR]",
+        help="the device, and a folder for versions of this bundle (default: quern)",
     )
     parser.add_argument("--port", type=_port, metavar="N", help="of the SSH server (default: ~/.ssh/config, or 22)")
     parser.add_argument("--identity", type=Path, metavar="FILE", help="private key (default: agent and ~/.ssh)")
@@ -60,7 +64,10 @@ async def _deploy(options: argparse.Namespace) -> int:
             done = await versions.deploy(remote, bundle, report)
         if options.json:
             seconds = round(time.perf_counter() - started, 3)
-            print(json.dumps({"device": str(place), "folder": place.folder, **asdict(done), "seconds": seconds}), flush=True)
+            print(
+                json.dumps({"device": str(place), "folder": place.folder, **asdict(done), "seconds": seconds}),
+                flush=True,
+            )
         kept = f"; {done.previous[:12]} is kept for --rollback" if done.previous else ""
         report.line(f"{place}: {place.folder}/current is {done.version[:12]}{kept}")
         return await versions.run(remote, options.run) if options.run is not None else 0

@@ -66,7 +66,9 @@ class Remote:
         return bytes(out).decode(errors="replace")
 
     @asynccontextmanager
-    async def process(self, script: str, *arguments: str, **how: Any) -> AsyncIterator[asyncssh.SSHClientProcess[bytes]]:
+    async def process(
+        self, script: str, *arguments: str, **how: Any
+    ) -> AsyncIterator[asyncssh.SSHClientProcess[bytes]]:
         """A script that runs there, its streams as bytes. A connection that breaks inside is a DeployError."""
         command = shlex.join(["sh", "-c", script, "sh", *arguments])
         try:
@@ -99,7 +101,9 @@ async def connect(place: Place, port: int | None, identity: Path | None) -> Asyn
     No password is asked for and no host key is accepted that known_hosts does not have. Raises DeployError.
     """
     if identity is not None and not identity.is_file():
-        raise DeployError(f"--identity {identity}: there is no such file. Give a private key, such as ~/.ssh/id_ed25519.")
+        raise DeployError(
+            f"--identity {identity}: there is no such file. Give a private key, such as ~/.ssh/id_ed25519."
+        )
     trust = _Trust()
     options: dict[str, Any] = {"port": port} if port is not None else {}
     options |= {"username": place.user} if place.user else {}

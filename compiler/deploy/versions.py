@@ -239,9 +239,7 @@ async def _copy_file(remote: Remote, bundle: Local, name: str, have: int, stage:
     return size - start
 
 
-async def _damaged(
-    remote: Remote, place: str, files: dict[str, FileDigest], report: Reporter
-) -> dict[str, FileDigest]:
+async def _damaged(remote: Remote, place: str, files: dict[str, FileDigest], report: Reporter) -> dict[str, FileDigest]:
     """Those of the files that are not, there, what their digests say. Reads all of them on the device."""
     bad = {}
     with report.stage("Verify") as stage:
@@ -249,7 +247,7 @@ async def _damaged(
         stage.total(stage.bytes)
         for name, digest in files.items():
             if not await _intact(remote, f"{place}/{name}", digest, stage):
-                bad[name] = digest
+                bad[name] = digest  # noqa: PERF403
         stage.note = f"damaged on the device: {', '.join(bad)}" if bad else "every digest is right on the device"
     return bad
 
