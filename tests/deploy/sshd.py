@@ -24,7 +24,7 @@ StrictModes no
 UsePAM no
 PasswordAuthentication no
 KbdInteractiveAuthentication no
-SetEnv PATH={python}:/usr/bin:/bin
+SetEnv HOME={folder} PATH={python}:/usr/bin:/bin
 """
 
 

@@ -32,7 +32,8 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     digest = mf.digest_file(folder / "weights.bin", 1 << 20)
     size = digest.bytes
     memory = dataclasses.replace(made.memory, weights_bytes=size, planned_peak_bytes=size + (1 << 20))
-    mf.dump(dataclasses.replace(made, memory=memory, files={**made.files, "weights.bin": digest}), folder / mf.FILE_NAME)
+    files = {**made.files, "weights.bin": digest}
+    mf.dump(dataclasses.replace(made, memory=memory, files=files), folder / mf.FILE_NAME)
     return folder
 
 
@@ -127,9 +128,6 @@ def test_an_interrupted_copy_goes_on(toy: Path, server: sshd.Server, tmp_path: P
 def test_run(toy: Path, server: sshd.Server, tmp_path: Path) -> None:
     place = f"127.0.0.1:{tmp_path}/there"
     (tmp_path / "there").mkdir()
-    lacking = deploy(server, toy, place, "--run", "a")
-    assert lacking.returncode == 2
-    assert "cannot run there, for want of runtime. To run it, copy quern's folder runtime/ beside" in lacking.stderr
     (tmp_path / "there" / "runtime").symlink_to(REPO / "runtime")
     ran = deploy(server, toy, place, "--quiet", "--run", "abc")
     assert ran.returncode == 0, ran.stderr
@@ -138,8 +136,8 @@ def test_run(toy: Path, server: sshd.Server, tmp_path: Path) -> None:
 
 def test_host_keys(toy: Path, server: sshd.Server, tmp_path: Path) -> None:
     place = f"127.0.0.1:{tmp_path}/there"
-    listed = subprocess.run(["ssh-keygen", "-lf", server.home / "host_key.pub"], capture_output=True, text=True, check=True)
-    fingerprint = listed.stdout.split()[1]
+    command = ["ssh-keygen", "-lf", server.home / "host_key.pub"]
+    fingerprint = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[1]
     sshd.keygen(tmp_path / "wrong")
     try:
         server.trust(server.port, tmp_path / "wrong")
