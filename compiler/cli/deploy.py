@@ -30,7 +30,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=_port, metavar="N", help="of the SSH server (default: ~/.ssh/config, or 22)")
     parser.add_argument("--identity", type=Path, metavar="FILE", help="private key (default: agent and ~/.ssh)")
     parser.add_argument("--rollback", action="store_true", help="go back to the version before, which is kept")
-    parser.add_argument("--run", dest="prompt", metavar="PROMPT", help="afterwards, let the bundle continue a prompt there")
+    parser.add_argument("--run", dest="prompt", metavar="PROMPT", help="afterwards, let it continue a prompt there")
     parser.add_argument("--json", action="store_true", help="print one JSON object about the deployment to stdout")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
