@@ -49,10 +49,13 @@ def cpu_features(cpuinfo: Optional[str] = None) -> frozenset[str]:
     """
     if cpuinfo is None:
         cpuinfo = CPUINFO.read_text(encoding="utf-8", errors="replace") if CPUINFO.exists() else ""
-    key = "Features" if arch() == "aarch64" else "flags"
+    return listed_features(cpuinfo, arch()) or (_arm64_capabilities() if arch() == "aarch64" else frozenset())
+
+
+def listed_features(cpuinfo: str, machine: str) -> frozenset[str]:
+    """What this text of /proc/cpuinfo lists for every core, on a machine of that architecture."""
+    key = "Features" if machine == "aarch64" else "flags"
     cores = [frozenset(line.split()) for line in re.findall(rf"^{key}\s*:(.*)$", cpuinfo, re.MULTILINE)]
-    if not cores and arch() == "aarch64":
-        return _arm64_capabilities()
     return frozenset.intersection(*cores) if cores else frozenset()
 
 
@@ -105,7 +108,7 @@ def refusals(target: Target) -> list[str]:
     if missing:
         found.append(f"it is built for {target.name} ({target.cpu}), but this CPU lacks {', '.join(missing)}")
     have = glibc()
-    if have is None or _version(have) < _version(target.glibc):
+    if have is None or version(have) < version(target.glibc):
         found.append(
             f"it needs glibc {target.glibc} or later, but this machine has "
             f"{'no glibc' if have is None else 'glibc ' + have}"
@@ -123,7 +126,8 @@ def require(target: Target, where: str) -> None:
         )
 
 
-def _version(text: str) -> tuple[int, ...]:
+def version(text: str) -> tuple[int, ...]:
+    """Text like "2.36" as (2, 36), which compares as versions do."""
     return tuple(int(n) for n in re.findall(r"[0-9]+", text)[:2])
 
 

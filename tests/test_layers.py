@@ -45,6 +45,7 @@ LAW: dict[str, set[str]] = {
     "compiler.codegen": {"numpy", "runtime.manifest", "targets", "tvm"},
     "compiler.codegen.chat_format": {"jinja2", "runtime.manifest"},
     "compiler.codegen.tokenizer_files": {"tokenizers"},
+    "compiler.deploy": {"asyncssh", "compiler.progress", "runtime"},
     "compiler.measure": {
         "compiler.checkpoint.config", "compiler.codegen", "compiler.graph", "compiler.quant", "numpy", "runtime",
         "targets", "tvm",
