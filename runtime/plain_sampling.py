@@ -1,0 +1,93 @@
+"""The arithmetic of sampler.py without numpy: the same rules on Python's own floats, for boards that lack numpy.
+
+Greedy choices are equal to the bit; probabilities agree to the rounding of exp and of the order of sums.
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+import itertools
+import math
+import struct
+from array import array
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from .arrays import Plain
+
+if TYPE_CHECKING:
+    from .sampler import Sampling
+
+
+def floats(logits: Plain) -> array[float]:
+    """float32[vocab] as Python iterates over it fastest."""
+    out = array("f")
+    out.frombytes(logits.flat.cast("B"))
+    return out
+
+
+def best(values: array[float]) -> tuple[int, float]:
+    """The first of the largest, and its value; NaN when any of them is NaN, as numpy's argmax has it."""
+    highest = max(values)
+    if math.isfinite(highest) and math.isnan(sum(values)) or math.isnan(highest):
+        return 0, math.nan
+    return values.index(highest), highest
+
+
+def penalised(values: array[float], seen: bytes | bytearray, penalty: float) -> array[float]:
+    """Used tokens moved away from use, whatever their sign; rounded to float32 as numpy does."""
+    out, (single,) = values[:], struct.unpack("f", struct.pack("f", penalty))
+    at = seen.find(1)
+    while at >= 0:
+        out[at] = values[at] * single if values[at] < 0 else values[at] / single
+        at = seen.find(1, at + 1)
+    return out
+
+
+def draw(values: array[float], options: Sampling, uniform: float) -> int:
+    """A token by its probability; `uniform` lies in [0, 1)."""
+    ids, probabilities = distribution(values, options)
+    cumulative = list(itertools.accumulate(probabilities))
+    return ids[min(bisect.bisect_right(cumulative, uniform * cumulative[-1]), len(ids) - 1)]
+
+
+def distribution(values: Sequence[float], options: Sampling) -> tuple[list[int], list[float]]:
+    """Ids that may follow, ascending, and their probabilities, after temperature (> 0) and the filters."""
+    scaled = [value / options.temperature for value in values]
+    ids = list(range(len(scaled)))
+    if 0 < options.top_k < len(scaled):
+        smallest_kept = heapq.nlargest(options.top_k, scaled)[-1]
+        ids = [i for i in ids if scaled[i] >= smallest_kept]
+    probabilities = _softmax([scaled[i] for i in ids])
+    if options.top_p < 1:
+        ids = [ids[at] for at in _nucleus(probabilities, options.top_p)]
+        probabilities = _softmax([scaled[i] for i in ids])
+    if options.min_p > 0:
+        floor = options.min_p * max(probabilities)
+        ids = [i for i, p in zip(ids, probabilities) if p >= floor]
+        probabilities = _softmax([scaled[i] for i in ids])
+    return ids, probabilities
+
+
+def _softmax(values: Sequence[float]) -> list[float]:
+    highest = max(values)
+    weights = [math.exp(value - highest) for value in values]
+    total = math.fsum(weights)
+    return [weight / total for weight in weights]
+
+
+def _nucleus(probabilities: Sequence[float], top_p: float) -> list[int]:
+    """Places of the most likely tokens that together reach top_p, ascending. See sampler.py, whose rule this is."""
+    tail = 1 - top_p
+    floor = tail / len(probabilities)
+    candidates = [at for at, p in enumerate(probabilities) if p >= floor]
+    below = 1 - math.fsum(probabilities[at] for at in candidates) if len(candidates) < len(probabilities) else 0.0
+    order = sorted(candidates, key=probabilities.__getitem__)
+    total, dropped = 0.0, set()
+    for at in order[:-1]:
+        total += probabilities[at]
+        if total + below > tail:
+            break
+        dropped.add(at)
+    return [at for at in candidates if at not in dropped]
