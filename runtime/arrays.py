@@ -27,6 +27,7 @@ else:
         np = None
     NUMPY = np is not None
 
+__all__ = ["ALIGNMENT", "NUMPY", "Array", "Plain", "at", "concatenate", "integers", "layout", "mapped", "np", "zeros"]
 ALIGNMENT = 64  # bytes: generated code may use aligned loads
 # dtype of a manifest -> (DLDataTypeCode, letter of `array` and `memoryview`); two-byte floats are only passed on.
 _KINDS = {
@@ -64,7 +65,7 @@ class Plain:
         count = 1
         for size in self.shape:
             count *= size
-        letter = _KINDS[dtype][1]
+        letter: Any = _KINDS[dtype][1]
         self.nbytes = count * array(letter).itemsize
         memory = memoryview((ctypes.c_ubyte * self.nbytes).from_address(address)).cast("B").cast(letter)
         self.flat = memory if writable else memory.toreadonly()
@@ -170,7 +171,7 @@ def layout(given: Union[Array, Plain]) -> Layout:
     return found
 
 
-def concatenate(parts: Sequence[Array]) -> Array:
+def concatenate(parts: Sequence[Any]) -> Array:
     """Rows of all parts, one after the other."""
     if not isinstance(parts[0], Plain):
         return np.concatenate(parts)

@@ -30,7 +30,7 @@ def floats(logits: Plain) -> array[float]:
 def best(values: array[float]) -> tuple[int, float]:
     """The first of the largest, and its value; NaN when any of them is NaN, as numpy's argmax has it."""
     highest = max(values)
-    if math.isfinite(highest) and math.isnan(sum(values)) or math.isnan(highest):
+    if (math.isfinite(highest) and math.isnan(sum(values))) or math.isnan(highest):
         return 0, math.nan
     return values.index(highest), highest
 
@@ -65,7 +65,7 @@ def distribution(values: Sequence[float], options: Sampling) -> tuple[list[int],
         probabilities = _softmax([scaled[i] for i in ids])
     if options.min_p > 0:
         floor = options.min_p * max(probabilities)
-        ids = [i for i, p in zip(ids, probabilities) if p >= floor]
+        ids = [ids[at] for at, p in enumerate(probabilities) if p >= floor]
         probabilities = _softmax([scaled[i] for i in ids])
     return ids, probabilities
 

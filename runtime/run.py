@@ -7,49 +7,52 @@ The digests find damage and half-made copies. They cannot stop somebody who may 
 the manifest as well: run only bundles that you would run any program from.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
 import sys
+from pathlib import Path
 
-USAGE = """usage: python3 {name} PROMPT [options of generate]   continue a text
-       python3 {name} --chat [options of chat]         talk; /reset starts over, /exit leaves
-       python3 {name} --info                           what this bundle is, and whether it runs here
-       python3 {name} PROMPT --help                    the options"""
+USAGE = """usage: python3 {name} PROMPT [options of generate]  continue a text
+       python3 {name} --chat [options of chat]        talk; /reset starts over, /exit leaves
+       python3 {name} --info                          what this bundle is, and whether it runs here
+       python3 {name} PROMPT --help                   the options
+"""
 RUNTIME = "runtime.zip"
 
 
-def main(arguments):
+def main(arguments: list[str]) -> int:
     """Run one command; gives the exit code."""
-    here = os.path.dirname(os.path.abspath(__file__))
+    here = Path(__file__).resolve().parent
     if sys.version_info < (3, 9):
-        return refuse("this is Python %d.%d, but 3.9 or later is needed. Start it with another python3." % sys.version_info[:2])
+        found = ".".join(map(str, sys.version_info[:2]))
+        return refuse(f"this is Python {found}, but 3.9 or later is needed. Start it with another python3.")
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE.format(name=sys.argv[0]), file=sys.stdout if arguments else sys.stderr)
+        (sys.stdout if arguments else sys.stderr).write(USAGE.format(name=sys.argv[0]))
         return 0 if arguments else 2
-    archive = os.path.join(here, RUNTIME)
+    archive = here / RUNTIME
     try:
-        with open(os.path.join(here, "manifest.json"), "rb") as stream:
-            expected = json.load(stream)["files"][RUNTIME]["sha256"]
-        with open(archive, "rb") as stream:
-            found = hashlib.sha256(stream.read()).hexdigest()
+        expected = json.loads((here / "manifest.json").read_bytes())["files"][RUNTIME]["sha256"]
+        intact = hashlib.sha256(archive.read_bytes()).hexdigest() == expected
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return refuse("%s: cannot be read: %s. Copy the bundle again." % (here, error))
-    if found != expected:
-        return refuse("%s: is damaged: its SHA-256 is not the manifest's. Copy the bundle again or rebuild it." % archive)
-    sys.path[:1] = [archive, here]  # here: where the tokenizer library is
-    os.environ["QUERN_TVM_LIBS"] = here
+        return refuse(f"{here}: cannot be read: {error}. Copy the bundle again.")
+    if not intact:
+        return refuse(f"{archive}: is damaged: its SHA-256 is not the manifest's. Copy the bundle again or rebuild it.")
+    sys.path[:1] = [str(archive), str(here)]  # the second: where the tokenizer library is
+    os.environ["QUERN_TVM_LIBS"] = str(here)
     from runtime.__main__ import main as run
 
     first, rest = arguments[0], arguments[1:]
     if first in ("--chat", "--info"):
-        return run([first[2:], here] + rest)
-    return run(["generate", here, "--prompt=" + first] + rest)
+        return run([first[2:], str(here), *rest])
+    return run(["generate", str(here), f"--prompt={first}", *rest])
 
 
-def refuse(what):
-    """One message, as the runtime has it."""
-    print("error: " + what, file=sys.stderr)
+def refuse(what: str) -> int:
+    """One message and an exit code, as the runtime has it."""
+    sys.stderr.write(f"error: {what}\n")
     return 2
 
 

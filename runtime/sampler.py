@@ -10,7 +10,7 @@ import math
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Optional
+from typing import Optional, Union
 
 from . import plain_sampling
 from .arrays import Array, Plain, np
@@ -63,7 +63,7 @@ class Sampler:
         """Nothing was used."""
         self._seen = bytearray(len(self._seen))
 
-    def sample(self, logits: Array) -> int:
+    def sample(self, logits: Union[Array, Plain]) -> int:
         """The next token after float32[vocab] logits, which are not changed. The token counts as used from now on."""
         token = self._plain(logits) if isinstance(logits, Plain) else self._numpy(logits)
         self._seen[token] = 1

@@ -10,7 +10,7 @@ import ctypes
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 from . import arrays, device, tvm_libs
 from .arrays import ALIGNMENT, Array
