@@ -40,7 +40,8 @@ def main(arguments: list[str]) -> int:
         return refuse(f"{here}: cannot be read: {error}. Copy the bundle again.")
     if not intact:
         return refuse(f"{archive}: is damaged: its SHA-256 is not the manifest's. Copy the bundle again or rebuild it.")
-    sys.path[:1] = [str(archive), str(here)]  # the second: where the tokenizer library is
+    rest_of_path = [place for place in sys.path if place != str(here)]
+    sys.path[:] = [str(archive), str(here), *rest_of_path]  # the second: where the tokenizer library is
     os.environ["QUERN_TVM_LIBS"] = str(here)
     from runtime.__main__ import main as run
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import subprocess
 import sys
 import tempfile
@@ -188,7 +187,7 @@ def _download(part: Part) -> bytes:
         content = _unpacked(part, wheel)
         fresh = Path(scratch) / part.name
         fresh.write_bytes(content)
-        os.replace(fresh, part.cached)
+        fresh.replace(part.cached)
     return content
 
 
