@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from .sampler import Sampling
 
 
+MANY = 32  # where more than one in so many is a candidate, they are taken out in one go
+_LARGEST, _LOWEST = 0x7F, 0xFF
+_BY_VALUE = bytes([*range(_LARGEST - 1, -1, -1), *range(0x80, _LOWEST)])  # first bytes, largest float first
+_ONLY = tuple(bytes(byte == top for byte in range(256)) for top in range(256))
+
+
 def floats(logits: Plain) -> array[float]:
     """float32[vocab] as Python iterates over it fastest."""
     out = array("f")
@@ -28,7 +34,29 @@ def floats(logits: Plain) -> array[float]:
 
 
 def best(values: array[float]) -> tuple[int, float]:
-    """The first of the largest, and its value; NaN when any of them is NaN, as numpy's argmax has it."""
+    """The first of the largest, and its value; NaN when any of them is NaN, as numpy's argmax has it.
+
+    Looks at the first byte of each float alone, which bytes.find does at memory speed, and then only at the floats that
+    share the best first byte: a max over all makes a Python float of each, 7 ms for 128256 of them on a fast machine.
+    """
+    high = values.tobytes()[3::4]  # sign and seven bits of the exponent; both architectures are little-endian
+    if _LARGEST in high or _LOWEST in high:  # NaN and infinities, and what is beyond 1e38
+        return _best_of_all(values)
+    top = next(byte for byte in _BY_VALUE if byte in high)
+    if top == 0:  # 0.0 and -0.0 are equal but begin differently
+        return _best_of_all(values)
+    if high.count(top) > len(values) // MANY:
+        highest = max(itertools.compress(values, high.translate(_ONLY[top])))
+        return values.index(highest), highest
+    found, highest, at = 0, -math.inf, high.find(top)
+    while at >= 0:
+        if values[at] > highest:
+            found, highest = at, values[at]
+        at = high.find(top, at + 1)
+    return found, highest
+
+
+def _best_of_all(values: array[float]) -> tuple[int, float]:
     highest = max(values)
     if (math.isfinite(highest) and math.isnan(sum(values))) or math.isnan(highest):
         return 0, math.nan

@@ -132,3 +132,18 @@ def test_the_penalty_rounds_as_numpy_does() -> None:
     got = plain_sampling.penalised(plain_sampling.floats(plain_logits(logits)), bytes([1, 0] * 32), 1.1)
     expected = np.where(np.arange(64) % 2 == 0, _penalised(logits, 1.1), logits)
     np.testing.assert_allclose(got, expected, rtol=2**-23)  # one more rounding: to float64 first
+
+
+@pytest.mark.parametrize("shift", [-200.0, -20.0, -3.0, 0.0, 3.0, 20.0, 1e-3, 1e30])
+@pytest.mark.parametrize("size", [1, 2, 31, 4000])
+def test_the_best_is_numpys(shift: float, size: int) -> None:
+    """Few and many floats with the best first byte, all negative ones, ties, both zeros, denormals, minus infinity."""
+    generator = np.random.default_rng(size)
+    for scale in (0.0, 1e-40, 0.1, 3.0):
+        logits = (shift + scale * generator.normal(0, 1, size)).astype(np.float32)
+        logits[-(size // 3) :] = logits[0]
+        for changed in (logits, np.where(logits < shift, np.float32(-0.0), logits), -np.abs(logits)):
+            at = int(changed.argmax())
+            assert plain_sampling.best(plain_sampling.floats(plain_logits(changed))) == (at, float(changed[at]))
+            masked = np.append(changed, np.float32(-np.inf)).astype(np.float32)
+            assert plain_sampling.best(plain_sampling.floats(plain_logits(masked)))[0] == at
