@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import subprocess
 import zipfile
 from pathlib import Path
@@ -20,7 +21,7 @@ CONTENT = b"\x7fELF a library"
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, and no installed wheels to take libraries from."""
     monkeypatch.setenv("QUERN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(carried.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     return tmp_path / "cache" / "carried"
 
 
@@ -30,7 +31,7 @@ class Pip:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, content: bytes | None) -> None:
         self.asked: list[list[str]] = []
         self._content = content
-        monkeypatch.setattr(carried.subprocess, "run", self)
+        monkeypatch.setattr(subprocess, "run", self)
 
     def __call__(self, command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         self.asked.append(command)

@@ -87,9 +87,9 @@ def test_one_bundle_serves_every_python(here: Path, demo: Path, version: str) ->
 
 def test_sampling_without_numpy(here: Path, demo: Path) -> None:
     settings = ("--temperature", "0.8", "--top-k", "50", "--top-p", "0.95", "--seed", "3")
-    settings += ("--repetition-penalty", "1.1")
-    there = said(bare(here, PROMPT, *OPTIONS, *settings))
-    assert there == said(commands.run("runtime", "generate", demo, "--prompt", PROMPT, *OPTIONS, *settings))
+    penalty = ("--repetition-penalty", "1.1")
+    there = said(bare(here, PROMPT, *OPTIONS, *settings, *penalty))
+    assert there == said(commands.run("runtime", "generate", demo, "--prompt", PROMPT, *OPTIONS, *settings, *penalty))
 
 
 def test_info_and_usage(here: Path) -> None:
