@@ -13,7 +13,7 @@ import tvm
 
 from compiler import models
 from compiler.checkpoint import Checkpoint, open_checkpoint
-from compiler.codegen import bundle, chat_format, link, tokenizer_files, weights_file
+from compiler.codegen import bundle, carried, chat_format, link, tokenizer_files, weights_file
 from compiler.codegen.build import Compiled, compile_module
 from compiler.errors import CheckpointError, ConfigError, UnsupportedError
 from compiler.graph.weights import Linear, Table
@@ -44,6 +44,7 @@ class Request:
 
     tuning_logs: folder of the databases that `tune` wrote; kernels without a record in it keep their defaults.
     kv_cache: element type of keys and values, None = default.
+    self_contained: carry the runtime and its libraries (codegen/carried.py); offline: without downloading them.
     """
 
     out: Path
@@ -57,6 +58,8 @@ class Request:
     dump_ir: Path | None = None
     chunks: tuple[int, ...] = CHUNKS
     tuning_logs: Path = records.DEFAULT_FOLDER
+    self_contained: bool = False
+    offline: bool = False
 
     @property
     def head(self) -> int:
@@ -183,6 +186,11 @@ def refuse_other_biases(model: Model, source: Source) -> None:
 def compile_inputs(inputs: Inputs, request: Request, report: Reporter) -> manifest.Manifest:
     """Graph to bundle: fuse, schedule, generate code, link, pack weights, seal."""
     model, target = inputs.model, request.target
+    libraries = None
+    if request.self_contained:  # first: a compile is long, and a download may fail
+        with report.stage("carry") as stage:
+            libraries = carried.fetch(target.arch, request.offline)
+            stage.bytes = sum(map(len, libraries.values()))
     with report.stage("fuse"):
         mod = fuse(model.graph.module(), request)
     with report.stage("schedule") as stage:
@@ -211,6 +219,8 @@ def compile_inputs(inputs: Inputs, request: Request, report: Reporter) -> manife
             if inputs.tokenizer is not None:
                 tokenizer_files.copy(inputs.tokenizer, folder)
                 chat, note = chat_format.derive(inputs.tokenizer, inputs.path)
+            if libraries is not None:
+                carried.write(libraries, folder)
             digests = bundle.digests(folder, {WEIGHTS: digest})
             made = _manifest(inputs, request, lowered, compiled, weights, chat, digests)
             manifest.dump(made, folder / manifest.FILE_NAME)

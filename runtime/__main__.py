@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import TYPE_CHECKING, Optional, TypeVar  # noqa: E402
 
-from .errors import InputError, UserError  # noqa: E402
+from .errors import InputError, LibraryError, UserError  # noqa: E402
 
 if TYPE_CHECKING:
     from .bundle import Bundle
@@ -222,7 +222,13 @@ def run_info(options: argparse.Namespace) -> None:
 
 def run_logits(options: argparse.Namespace) -> None:
     """Write the logits of a list of ids."""
-    from .logits_file import read_ids, write_logits
+    try:
+        from .logits_file import read_ids, write_logits
+    except ImportError:
+        raise LibraryError(
+            "The Python package numpy is not installed, but .npy files need it. "
+            "Install it (pip install numpy); generate and chat do without."
+        ) from None
 
     ids = read_ids(options.ids)
     if options.out.is_dir() or not options.out.parent.is_dir():

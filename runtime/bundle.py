@@ -13,21 +13,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Optional
 
 from . import device, manifest
 from .errors import BundleError
 from .manifest import FileDigest, Manifest
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    Array = NDArray[Any]
-else:  # numpy takes 0.1 s to import: that passes while threads check the weights
-    Array = Any
-
-_DTYPES = {"bfloat16": "uint16"}  # numpy has no bfloat16; the compiled code takes the bits
+    from .arrays import Array  # not now: numpy takes 0.1 s to import, which pass while threads check the weights
 
 
 @dataclass(frozen=True)
@@ -52,13 +45,6 @@ class Bundle:
                 "Use the logits command, or rebuild the bundle from a checkpoint that has a tokenizer."
             )
         return self.path / "tokenizer.json"
-
-
-def numpy_dtype(name: str) -> np.dtype[Any]:
-    """How an array of this manifest dtype looks in numpy."""
-    import numpy as np
-
-    return np.dtype(_DTYPES.get(name, name))
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -170,14 +156,9 @@ def _arrays(mapping: Optional[mmap.mmap], found: Manifest) -> dict[str, Array]:
     """The mapping cut into arrays."""
     if mapping is None:
         return {}
-    import numpy as np
+    from . import arrays
 
-    arrays = {}
-    for tensor in found.weights.tensors:
-        dtype = numpy_dtype(tensor.dtype)
-        flat = np.frombuffer(mapping, dtype, tensor.nbytes // dtype.itemsize, tensor.offset)
-        arrays[tensor.name] = flat.reshape(tensor.shape)
-    return arrays
+    return {t.name: arrays.mapped(mapping, t.offset, t.shape, t.dtype) for t in found.weights.tensors}
 
 
 def _damaged(path: Path, what: str) -> BundleError:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .bundle import Array
+from .arrays import Array
 from .errors import InputError
 from .session import Session
 

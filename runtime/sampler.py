@@ -6,14 +6,14 @@ Filters see the distribution that the filters before them left, and always keep 
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Optional
+from typing import Optional, Union
 
-import numpy as np
-
-from .bundle import Array
+from . import plain_sampling
+from .arrays import Array, Plain, np
 from .errors import InputError, VmError
 
 
@@ -52,41 +52,53 @@ class Sampler:
     def __init__(self, sampling: Sampling, vocab_size: int) -> None:
         self.sampling = sampling
         self._random = random.Random(sampling.seed)  # noqa: S311  sampling text, not keys
-        self._seen = np.zeros(vocab_size, bool)
+        self._seen = bytearray(vocab_size)
 
     def observe(self, ids: Iterable[int]) -> None:
         """Tokens that the repetition penalty counts as used: the prompt, and what was generated."""
-        self._seen[np.fromiter(ids, np.int64)] = True
+        for token in ids:
+            self._seen[token] = 1
 
     def forget(self) -> None:
         """Nothing was used."""
-        self._seen[:] = False
+        self._seen = bytearray(len(self._seen))
 
-    def sample(self, logits: Array) -> int:
+    def sample(self, logits: Union[Array, Plain]) -> int:
         """The next token after float32[vocab] logits, which are not changed. The token counts as used from now on."""
-        options = self.sampling
-        if options.repetition_penalty != 1:
-            logits = np.where(self._seen, _penalised(logits, options.repetition_penalty), logits)
-        best = int(logits.argmax())
-        if not np.isfinite(logits[best]):
-            raise VmError(
-                f"the model gave the logit {logits[best]}, so there is no next token. "
-                "The weights are damaged or the model does not fit its quantisation."
-            )
-        token = best if options.temperature == 0 else self._draw(logits)
-        self._seen[token] = True
+        token = self._plain(logits) if isinstance(logits, Plain) else self._numpy(logits)
+        self._seen[token] = 1
         return token
 
-    def _draw(self, logits: Array) -> int:
-        ids, probabilities = distribution(logits, self.sampling)
-        cumulative = np.cumsum(probabilities)
-        return int(
-            ids[
-                min(
-                    int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right")), len(ids) - 1
-                )
-            ]
+    def _numpy(self, logits: Array) -> int:
+        options = self.sampling
+        if options.repetition_penalty != 1:
+            seen = np.frombuffer(self._seen, bool)
+            logits = np.where(seen, _penalised(logits, options.repetition_penalty), logits)
+        best = int(logits.argmax())
+        _check_finite(float(logits[best]))
+        return best if options.temperature == 0 else _draw(logits, options, self._random.random())
+
+    def _plain(self, logits: Plain) -> int:
+        options, values = self.sampling, plain_sampling.floats(logits)
+        if options.repetition_penalty != 1:
+            values = plain_sampling.penalised(values, self._seen, options.repetition_penalty)
+        best, value = plain_sampling.best(values)
+        _check_finite(value)
+        return best if options.temperature == 0 else plain_sampling.draw(values, options, self._random.random())
+
+
+def _check_finite(best: float) -> None:
+    if not math.isfinite(best):
+        raise VmError(
+            f"the model gave the logit {best}, so there is no next token. "
+            "The weights are damaged or the model does not fit its quantisation."
         )
+
+
+def _draw(logits: Array, options: Sampling, uniform: float) -> int:
+    ids, probabilities = distribution(logits, options)
+    cumulative = np.cumsum(probabilities)
+    return int(ids[min(int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right")), len(ids) - 1)])
 
 
 def _penalised(logits: Array, penalty: float) -> Array:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
-import numpy as np
-
-from . import device
-from .bundle import Array, Bundle, numpy_dtype
+from . import arrays, device
+from .arrays import Array, np
+from .bundle import Bundle
 from .errors import ContextFullError, DeviceError, InputError
 from .manifest import Function as Signature
-from .vm import Function, Tensor, Vm, aligned_zeros
+from .vm import Function, Tensor, Vm
 
 Ids = Union[Sequence[int], Array]
 
@@ -73,10 +72,10 @@ class Session:
         wanted = tiles and any(f.tiled for f in self.manifest.functions.values())
         self.tiles = wanted and device.allow_tiles()  # asked before the first thread of the pool exists
         self._vm = Vm(bundle.library, self.manifest.tvm, threads)
-        self._span = aligned_zeros((2,), "int32")  # first position, number of valid tokens
-        self._caches = {c.name: aligned_zeros(c.shape, numpy_dtype(c.dtype)) for c in self.manifest.caches}
-        arrays = {**bundle.weights, **self._caches, "span": self._span}
-        self._tensors = {name: self._vm.tensor(array) for name, array in arrays.items()}
+        self._span = arrays.zeros((2,), "int32")  # first position, number of valid tokens
+        self._caches = {c.name: arrays.zeros(c.shape, c.dtype) for c in self.manifest.caches}
+        shared = {**bundle.weights, **self._caches, "span": self._span}
+        self._tensors = {name: self._vm.tensor(array) for name, array in shared.items()}
         self._calls = {name: self._bind(name, f) for name, f in self.manifest.functions.items()}
         self._decode = self._calls["decode"]
         self._planner = Planner(self._sizes("prefill_"))
@@ -100,9 +99,9 @@ class Session:
         """Buffers of the function's own, and the shared arrays, in the order that its signature states."""
         if name.startswith("head_"):
             hidden = next(f.output.shape[1] for n, f in self.manifest.functions.items() if n.startswith("prefill_"))
-            own, buffer = "hidden", aligned_zeros((signature.tokens, hidden), "float32")
+            own, buffer = "hidden", arrays.zeros((signature.tokens, hidden), "float32")
         else:
-            own, buffer = "ids", aligned_zeros((signature.tokens,), "int32")
+            own, buffer = "ids", arrays.zeros((signature.tokens,), "int32")
         tensors: dict[str, Tensor] = {**self._tensors, own: self._vm.tensor(buffer)}
         code = signature.tiled if self.tiles and signature.tiled else name
         return _Call(self._vm.function(code, [tensors[i] for i in signature.inputs]), buffer)
@@ -171,15 +170,26 @@ class Session:
 
     def check_ids(self, ids: Ids) -> Array:
         """The ids as int32[n]; refuses none, one outside the vocabulary, and more than the context has room for."""
+        if not arrays.NUMPY:
+            return self._check_list(arrays.integers(ids))
         given = np.asarray(ids)
         if given.ndim != 1 or not given.size or given.dtype.kind not in "iu":
             raise InputError(f"ids are {given.dtype}{list(given.shape)}, but a list of at least one integer is needed.")
-        low, high = int(given.min()), int(given.max())
+        self._check_range(int(given.min()), int(given.max()), given.size)
+        return given.astype(np.int32)
+
+    def _check_list(self, ids: list[int]) -> Any:
+        """Without numpy a list stands for int32[n]."""
+        if not ids:
+            raise InputError("ids are [], but a list of at least one integer is needed.")
+        self._check_range(min(ids), max(ids), len(ids))
+        return ids
+
+    def _check_range(self, low: int, high: int, count: int) -> None:
         if low < 0 or high >= self.manifest.model.vocab_size:
             raise self._outside(low if low < 0 else high)
-        if given.size > self.remaining:
-            raise self._full(given.size)
-        return given.astype(np.int32)
+        if count > self.remaining:
+            raise self._full(count)
 
     def _run(self, chunk: Chunk, ids: Array) -> Array:
         """One prefill or decode call: hidden states f32[tokens, d], or for one token its logits f32[1, vocab]."""
@@ -199,7 +209,7 @@ class Session:
             part = hidden[start : start + size]
             call.buffer[: len(part)] = part
             parts.append(call.run()[: len(part)])
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return parts[0] if len(parts) == 1 else arrays.concatenate(parts)
 
     def _outside(self, token: int) -> InputError:
         return InputError(f"token id {token} is outside the vocabulary 0..{self.manifest.model.vocab_size - 1}.")

@@ -10,12 +10,10 @@ import ctypes
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
-import numpy as np
-
-from . import device, tvm_libs
-from .bundle import Array
+from . import arrays, device, tvm_libs
+from .arrays import ALIGNMENT, Array
 from .errors import VmError
 from .manifest import TvmVersions
 
@@ -24,9 +22,7 @@ _FIRST_OBJECT = 64  # type indices from here on are reference counted
 _OBJECT_BYTES = 24  # sizeof(TVMFFIObject): what an object's own fields come after
 _CPU = 1  # kDLCPU; also the VM's device type
 _POOLED = 2  # tvm::runtime::memory::AllocatorType::kPooled
-_KINDS = {"i": 0, "u": 1, "f": 2}  # numpy kind -> DLDataTypeCode
-_KIND_LETTERS = {code: letter for letter, code in _KINDS.items()}
-ALIGNMENT = 64  # bytes: generated code may use aligned loads
+_KIND_NAMES = {0: "int", 1: "uint", 2: "float"}  # of DLDataTypeCode
 
 
 class _Any(ctypes.Structure):  # TVMFFIAny
@@ -60,28 +56,17 @@ class _ManagedTensor(ctypes.Structure):  # DLManagedTensor
     _fields_ = (("tensor", _Tensor), ("manager", ctypes.c_void_p), ("deleter", ctypes.c_void_p))
 
 
-def aligned_zeros(shape: Sequence[int], dtype: Any) -> Array:
-    """np.zeros whose first element lies on an ALIGNMENT boundary. Untouched pages take no memory."""
-    kind = np.dtype(dtype)
-    size = kind.itemsize * int(np.prod(shape, dtype=np.int64))
-    raw = np.zeros(size + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + size].view(kind).reshape(shape)
-
-
 class Tensor:
-    """A numpy array as a TVM tensor over the same memory. It keeps the array; keep it as long as a call may use it."""
+    """An array as a TVM tensor over the same memory. It keeps the array; keep it as long as a call may use it."""
 
     def __init__(self, vm: Vm, array: Array) -> None:
-        address = array.ctypes.data
-        if not array.flags.c_contiguous or address % ALIGNMENT:
-            raise ValueError(f"a C-contiguous array on a {ALIGNMENT}-byte boundary is needed")
-        self.array = array
-        shape = (ctypes.c_int64 * array.ndim)(*array.shape)
-        strides = (ctypes.c_int64 * array.ndim)(*(s // array.itemsize for s in array.strides))
-        described = _Tensor(
-            address, _CPU, 0, array.ndim, _KINDS[array.dtype.kind], 8 * array.itemsize, 1, shape, strides, 0
-        )
+        found = arrays.layout(array)
+        self.array, rank = array, len(found.shape)
+        shape = (ctypes.c_int64 * rank)(*found.shape)
+        strides = (ctypes.c_int64 * rank)(*(1,) * rank)
+        for axis in range(rank - 2, -1, -1):
+            strides[axis] = strides[axis + 1] * found.shape[axis + 1]
+        described = _Tensor(found.address, _CPU, 0, rank, found.code, found.bits, 1, shape, strides, 0)
         # No deleter: TVM only borrows. The structures must outlive the handle, so both live in this object.
         self._managed = _ManagedTensor(described, None, None)
         self._keep = shape, strides
@@ -94,12 +79,12 @@ class Tensor:
 
 
 class _Output:
-    """Owner of a tensor that TVM returned; numpy views of it hold this object, and with it the memory."""
+    """Owner of a tensor that TVM returned; views of it hold this object, and with it the memory."""
 
-    __slots__ = ("__array_interface__", "_handle", "_release")
+    __slots__ = ("_handle", "_release")
 
-    def __init__(self, vm: Vm, handle: int, interface: dict[str, Any]) -> None:
-        self._release, self._handle, self.__array_interface__ = vm.release, handle, interface
+    def __init__(self, vm: Vm, handle: int) -> None:
+        self._release, self._handle = vm.release, handle
 
     def __del__(self) -> None:
         self._release(self._handle)
@@ -231,14 +216,8 @@ class Vm:
     def view(self, handle: int) -> Array:
         """A returned tensor as a read-only array that owns the handle."""
         tensor = _Tensor.from_address(handle + _OBJECT_BYTES)
-        kind = f"<{_KIND_LETTERS[tensor.code]}{tensor.bits // 8}"
-        interface = {
-            "data": (tensor.data + tensor.byte_offset, True),
-            "shape": tuple(tensor.shape[: tensor.ndim]),
-            "typestr": kind,
-            "version": 3,
-        }
-        return np.asarray(_Output(self, handle, interface))
+        shape, dtype = tuple(tensor.shape[: tensor.ndim]), f"{_KIND_NAMES[tensor.code]}{tensor.bits}"
+        return arrays.at(tensor.data + tensor.byte_offset, shape, dtype, _Output(self, handle))
 
     def release_any(self, value: _Any) -> None:
         """Give back what a call returned, when it is reference counted."""

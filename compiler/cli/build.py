@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -62,6 +63,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         choices=("float16", "int8", "float32"),
         help="what keys and values of past tokens are kept in (default: float16, exact: float32)",
     )
+    parser.add_argument(
+        "--self-contained",
+        action="store_true",
+        help="carry the runtime and its libraries, 16 MB: the device needs Python 3.9 or later and nothing else, and "
+        "starts the model with python3 BUNDLE/run PROMPT",
+    )
+    parser.add_argument(
+        "--offline", action="store_true", help="download nothing: use what earlier builds left in the cache"
+    )
     parser.add_argument("--dump-ir", type=Path, metavar="DIR", help="write every stage of the compile into DIR")
     parser.add_argument("--json", action="store_true", help="print one JSON object about the build to stdout")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
@@ -77,6 +87,8 @@ def run(options: argparse.Namespace) -> int:
     bundle.check_place(options.out)  # before the compiler itself is loaded, which takes seconds
     report = Reporter(quiet=options.quiet or options.json)
     report.line(f"Building {options.out} for {target.name}")
+    if options.offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
     from compiler import pipeline
     from compiler.checkpoint import hub
     from compiler.tune import records
@@ -92,6 +104,8 @@ def run(options: argparse.Namespace) -> int:
         kv_cache=options.kv_cache,
         dump_ir=options.dump_ir,
         tuning_logs=options.tuning_logs or records.DEFAULT_FOLDER,
+        self_contained=options.self_contained,
+        offline=options.offline,
     )
     signal.signal(signal.SIGTERM, _terminate)  # so that `kill` cleans up as Ctrl-C does
     made = pipeline.build(hub.resolve(options.model), request, report)

@@ -1,0 +1,61 @@
+"""The file `run` of a self-contained bundle: python3 BUNDLE/run "Once upon a time". Needs Python and nothing else.
+
+What the bundle carries is used before anything of the same name that is installed: the runtime (runtime.zip), TVM's two
+libraries and the tokenizer library. Nothing of it is imported before its digest was compared with the manifest's: here
+that of runtime.zip, and the runtime itself then checks all files, this one too, before it loads a library.
+The digests find damage and half-made copies. They cannot stop somebody who may write to the bundle, and who could write
+the manifest as well: run only bundles that you would run any program from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+USAGE = """usage: python3 {name} PROMPT [options of generate]  continue a text
+       python3 {name} --chat [options of chat]        talk; /reset starts over, /exit leaves
+       python3 {name} --info                          what this bundle is, and whether it runs here
+       python3 {name} PROMPT --help                   the options
+"""
+RUNTIME = "runtime.zip"
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command; gives the exit code."""
+    here = Path(__file__).resolve().parent
+    if sys.version_info < (3, 9):
+        found = ".".join(map(str, sys.version_info[:2]))
+        return refuse(f"this is Python {found}, but 3.9 or later is needed. Start it with another python3.")
+    if not arguments or arguments[0] in ("-h", "--help"):
+        (sys.stdout if arguments else sys.stderr).write(USAGE.format(name=sys.argv[0]))
+        return 0 if arguments else 2
+    archive = here / RUNTIME
+    try:
+        expected = json.loads((here / "manifest.json").read_bytes())["files"][RUNTIME]["sha256"]
+        intact = hashlib.sha256(archive.read_bytes()).hexdigest() == expected
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return refuse(f"{here}: cannot be read: {error}. Copy the bundle again.")
+    if not intact:
+        return refuse(f"{archive}: is damaged: its SHA-256 is not the manifest's. Copy the bundle again or rebuild it.")
+    rest_of_path = [place for place in sys.path if place != str(here)]
+    sys.path[:] = [str(archive), str(here), *rest_of_path]  # the second: where the tokenizer library is
+    os.environ["QUERN_TVM_LIBS"] = str(here)
+    from runtime.__main__ import main as run
+
+    first, rest = arguments[0], arguments[1:]
+    if first in ("--chat", "--info"):
+        return run([first[2:], str(here), *rest])
+    return run(["generate", str(here), f"--prompt={first}", *rest])
+
+
+def refuse(what: str) -> int:
+    """One message and an exit code, as the runtime has it."""
+    sys.stderr.write(f"error: {what}\n")
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

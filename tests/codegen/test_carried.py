@@ -1,0 +1,146 @@
+"""What a self-contained bundle carries: pinned, checked wherever it comes from, and said plainly when it is missing."""
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import subprocess
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compiler.codegen import carried
+from compiler.codegen.carried import PARTS, CarryError
+
+REPO = Path(__file__).parents[2]
+CONTENT = b"\x7fELF a library"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, and no installed wheels to take libraries from."""
+    monkeypatch.setenv("QUERN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    return tmp_path / "cache" / "carried"
+
+
+class Pip:
+    """Stands for `pip download`: writes the wheel that the test wants, or fails as pip does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, content: bytes | None) -> None:
+        self.asked: list[list[str]] = []
+        self._content = content
+        monkeypatch.setattr(subprocess, "run", self)
+
+    def __call__(self, command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        self.asked.append(command)
+        if self._content is None:
+            said = "WARNING: Retrying\nERROR: No matching distribution found for thing==1.0\n"
+            return subprocess.CompletedProcess(command, 1, "", said)
+        with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / WHEEL, "w") as archive:
+            archive.writestr(zipfile.ZipInfo("thing/lib/libthing.so", carried.EPOCH), self._content)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+
+WHEEL = "thing-1.0-py3-none-manylinux_2_27_aarch64.manylinux_2_28_aarch64.whl"
+
+
+@pytest.fixture
+def thing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> carried.Part:
+    """The one part of a made-up pin."""
+    with zipfile.ZipFile(tmp_path / "made", "w") as archive:
+        archive.writestr(zipfile.ZipInfo("thing/lib/libthing.so", carried.EPOCH), CONTENT)
+    digest = carried._sha256((tmp_path / "made").read_bytes())
+    part = carried.Part(WHEEL, digest, "thing/lib/libthing.so", carried._sha256(CONTENT), 7)
+    monkeypatch.setattr(carried, "PARTS", {"aarch64": (part,)})
+    return part
+
+
+def test_pins_are_the_compilers_own_wheels() -> None:
+    """tokenizers differs: the compiler's has no wheel for Python 3.9."""
+    pinned = (REPO / "pyproject.toml").read_text()
+    for parts in PARTS.values():
+        assert [part.name for part in parts] == ["libtvm_ffi.so", "libtvm_runtime.so", "tokenizers.abi3.so"]
+        for part in parts[:2]:
+            project, version = part.requirement.split("==")
+            assert f'"{part.requirement}"' in pinned
+            assert importlib.metadata.version(project) == version
+        assert "-cp39-abi3-" in parts[2].wheel
+
+
+def test_fetched_once_then_offline(thing: carried.Part, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pip = Pip(monkeypatch, CONTENT)
+    assert carried.fetch("aarch64") == {"libthing.so": CONTENT}
+    assert pip.asked[0][-3:] == [
+        "--platform=manylinux_2_27_aarch64", "--platform=manylinux_2_28_aarch64", "thing==1.0"
+    ]
+    assert carried.fetch("aarch64", offline=True) == {"libthing.so": CONTENT}
+    assert len(pip.asked) == 1
+    assert [path.name for path in cache.rglob("*") if path.is_file()] == ["libthing.so"]
+
+
+def test_a_damaged_cache_is_not_used(thing: carried.Part, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pip = Pip(monkeypatch, CONTENT)
+    carried.fetch("aarch64")
+    thing.cached.write_bytes(CONTENT[:-1])
+    assert carried.fetch("aarch64") == {"libthing.so": CONTENT}
+    assert len(pip.asked) == 2 and thing.cached.read_bytes() == CONTENT
+
+
+def test_offline_says_what_is_missing(thing: carried.Part, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pip = Pip(monkeypatch, CONTENT)
+    with pytest.raises(CarryError) as caught:
+        carried.fetch("aarch64", offline=True)
+    assert str(caught.value) == (
+        "--self-contained: libthing.so for aarch64 must be fetched (7 MB of wheels), which --offline forbids. "
+        f"Build once without --offline; from then on {cache} has them."
+    )
+    assert pip.asked == []
+
+
+def test_another_wheel_is_refused_before_it_is_opened(
+    thing: carried.Part, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Pip(monkeypatch, b"something else")
+    with pytest.raises(CarryError) as caught:
+        carried.fetch("aarch64")
+    said = str(caught.value)
+    assert said.startswith(f"--self-contained: {WHEEL} came with the SHA-256 ")
+    assert said.endswith(
+        f", but quern was tested with {thing.wheel_sha256}. Do not use it; try again, and ask who runs the package "
+        "index that pip uses."
+    )
+    assert not [path for path in cache.rglob("*") if path.is_file()]
+
+
+def test_pips_own_reason_is_shown(thing: carried.Part, monkeypatch: pytest.MonkeyPatch) -> None:
+    Pip(monkeypatch, None)
+    with pytest.raises(CarryError) as caught:
+        carried.fetch("aarch64")
+    assert str(caught.value) == (
+        "--self-contained: thing==1.0 cannot be fetched: No matching distribution found for thing==1.0. Check the "
+        "network and pip's settings, then try again."
+    )
+
+
+def test_an_architecture_without_wheels() -> None:
+    with pytest.raises(CarryError) as caught:
+        carried.fetch("riscv64")
+    assert str(caught.value) == (
+        "--self-contained: the wheels that a bundle carries exist for aarch64 and x86_64, not for riscv64. "
+        "Leave --self-contained out."
+    )
+
+
+def test_the_runtime_is_whole_and_reproducible(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        carried.write({"lib.so": CONTENT}, tmp_path / name)
+    one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    assert one == two and set(one) == {"lib.so", "run", "runtime.zip"}
+    with zipfile.ZipFile(tmp_path / "one" / "runtime.zip") as archive:
+        packed = {name: archive.read(name) for name in archive.namelist()}
+    sources = [path for path in (REPO / "runtime").glob("*.py") if path.name != "run.py"]
+    assert packed == {f"runtime/{path.name}": path.read_bytes() for path in sources}
+    assert (tmp_path / "one" / "run").stat().st_mode & 0o111
