@@ -136,7 +136,7 @@ def test_run(toy: Path, server: sshd.Server, tmp_path: Path) -> None:
 
 def test_host_keys(toy: Path, server: sshd.Server, tmp_path: Path) -> None:
     place = f"127.0.0.1:{tmp_path}/there"
-    command = ["ssh-keygen", "-lf", server.home / "host_key.pub"]
+    command = ["ssh-keygen", "-lf", str(server.home / "host_key.pub")]
     fingerprint = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[1]
     sshd.keygen(tmp_path / "wrong")
     try:
