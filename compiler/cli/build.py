@@ -13,7 +13,8 @@ from types import FrameType
 DEFAULT_MODEL = Path(__file__).parents[2] / "tests" / "models" / "storyteller-5m-gptq-4bit-g128"
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """An option's value that must be at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
@@ -45,7 +46,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--group-size",
-        type=_positive,
+        type=positive,
         metavar="G",
         help="inputs that share a scale with --bits (default: 128, 64 or 32)",
     )
@@ -53,7 +54,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--head-bits", type=int, choices=(4, 8, 16), help="a dense output head: 16 keeps it (default: 8, exact: 16)"
     )
     parser.add_argument(
-        "--context", type=_positive, metavar="N", help="positions to keep (default: the model's, at most 4096)"
+        "--context", type=positive, metavar="N", help="positions to keep (default: the model's, at most 4096)"
     )
     parser.add_argument(
         "--tuning-logs", type=Path, metavar="DIR", help="databases written by `tune` (default: the repository's)"

@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compiler.cli.build import positive
+
 if TYPE_CHECKING:
     from compiler.tune.search import Outcome, Task, Tuner
     from targets import Target
@@ -27,33 +29,26 @@ def _seconds(text: str) -> float:
     return float(found[1]) * UNITS[found[2] or "s"]
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
     parser.add_argument("--target", default="native", metavar="NAME", help="build target (default: this machine)")
     parser.add_argument("--model", metavar="MODEL", help="tune what this checkpoint needs; as in build")
     parser.add_argument("--shapes", nargs="+", metavar="NAME", help="tune published shapes, e.g. tinyllama-1.1b")
     parser.add_argument("--bits", type=int, choices=(4, 8), help="bits of dense linear layers, and of --shapes (4)")
-    parser.add_argument("--group-size", type=_positive, metavar="G", help="with --bits, and --shapes (default: 128)")
+    parser.add_argument("--group-size", type=positive, metavar="G", help="with --bits, and --shapes (default: 128)")
     parser.add_argument("--head-bits", type=int, choices=(4, 8), help="bits of a dense head (--shapes: as --bits)")
-    parser.add_argument("--context", type=_positive, metavar="N", help="positions to keep, as in build")
+    parser.add_argument("--context", type=positive, metavar="N", help="positions to keep, as in build")
     parser.add_argument(
-        "--tokens", type=_positive, nargs="+", metavar="M", default=[1, 128], help="tokens a call (default: 1 128)"
+        "--tokens", type=positive, nargs="+", metavar="M", default=[1, 128], help="tokens a call (default: 1 128)"
     )
     parser.add_argument("--operators", nargs="+", metavar="NAME", help="only these, e.g. linear_int8 attention")
     parser.add_argument(
-        "--trials", type=_positive, default=48, metavar="N", help="points tried a shape, counting earlier runs (48)"
+        "--trials", type=positive, default=48, metavar="N", help="points tried a shape, counting earlier runs (48)"
     )
     parser.add_argument("--time-budget", type=_seconds, metavar="T", help="stop after this time, e.g. 10m")
-    parser.add_argument("--threads", type=_positive, metavar="N", help="threads (default: what the runtime would take)")
+    parser.add_argument("--threads", type=positive, metavar="N", help="threads (default: what the runtime would take)")
     parser.add_argument(
-        "--drift", type=_positive, metavar="PERCENT", help="repeat a batch whose canaries drift further (default: 25)"
+        "--drift", type=positive, metavar="PERCENT", help="repeat a batch whose canaries drift further (default: 25)"
     )
     parser.add_argument("--tuning-logs", type=Path, metavar="DIR", help="databases (default: the repository's)")
     parser.add_argument("--json", action="store_true", help="print one JSON object to stdout")
