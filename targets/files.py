@@ -2,13 +2,14 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 from targets import native
 from targets.features import cpuinfo_names
-from targets.target import Target, TargetError
+from targets.target import Gpu, Target, TargetError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -28,9 +29,17 @@ KEYS: dict[str, dict[str, type]] = {  # table -> key -> type; "" is the top of t
         "l1d_kib_per_core": int,
         "l2_kib": int,
     },
+    "gpu": {
+        "gpu_arch": str,
+        "ptx": str,
+        "cubin": bool,
+        "multiprocessors": int,
+        "gpu_clock_mhz": int,
+        "gpu_read_mb_per_s": int,
+    },
     "memory": {"dram_read_mb_per_s": int, "storage_read_mb_per_s": int},
 }
-OPTIONAL = {"inherits", "clock_mhz", "l1d_kib_per_core", "l2_kib", "dram_read_mb_per_s", "storage_read_mb_per_s"}
+OPTIONAL = {*KEYS["gpu"], "inherits", "clock_mhz", "l1d_kib_per_core", "l2_kib", "dram_read_mb_per_s", "storage_read_mb_per_s"}
 
 
 def names(folder: Path = FOLDER) -> list[str]:
@@ -105,7 +114,7 @@ def _check(path: Path, table: str, key: str, value: object) -> None:
     want = known[key]
     strings = not isinstance(value, list) or all(isinstance(item, str) for item in value)
     if type(value) is not want or not strings:
-        needed = {str: "a string", int: "an integer", list: "a list of strings"}[want]
+        needed = {str: "a string", int: "an integer", bool: "true or false", list: "a list of strings"}[want]
         raise TargetError(f"{path}: {where} is {value!r}, {_toml_name(value)}, but it must be {needed}.")
     if want is int and isinstance(value, int) and value < 1:
         raise TargetError(f"{path}: {where} is {value}, but it must be at least 1.")
@@ -122,4 +131,20 @@ def _target(name: str, path: Path, values: dict[str, Any]) -> Target:
             if key not in values and key not in OPTIONAL:
                 where = f"{table}.{key}" if table else key
                 raise TargetError(f"{path}: {where} is missing, here and in what it inherits.")
-    return Target(name=name, cpuinfo=cpuinfo_names(values["arch"], values["features"], str(path)), **values)
+    gpu = _gpu(path, {key: values.pop(key) for key in KEYS["gpu"] if key in values})
+    return Target(name=name, cpuinfo=cpuinfo_names(values["arch"], values["features"], str(path)), gpu=gpu, **values)
+
+
+def _gpu(path: Path, values: dict[str, Any]) -> Gpu | None:
+    if not values:
+        return None
+    for key in KEYS["gpu"]:
+        if key not in values:
+            raise TargetError(f"{path}: gpu.{key} is missing: a [gpu] table is whole, or not there.")
+    if not re.fullmatch(r"sm_[0-9]{2,3}", values["gpu_arch"]) or not re.fullmatch(r"[0-9]\.[0-9]", values["ptx"]):
+        raise TargetError(
+            f"{path}: gpu_arch is {values['gpu_arch']!r} and ptx {values['ptx']!r}, but they must look like \"sm_53\" "
+            f"and \"6.5\"."
+        )
+    plain = {key.removeprefix("gpu_"): value for key, value in values.items()}
+    return Gpu(**plain)

@@ -15,6 +15,27 @@ class TargetError(Exception):
 
 
 @dataclass(frozen=True)
+class Gpu:
+    """An NVIDIA GPU that shares a target with the CPU that feeds it.
+
+    arch: "sm_53"; ptx: the newest PTX version that the oldest supported driver reads ("6.5"); cubin: True where machine
+    code of CUDA 11.8 loads on every supported driver, else the driver compiles the PTX; read_mb_per_s: of the GPU's memory.
+    """
+
+    arch: str
+    ptx: str
+    cubin: bool
+    multiprocessors: int
+    clock_mhz: int
+    read_mb_per_s: int
+
+    @property
+    def sm(self) -> int:
+        """53 for "sm_53"."""
+        return int(self.arch.removeprefix("sm_"))
+
+
+@dataclass(frozen=True)
 class Target:
     """One device. Names of features are LLVM's; `cpuinfo` holds the same features as /proc/cpuinfo spells them.
 
@@ -38,6 +59,7 @@ class Target:
     l2_kib: int | None = None
     dram_read_mb_per_s: int | None = None
     storage_read_mb_per_s: int | None = None
+    gpu: Gpu | None = None
 
     @property
     def zig_triple(self) -> str:

@@ -1,0 +1,80 @@
+"""What a CUDA schedule file offers: operator name -> launches of CUDA functions. Files are found by walking the folder.
+
+As in `schedules/kernel.py`, every file has `LOWERS: dict[str, Lower]`, and may have a `RANK` and `SPACES`; a `Lower` gets
+the same `Request` and gives a `CudaKernel`, or raises `Unsupported` or `NotSuited`.
+
+Shapes are static, so a launch is data: the host walks a table, and nothing of a token is decided on the CPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from schedules.kernel import NotSuited, Packing, Request, TensorSpec, Unsupported
+
+Dim3 = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of the function `function` of a kernel's source.
+
+    arguments: the device pointers it takes, in its order, as places: the operator's arguments in order, then its fresh
+    outputs, then the kernel's temporaries. shared_bytes: dynamic shared memory.
+    """
+
+    function: str
+    grid: Dim3
+    block: Dim3
+    arguments: tuple[int, ...]
+    shared_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class CudaKernel:
+    """An operator as CUDA.
+
+    `name` is a C identifier that states family, architecture and shape; equal names mean equal kernels. `source` is
+    CUDA C++ that includes nothing but "quern.cuh"; its functions are `extern "C" __global__`, take pointers only, and
+    are called `name`, or `name` and a suffix. All sizes are constants in it. Launches run one after the other.
+    temporaries: scratch arrays that nobody reads after the last launch. `packings` is as in `schedules.kernel.Kernel`.
+    """
+
+    name: str
+    source: str
+    launches: tuple[Launch, ...]
+    packings: Mapping[int, Packing] = field(default_factory=dict)
+    temporaries: tuple[TensorSpec, ...] = ()
+
+
+Lower = Callable[[Request], CudaKernel]
+
+
+def lowerings() -> dict[str, Lower]:
+    """All operators that have a CUDA kernel, collected from every module of this package."""
+    import schedules.cuda
+
+    offers: dict[str, list[tuple[int, Lower]]] = {}
+    for info in pkgutil.iter_modules(schedules.cuda.__path__):
+        module = importlib.import_module(f"schedules.cuda.{info.name}")
+        for op, lower in getattr(module, "LOWERS", {}).items():
+            offers.setdefault(op, []).append((int(getattr(module, "RANK", 0)), lower))
+    for op, found in offers.items():
+        assert len({rank for rank, _ in found}) == len(found), f"{op} is lowered by two files of equal RANK"
+        found.sort(key=lambda pair: pair[0], reverse=True)
+    return {op: _first_suited(op, [lower for _, lower in found]) for op, found in offers.items()}
+
+
+def _first_suited(op: str, families: list[Lower]) -> Lower:
+    def lower(request: Request) -> CudaKernel:
+        for family in families:
+            try:
+                return family(request)
+            except NotSuited:
+                continue
+        raise Unsupported(f"{op}: no CUDA kernel is meant for {request.args} on {request.target.name}")
+
+    return lower
