@@ -18,6 +18,7 @@ from pathlib import Path
 USAGE = """usage: python3 {name} PROMPT [options of generate]  continue a text
        python3 {name} --chat [options of chat]        talk; /reset starts over, /exit leaves
        python3 {name} --info                          what this bundle is, and whether it runs here
+       python3 {name} --rpc-server [its options]      offer this machine for tuning
        python3 {name} PROMPT --help                   the options
 """
 RUNTIME = "runtime.zip"
@@ -48,6 +49,8 @@ def main(arguments: list[str]) -> int:
     first, rest = arguments[0], arguments[1:]
     if first in ("--chat", "--info"):
         return run([first[2:], str(here), *rest])
+    if first == "--rpc-server":
+        return run([first[2:], *rest])
     return run(["generate", str(here), f"--prompt={first}", *rest])
 
 
