@@ -43,7 +43,6 @@ LIMIT_S = 1800.0  # of a session
 KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}  # a client without power is gone after 30 s
 PR_SET_PDEATHSIG = 1
 ENDED = "quern: the session ended: "  # how a message to the client begins
-SIGNAL = "signal "  # and goes on when the code that it sent made the process die
 
 
 @dataclass
@@ -268,7 +267,7 @@ class Server:
         if left_at or told:
             return told
         if os.WIFSIGNALED(status):
-            return f"{SIGNAL}{os.WTERMSIG(status)}, {signal.strsignal(os.WTERMSIG(status))}"
+            return f"signal {os.WTERMSIG(status)}, {signal.strsignal(os.WTERMSIG(status))}"
         return f"exit code {os.WEXITSTATUS(status)}" if os.WEXITSTATUS(status) else ""
 
     def _tunnel_ended(self) -> bool:

@@ -4,7 +4,8 @@ Any client of TVM may upload libraries, load and time them. `compiler/tune/board
 
   quern.about()               JSON, board.about and the version of tvm-ffi
   quern.open(JSON)            takes up a workload (the fields of Workload.__init__); JSON, what was made
-  quern.prepare(FILE)         loads a candidate's library and runs it once; JSON, its number or an error
+  quern.prepare(FILE)         loads a candidate's library and runs it once; JSON, its number or an error. A file that was
+                              loaded is mapped: it must not be sent again
   quern.outputs()             bytes of all outputs of the last kernel that `prepare` ran
   quern.time(JSON, rounds)    JSON of timing.times for these numbers, with `throttled`
 
@@ -17,7 +18,7 @@ import ctypes
 import json
 import mmap
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Optional
 
@@ -43,7 +44,8 @@ class Workload:
     def __init__(
         self,
         ffi: Ffi,
-        folder: Path,
+        load: Callable[[str], Value],
+        path: Callable[[str], Path],
         *,
         file: str,
         arguments: Sequence[dict[str, Any]],
@@ -57,7 +59,7 @@ class Workload:
         spin_out: Sequence[int],
     ) -> None:
         self.ffi, self._result, self._turn = ffi, Value(), 0
-        data = (folder / file).read_bytes()
+        data, self._load = path(file).read_bytes(), load
         streamed = [a for a in arguments if a["streamed"]]
         one = sum(map(_padded, streamed))
         copies = min(max(1, -(-least_bytes // one)), most_copies) if one else 1
@@ -76,7 +78,7 @@ class Workload:
             self._sets.append(_bound([*tensors, *self.outs]))
         self.functions: list[int] = []
         self.rotated_bytes = copies * one
-        module = ffi.load_module(folder / canaries)
+        module = load(canaries)
         starts = range(0, self._memory.nbytes - read_bytes + 1, read_bytes)
         windows = [Tensor(ffi, self._memory.view(start, (read_bytes // 4,), "int32")) for start in starts]
         out = Tensor(ffi, _zeros(reader_out, "int32"))
@@ -85,9 +87,9 @@ class Workload:
         self._spin = ffi.method(module, "spin")
         self._reader = max((ffi.method(module, name) for name in readers), key=self._speed)
 
-    def prepare(self, library: Path) -> int:
+    def prepare(self, library: str) -> int:
         """Load a candidate and run it on the first copy; gives its number. Its results are in `outs`."""
-        function = self.ffi.method(self.ffi.load_module(library), KERNEL)
+        function = self.ffi.method(self._load(library), KERNEL)
         for out in self.outs:
             ctypes.memset(out.array.address, UNWRITTEN, out.array.nbytes)
         self._call(function, self._sets[0])
@@ -173,6 +175,7 @@ class Session:
         self.ffi = Ffi(folder, None, threads, "Build the library again")
         self.ffi.start_pool()
         self.workload: Optional[Workload] = None
+        self._modules: dict[str, Value] = {}
         self.ffi.register("tvm.rpc.server.workpath", lambda name: str(self.path(name)))
         self.ffi.register("tvm.rpc.server.load_module", self._load)
         for name in ("about", "open", "prepare", "outputs", "time"):
@@ -199,13 +202,13 @@ class Session:
     def open(self, text: str) -> str:
         """Take up a workload; the one before is forgotten."""
         self.workload = None
-        self.workload = Workload(self.ffi, self.folder, **json.loads(text))
+        self.workload = Workload(self.ffi, self._module, self.path, **json.loads(text))
         return json.dumps({"rotated_bytes": self.workload.rotated_bytes})
 
     def prepare(self, name: str) -> str:
         """A kernel that reports an error is a result, not the end of the session."""
         try:
-            return json.dumps({"number": self._opened().prepare(self.path(name))})
+            return json.dumps({"number": self._opened().prepare(name)})
         except UserError as error:
             return json.dumps({"error": str(error)})
 
@@ -224,6 +227,12 @@ class Session:
         if self.workload is None:
             raise InputError("no workload is open")
         return self.workload
+
+    def _module(self, name: str) -> Value:
+        """A library of the session's folder, loaded once: it stays mapped, so its file must stay as it is."""
+        if name not in self._modules:
+            self._modules[name] = self.ffi.load_module(self.path(name))
+        return self._modules[name]
 
     def _load(self, name: str) -> Any:
         """A module, given away to C++."""

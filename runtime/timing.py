@@ -1,4 +1,4 @@
-"""Timing of kernels beside each other, for tuning: on this machine (compiler/tune/worker.py) and on boards.
+"""Timing of kernels beside each other, for tuning: on this machine (compiler/tune/local_worker.py) and on boards.
 
 Candidates take turns, so that a machine that becomes slower becomes so for all of them. Beside them run canaries, whose
 speed no knob changes: if they drift, the machine had other things to do, or became too hot.
