@@ -84,14 +84,14 @@ def parser() -> argparse.ArgumentParser:
 
 def _rpc_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--tracker", required=True, type=_address, metavar="HOST:PORT", help="TVM's RPC tracker")
-    verb.add_argument("--key", required=True, type=_key, metavar="NAME", help="what the tracker offers it as, e.g. rpi4")
+    verb.add_argument("--key", required=True, type=_key, metavar="NAME", help="what it is offered as, e.g. rpi4")
     verb.add_argument(
         "--bind", default="127.0.0.1", metavar="ADDRESS",
         help="where clients may come from (default: this machine alone, through a tunnel)",
     )  # fmt: skip
     verb.add_argument("--port", type=_port, default=9090, metavar="N", help="to listen on (default: 9090; 0: any)")
     verb.add_argument("--threads", type=int, help="kernel threads, when a client does not say (default: as generate)")
-    verb.add_argument("--limit", type=float, default=1800, metavar="SECONDS", help="of a client's session (default: 1800)")
+    verb.add_argument("--limit", type=float, default=1800, metavar="SECONDS", help="of a client's session (1800)")
     verb.add_argument("--tunnel", action="store_true", help=argparse.SUPPRESS)  # for `compiler tune --ssh`
     verb.set_defaults(run=run_rpc_server)
 

@@ -74,7 +74,7 @@ def emulator(program: Path = OWN_PROGRAM, kernel: Path = KERNEL_ARCH, tree: Path
 
 
 def throttled(firmware: Path = FIRMWARE) -> bool:
-    """Whether a Raspberry Pi's firmware holds the clock down, for heat or for want of voltage. Elsewhere nobody says."""
+    """Whether a Raspberry Pi's firmware holds the clock down, for heat or want of voltage. Elsewhere nobody says."""
     try:
         return bool(int(firmware.read_text().strip(), 16) & NOW)
     except (OSError, ValueError):

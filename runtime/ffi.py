@@ -1,6 +1,6 @@
 """tvm-ffi's C ABI through ctypes: modules, functions, tensors, errors. Nothing of TVM's Python.
 
-The structures below are those of tvm/ffi/c_api.h and dlpack.h (apache-tvm-ffi 0.1). Inputs and outputs are never copied.
+The structures below are those of tvm/ffi/c_api.h and dlpack.h (apache-tvm-ffi 0.1). Tensors are never copied.
 """
 
 from __future__ import annotations
@@ -147,7 +147,8 @@ class Ffi:
     def method(self, module: Value, name: str) -> int:
         """Handle of a module's function."""
         text = ctypes.create_string_buffer(name.encode())
-        found = self.call(self._get_function, name, module, Value(RAW_STR, 0, ctypes.addressof(text)), Value(BOOL, 0, 1))
+        arguments = (module, Value(RAW_STR, 0, ctypes.addressof(text)), Value(BOOL, 0, 1))
+        found = self.call(self._get_function, name, *arguments)
         if self.own(found).type_index != FUNCTION:
             raise VmError(f"{self.path}: has no function {name!r}. {self._advice}.")
         return int(found.value)
@@ -256,7 +257,7 @@ def _bytes(text: bytes) -> _Bytes:
     """A view of bytes; the structure keeps them."""
     buffer = ctypes.create_string_buffer(text, len(text) + 1)
     made = _Bytes(ctypes.addressof(buffer), len(text))
-    made._buffer = buffer  # type: ignore[attr-defined]
+    made._buffer = buffer
     return made
 
 

@@ -132,7 +132,7 @@ class Server:
                 self._match_key = self._connection.offer(self.key, host, port)
                 self._unused_since = None
                 self._say(f"{Address(self.bind, self.port)} is offered as {self.key} by the tracker at {self.tracker}")
-            except OSError as error:
+            except OSError as error:  # noqa: PERF203
                 self._withdraw()
                 if pause == RETRY_S:
                     self._say(f"no tracker at {self.tracker}: {error.strerror or error}; trying until there is one")

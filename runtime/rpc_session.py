@@ -4,12 +4,12 @@ Any client of TVM may upload libraries, load and time them. `compiler/tune/board
 
   quern.about()               JSON, board.about and the version of tvm-ffi
   quern.open(JSON)            takes up a workload (the fields of Workload.__init__); JSON, what was made
-  quern.prepare(FILE)         loads a candidate's library and runs it once; JSON, its number or an error. A file that was
-                              loaded is mapped: it must not be sent again
+  quern.prepare(FILE)         loads a candidate's library and runs it once; JSON, its number or an error
   quern.outputs()             bytes of all outputs of the last kernel that `prepare` ran
   quern.time(JSON, rounds)    JSON of timing.times for these numbers, with `throttled`
 
-Whoever may open a session may run anything as this user: see rpc_server.py.
+A library that was loaded is mapped: it must not be sent again. Whoever may open a session may run anything as this
+user: see rpc_server.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Optional
 
 from . import board, timing, tvm_libs
-from .arrays import ALIGNMENT, Plain
+from .arrays import ALIGNMENT, Plain, plain_zeros
 from .errors import InputError, UserError
 from .ffi import NONE, RAW_STR, TENSOR, Ffi, Tensor, Value
 
@@ -65,8 +65,9 @@ class Workload:
         copies = min(max(1, -(-least_bytes // one)), most_copies) if one else 1
         self._memory = _Arena(max(copies * one, read_bytes))
         held = [None if a["streamed"] else self._held(a, data) for a in arguments]
-        self.outs = [Tensor(ffi, _zeros(out["shape"], out["dtype"])) for out in outs]
-        self._sets, self._kept, place = [], [], 0
+        self._plain_outs = [plain_zeros(out["shape"], out["dtype"]) for out in outs]
+        self.outs = [self._tensor(out) for out in self._plain_outs]
+        self._sets, place = [], 0
         for _ in range(copies):
             tensors = []
             for argument, own in zip(arguments, held):  # noqa: B905  strict= needs Python 3.10
@@ -74,31 +75,30 @@ class Workload:
                     own = self._copied(argument, data, place)
                     place += _padded(argument)
                 tensors.append(own)
-            self._kept.append(tensors)
             self._sets.append(_bound([*tensors, *self.outs]))
         self.functions: list[int] = []
         self.rotated_bytes = copies * one
         module = load(canaries)
         starts = range(0, self._memory.nbytes - read_bytes + 1, read_bytes)
-        windows = [Tensor(ffi, self._memory.view(start, (read_bytes // 4,), "int32")) for start in starts]
-        out = Tensor(ffi, _zeros(reader_out, "int32"))
-        self._windows, self._read_bytes, self._kept_windows = [_bound([w, out]) for w in windows], read_bytes, windows
-        self._spin_arguments = _bound([Tensor(ffi, _zeros(spin_out, "int32"))])
+        windows = [self._tensor(self._memory.view(start, (read_bytes // 4,), "int32")) for start in starts]
+        out = self._tensor(plain_zeros(reader_out, "int32"))
+        self._windows, self._read_bytes = [_bound([window, out]) for window in windows], read_bytes
+        self._spin_arguments = _bound([self._tensor(plain_zeros(spin_out, "int32"))])
         self._spin = ffi.method(module, "spin")
         self._reader = max((ffi.method(module, name) for name in readers), key=self._speed)
 
     def prepare(self, library: str) -> int:
         """Load a candidate and run it on the first copy; gives its number. Its results are in `outs`."""
         function = self.ffi.method(self._load(library), KERNEL)
-        for out in self.outs:
-            ctypes.memset(out.array.address, UNWRITTEN, out.array.nbytes)
+        for out in self._plain_outs:
+            ctypes.memset(out.address, UNWRITTEN, out.nbytes)
         self._call(function, self._sets[0])
         self.functions.append(function)
         return len(self.functions) - 1
 
     def outputs(self) -> bytes:
         """All outputs, one behind the other."""
-        return b"".join(ctypes.string_at(out.array.address, out.array.nbytes) for out in self.outs)
+        return b"".join(ctypes.string_at(out.address, out.nbytes) for out in self._plain_outs)
 
     def call(self, function: int) -> None:
         """With the copies of the weights that have not been used for longest."""
@@ -128,13 +128,17 @@ class Workload:
             raise self.ffi.error("a kernel")
 
     def _held(self, argument: dict[str, Any], data: bytes) -> Tensor:
-        array = _zeros(argument["shape"], argument["dtype"])
-        ctypes.memmove(array.address, data[argument["offset"] : argument["offset"] + array.nbytes], array.nbytes)
-        return Tensor(self.ffi, array)
+        return self._filled(plain_zeros(argument["shape"], argument["dtype"]), argument, data)
 
     def _copied(self, argument: dict[str, Any], data: bytes, place: int) -> Tensor:
-        array = self._memory.view(place, argument["shape"], argument["dtype"])
+        return self._filled(self._memory.view(place, argument["shape"], argument["dtype"]), argument, data)
+
+    def _filled(self, array: Plain, argument: dict[str, Any], data: bytes) -> Tensor:
         ctypes.memmove(array.address, data[argument["offset"] : argument["offset"] + array.nbytes], array.nbytes)
+        return self._tensor(array)
+
+    def _tensor(self, array: Any) -> Tensor:
+        """Of an array of ours, whether there is numpy or not."""
         return Tensor(self.ffi, array)
 
 
@@ -150,19 +154,13 @@ class _Arena:
         return Plain(ctypes.addressof(self._anchor) + place, shape, dtype, self)
 
 
-def _zeros(shape: Sequence[int], dtype: str) -> Plain:
-    from .arrays import plain_zeros
-
-    return plain_zeros(shape, dtype)
-
-
 def _padded(argument: dict[str, Any]) -> int:
     return -(-int(argument["nbytes"]) // ALIGNMENT) * ALIGNMENT
 
 
 def _bound(tensors: Sequence[Tensor]) -> Any:
     """An argument array, which keeps its tensors."""
-    made = (Value * len(tensors))(*(Value(TENSOR, 0, tensor.handle) for tensor in tensors))
+    made: Any = (Value * len(tensors))(*(Value(TENSOR, 0, tensor.handle) for tensor in tensors))
     made._tensors = tuple(tensors)
     return made
 

@@ -39,8 +39,11 @@ LAW: dict[str, set[str]] = {
     },
     "compiler.passes": {"compiler.graph", "compiler.quant", "schedules", "targets", "tvm"},
     "compiler.tune": {
-        "compiler.graph.ops", "compiler.measure.read_bandwidth", "compiler.passes", "numpy", "schedules", "targets",
-        "tvm", "xgboost",
+        "compiler.codegen.link", "compiler.graph.ops", "compiler.measure.read_bandwidth", "compiler.passes", "numpy",
+        "runtime", "schedules", "targets", "tvm", "xgboost",
+    },
+    "compiler.tune.ssh": {
+        "asyncssh", "compiler.codegen.carried", "compiler.deploy", "compiler.tune", "runtime", "targets",
     },
     "compiler.codegen": {"numpy", "runtime.manifest", "targets", "tvm"},
     "compiler.codegen.chat_format": {"jinja2", "runtime.manifest"},

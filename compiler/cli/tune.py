@@ -62,7 +62,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--ssh", action="append", metavar="[USER@]HOST", help="start everything on this board, and end it afterwards;"
         " may be repeated",
     )  # fmt: skip
-    boards.add_argument("--ssh-port", type=positive, metavar="N", help="of the SSH servers (default: ~/.ssh/config, 22)")
+    boards.add_argument("--ssh-port", type=positive, metavar="N", help="of the SSH servers (~/.ssh/config, 22)")
     boards.add_argument("--identity", type=Path, metavar="FILE", help="private key (default: agent and ~/.ssh)")
     boards.add_argument(
         "--patience", type=_seconds, default=900.0, metavar="T", help="give up a board after this time (default: 15m)"
@@ -171,7 +171,7 @@ def _admit(database: Database, setting: Setting) -> None:
 
     if setting.measured == EMULATED and database.path.parent.parent.resolve() == DEFAULT_FOLDER.resolve():
         raise BoardError(
-            f"This board is emulated: its times say nothing about a real one, and never go into {DEFAULT_FOLDER.name}/. "
+            f"This board is emulated: its times say nothing about a real one and never go into {DEFAULT_FOLDER.name}/. "
             f"Give them a folder of their own with --tuning-logs DIR."
         )
     database.admit(setting.measured)
@@ -186,14 +186,18 @@ def _scratch() -> Iterator[Path]:
 @contextmanager
 def _tracker(options: argparse.Namespace, target: Target) -> Iterator[tuple[str, str]]:
     """Where boards offer themselves, and as what."""
+    from compiler.errors import UserError
+
     key = options.key or target.name
     if options.rpc:
         yield options.rpc, key
         return
-    from compiler.tune import ssh
-
+    try:
+        from compiler.tune import ssh
+    except ImportError:
+        raise UserError("--ssh needs the package asyncssh. Install it: pip install 'quern[deploy]'.") from None
     with ssh.boards(options.ssh, key, target, options.ssh_port, options.identity) as address:
-        yield address, key
+        yield str(address), key
 
 
 def _drift(options: argparse.Namespace) -> float:
@@ -303,7 +307,7 @@ def _print(
     console.print(table)
     if noisy := [o for o in outcomes if o.noise is not None]:
         console.print(
-            f"{len(noisy)} shapes were left: {noisy[-1].noise}. Nothing of such batches is recorded. Mend that, and run "
+            f"{len(noisy)} shapes were left: {noisy[-1].noise}. Nothing of such batches is recorded. Mend that and run "
             f"the same command again: it goes on where it stopped."
         )
     kept = len(complete) - sum(o in gained for o in complete)

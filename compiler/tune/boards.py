@@ -1,8 +1,9 @@
 """Timing of candidates on a board that TVM's tracker lends, through a worker process that compiles and links here.
 
-Boards vanish, hang, answer nonsense and get hot. A board that is lost is exchanged for the next one that the tracker has;
-a candidate is blamed for a loss only when it is lost twice, and the default kernel, under the same circumstances, is not.
-A batch in which the clock of the board was not what it has been before is thrown away, and the board may cool.
+Boards vanish, hang, answer nonsense and get hot. A board that is lost is exchanged for the next one that the tracker
+has; a candidate is blamed for a loss only when it is lost twice, and the default kernel is not, under the same
+circumstances. A batch in which the clock of the board was not what it has been before is thrown away, and the board may
+cool.
 """
 
 from __future__ import annotations
@@ -17,7 +18,16 @@ from typing import Any, ClassVar
 
 from compiler.errors import UserError
 from compiler.tune.measure import (
-    DRIFT, EMULATED, LEAST_BYTES, OPEN_S, RPC, Batch, CandidateFailed, CandidateLost, DeviceLost, Setting,
+    DRIFT,
+    EMULATED,
+    LEAST_BYTES,
+    OPEN_S,
+    RPC,
+    Batch,
+    CandidateFailed,
+    CandidateLost,
+    DeviceLost,
+    Setting,
     WorkerMeasurer,
 )  # fmt: skip
 from runtime import device, timing
@@ -27,7 +37,7 @@ from targets import Target
 WAIT_S, SOON_S = 20.0, 3.0  # for a board: before a batch, and in the middle of one
 MEMORY_SHARE = 4  # rotated weights take at most this part of a board's memory
 CACHES = 4  # and at least so many of its last-level caches
-SPIN_DRIFT = 0.08  # of the clock's canary: a Pi 4 has steps of 100 MHz, 7 % of 1500; a quiet board's spread is below 1 %
+SPIN_DRIFT = 0.08  # of the clock's canary: a Pi 4 has steps of 100 MHz, 7 % of 1500; quiet boards show below 1 %
 COOL_S, MOST_COOL_S = 2.0, 30.0  # pause before a hot board is looked at again; it doubles
 SLOWEST = 20  # a board may take so much longer for a batch than its default kernel's time says
 # Linux's "CPU part" of the cores that targets name: Arm's MIDR_EL1 documentation. Another core is another device.
@@ -146,7 +156,7 @@ class BoardMeasurer(WorkerMeasurer):
         if slower <= limit:
             return None
         return (
-            f"the board's clock is {slower:.0%} slower than at its best ({limit:.0%} is the limit): it throttles, or is "
+            f"the board's clock is {slower:.0%} slower than at its best ({limit:.0%} is the limit): it throttles or is "
             f"busy"
         )
 

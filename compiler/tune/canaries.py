@@ -1,8 +1,8 @@
 """Kernels that are timed beside candidates on a board, because no knob changes them.
 
-The readers of compiler/measure/read_bandwidth.py watch the memory. `spin` watches the clock: every thread turns a number
-over, one dependent instruction after the other, and touches no memory. When a board throttles, or somebody else takes
-its processors, it takes longer.
+The readers of compiler/measure/read_bandwidth.py watch the memory. `spin` watches the clock: every thread turns a
+number over, one dependent instruction after the other, and touches no memory. When a board throttles, or somebody else
+takes its processors, it takes longer.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What the workers have in common, the local one and that of boards: kernels, their arguments, what counts as right.
 
-A worker is a process, so that a candidate that hangs or crashes takes nothing else with it. It speaks pickled tuples over
-a pipe: a command and its arguments, answered by ("ok", value), or by "failed" (the candidate's doing), "lost" or "none"
-(the board's) and a message.
+A worker is a process, so that a candidate that hangs or crashes takes nothing else with it. It speaks pickled tuples
+over a pipe: a command and its arguments, answered by ("ok", value), or by "failed" (the candidate's doing), "lost" or
+"none" (the board's) and a message.
 """
 
 from __future__ import annotations

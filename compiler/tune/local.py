@@ -1,4 +1,4 @@
-"""Timing of candidates on this machine: interleaved with the default and with a reader of memory, in a process apart."""
+"""Timing of candidates on this machine: interleaved with the default and with a reader of memory, in a process."""
 
 from __future__ import annotations
 

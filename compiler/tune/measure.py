@@ -168,7 +168,7 @@ class WorkerMeasurer:
         for _ in range(self.losses):
             try:
                 return self._measure(request, space, candidates, rounds)
-            except CandidateLost as error:
+            except CandidateLost as error:  # noqa: PERF203
                 why = error
         if len(candidates) > 1:
             alone = [self.measure(request, space, [knobs], rounds) for knobs in candidates]

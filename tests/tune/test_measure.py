@@ -39,10 +39,10 @@ def test_candidates_beside_the_default(device: LocalMeasurer) -> None:
     batch = device.measure(REQUEST, space, [good, wrong, space.default], rounds=3)
     first, second, third = batch.timings
     assert second.failure is not None and second.seconds == []
-    for timing in (first, third, batch.default):
-        assert timing.failure is None
-        assert len(timing.speedups) == 3 and len(timing.seconds) >= 3 * 2
-        assert all(0 < seconds < 1 for seconds in timing.seconds)
+    for each in (first, third, batch.default):
+        assert each.failure is None
+        assert len(each.speedups) == 3 and len(each.seconds) >= 3 * 2
+        assert all(0 < seconds < 1 for seconds in each.seconds)
     assert len(batch.reads) == 3 and min(batch.reads) > 0
     # 4 blocks of 16 rows, 32 inputs: 1 KiB of codes, 128 bytes of scales, 64 of zeros
     assert batch.bytes_per_call == 1024 + 128 + 64
