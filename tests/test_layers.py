@@ -42,6 +42,7 @@ LAW: dict[str, set[str]] = {
         "compiler.graph.ops", "compiler.measure.read_bandwidth", "compiler.passes", "numpy", "schedules", "targets",
         "tvm", "xgboost",
     },
+    "compiler.board": {"compiler.codegen.link", "runtime"},
     "compiler.codegen": {"numpy", "runtime.manifest", "targets", "tvm"},
     "compiler.codegen.chat_format": {"jinja2", "runtime.manifest"},
     "compiler.codegen.tokenizer_files": {"tokenizers"},
