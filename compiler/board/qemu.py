@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import runtime as runtime_package
-from compiler.board.root import BoardError, missing_tools, require_tools, root
+from compiler.board.root import CPUINFO, BoardError, missing_tools, require_tools, root
 from compiler.codegen.link import cache_dir
 
 __all__ = [
-    "BoardError", "environment", "missing_tools", "require_tools", "root", "run", "runtime_folder", "start",
+    "CPUINFO", "BoardError", "environment", "missing_tools", "require_tools", "root", "run", "runtime_folder", "start",
     "start_bundle", "start_runtime",
 ]  # fmt: skip
 RUN = "run"  # in a self-contained bundle: compiler/codegen/carried.py
