@@ -1,7 +1,7 @@
 """The speed of a board that is not at hand, from what its instructions cost. A model.
 
-Instructions are counted, exactly (instructions.py, bundle_cost.py). Cycles are llvm-mca's. Seconds follow from the target's clock,
-cores and memory bandwidth, none of it measured on that board by quern:
+Instructions are counted, exactly (instructions.py, bundle_cost.py). Cycles are llvm-mca's. Seconds follow from the
+target's clock, cores and memory bandwidth, none of it measured on that board by quern:
 
     arithmetic = cycles of parallel kernels / (cores * clock) + cycles of the others / clock
     memory     = bytes of weights and cache a token / bandwidth
