@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 import tempfile
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import targets
 from compiler.board import qemu
@@ -26,9 +28,22 @@ from runtime.manifest import Manifest
 from targets import Target
 
 HOUR_S = 3600
-# Run on the board: argv is bundle, tokens, position. Prints where files are mapped and which bodies were launched.
+# Run on the board, after a program that sets `more`: prints that, and where each file was mapped, from lowest to highest.
+MAPS = """
+import json
+maps = {}
+for line in open("/proc/self/maps"):
+    words = line.split()
+    if len(words) == 6 and words[5].startswith("/"):
+        low, high = (int(number, 16) for number in words[0].split("-"))
+        first, last = maps.get(words[5], (low, high))
+        maps[words[5]] = min(first, low), max(last, high)
+print()
+print(json.dumps({"maps": maps, **more}))
+"""
+# argv is bundle, tokens, position; `launches` are the bodies that threads would share, by address.
 PROGRAM = """
-import ctypes, json, sys
+import ctypes, sys
 from pathlib import Path
 from runtime.bundle import open_bundle
 from runtime.session import Session
@@ -52,14 +67,7 @@ if tokens == 1:
     session.step(0)
 else:
     session.take([0] * tokens)
-maps = {}
-for line in open("/proc/self/maps"):
-    words = line.split()
-    if len(words) == 6 and words[5].startswith("/"):
-        low, high = (int(number, 16) for number in words[0].split("-"))
-        first, last = maps.get(words[5], (low, high))
-        maps[words[5]] = min(first, low), max(last, high)
-print(json.dumps({"maps": maps, "launches": launches}))
+more = {"launches": launches}
 """
 
 
@@ -107,14 +115,10 @@ def measure(bundle: Path, tokens: int, position: int) -> Cost:
     if (why := refusal(manifest)) is not None:
         raise UserError(f"{bundle}: {why}.")
     target, library = targets.load(manifest.target.name), bundle.resolve() / manifest.library
-    with tempfile.TemporaryDirectory(prefix="quern-count-") as folder:
-        out = Path(folder) / "counts"
-        plugin = {"QEMU_PLUGIN": f"{emulator.counter()},out={out}"}
-        arguments = ["-c", PROGRAM, bundle.resolve(), str(tokens), str(position)]
-        done = qemu.run(arguments, pythonpath=[qemu.runtime_folder()], env=plugin, timeout_s=HOUR_S)
-        executed = _by_file(emulator.read_counts(out), json.loads(done.stdout)["maps"])
-    launches = {int(address): count for address, count in json.loads(done.stdout)["launches"].items()}
-    base = json.loads(done.stdout)["maps"][str(library)][0]
+    arguments = [bundle.resolve(), str(tokens), str(position)]
+    said, executed = counted(PROGRAM, arguments, pythonpath=[qemu.runtime_folder()])
+    launches = {int(address): count for address, count in said["launches"].items()}
+    base = said["maps"][str(library)][0]
     parts = _parts(executed[str(library)], [base + at for at in elf.function_starts(library)], set(launches))
     modelled = cycles.of(parts, target) if target.mcpu != "generic" else dict.fromkeys(parts, 0.0)
     counts = {name: sum(e.count for e in part) for name, part in parts.items()}
@@ -122,6 +126,18 @@ def measure(bundle: Path, tokens: int, position: int) -> Cost:
         tokens, position, counts["shared"], counts["own"], modelled["shared"], modelled["own"],
         sum(launches.values()), executed,
     )  # fmt: skip
+
+
+def counted(
+    program: str, arguments: Sequence[str | Path], **how: Any
+) -> tuple[dict[str, Any], dict[str, list[Executed]]]:
+    """Run a program on the board under the counter: what MAPS printed at its end, and what was executed, by file."""
+    with tempfile.TemporaryDirectory(prefix="quern-count-") as folder:
+        out = Path(folder) / "counts"
+        environment = {"QEMU_PLUGIN": f"{emulator.counter()},out={out}", **how.pop("env", {})}
+        done = qemu.run(["-c", program + MAPS, *arguments], env=environment, timeout_s=HOUR_S, **how)
+        said = json.loads(done.stdout.splitlines()[-1])
+        return said, _by_file(emulator.read_counts(out), said["maps"])
 
 
 def _by_file(executed: list[Executed], maps: dict[str, tuple[int, int]]) -> dict[str, list[Executed]]:
