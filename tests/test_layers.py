@@ -66,7 +66,9 @@ LAW: dict[str, set[str]] = {
         "compiler.pipeline", "numpy", "targets", "tvm",
     },
     "compiler.measure.forecast_report": {"compiler.measure", "rich", "targets"},
-    "compiler.measure.bundle_cost": {"compiler.board", "compiler.codegen.elf", "compiler.measure", "runtime", "targets"},
+    "compiler.measure.bundle_cost": {
+        "compiler.board", "compiler.codegen.elf", "compiler.measure", "runtime", "targets",
+    },
     "compiler.measure.on_device": {
         "compiler.deploy", "compiler.measure", "compiler.progress", "rich", "runtime", "targets",
     },

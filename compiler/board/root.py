@@ -1,7 +1,7 @@
 """The arm64 root of the emulated board: Python, numpy, tokenizers and TVM's runtime, fetched once and kept.
 
-Debian's packages and PyPI's aarch64 wheels come as this machine's apt and pip are set up; neither root rights nor binfmt
-are needed. It lies under `cache_dir()`. A bundle that was built with --self-contained uses nothing of it but Python.
+Debian's packages and PyPI's aarch64 wheels come as this machine's apt and pip are set up; neither root rights nor
+binfmt are needed. It lies under `cache_dir()`. A bundle that was built with --self-contained uses nothing of it but Python.
 
 ROOT/python3 is the board's Python as a program of this machine: it starts qemu. The board's sys.executable names it, so
 a program on the board can start another one.

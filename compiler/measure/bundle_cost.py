@@ -25,10 +25,9 @@ from compiler.measure.emulator import Executed
 from runtime import device
 from runtime.bundle import read_manifest
 from runtime.manifest import Manifest
-from targets import Target
 
 HOUR_S = 3600
-# Run on the board, after a program that sets `more`: prints that, and where each file was mapped, from lowest to highest.
+# Run on the board behind a program that sets `more`: prints that, and where each file was mapped, from where to where.
 MAPS = """
 import json
 maps = {}
@@ -115,7 +114,7 @@ def measure(bundle: Path, tokens: int, position: int) -> Cost:
     if (why := refusal(manifest)) is not None:
         raise UserError(f"{bundle}: {why}.")
     target, library = targets.load(manifest.target.name), bundle.resolve() / manifest.library
-    arguments = [bundle.resolve(), str(tokens), str(position)]
+    arguments: list[str | Path] = [bundle.resolve(), str(tokens), str(position)]
     said, executed = counted(PROGRAM, arguments, pythonpath=[qemu.runtime_folder()])
     launches = {int(address): count for address, count in said["launches"].items()}
     base = said["maps"][str(library)][0]

@@ -82,7 +82,8 @@ def decode(words: set[int], target: Target) -> dict[int, str]:
     for line in said.splitlines():
         text, mark, encoding = line.partition("// encoding: [")
         if mark:
-            found[int.from_bytes(bytes(int(byte, 16) for byte in encoding.rstrip("]").split(",")), "little")] = text.strip()
+            word = bytes(int(byte, 16) for byte in encoding.rstrip("]").split(","))
+            found[int.from_bytes(word, "little")] = text.strip()
     return found
 
 

@@ -44,7 +44,7 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Work:
-    """One call: rows it computes, cycles that threads share and cycles that they cannot, parallel launches, bytes read."""
+    """One call: rows it computes, cycles that threads share, cycles that they cannot, parallel launches, bytes read."""
 
     tokens: int
     shared_cycles: float

@@ -1,7 +1,7 @@
 """A bundle on the board it is for: what the model forecasts, and beside it what a device measures over SSH.
 
-The forecast runs the bundle on the emulated Cortex-A72 and counts (bundle_cost.py); that board's own speed means nothing
-and is never looked at. The measurement is made on the device by the bundle's runtime (runtime/bench.py), nothing else.
+The forecast runs the bundle on the emulated Cortex-A72 and counts (bundle_cost.py); that board's own speed means
+nothing and is never looked at. The measurement is made on the device by the bundle's runtime (runtime/bench.py), nothing else.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ def _at(target: Target, max_mhz: int | None) -> Target:
     return replace(target, clock_mhz=max_mhz) if max_mhz and target.clock_mhz else target
 
 
-async def measured(bundle: Path, device: Device, work: Workload, threads: int | None, report: Reporter) -> dict[str, Any]:
+async def measured(
+    bundle: Path, device: Device, work: Workload, threads: int | None, report: Reporter
+) -> dict[str, Any]:
     """What `bench` of the runtime says on the device, after the bundle was deployed there if it was not yet."""
     local = versions.read(bundle, report)
     place = connection.parse_place(device.place)
@@ -147,9 +149,9 @@ def _rows(
     load = None if made is None or made.load_s is None else forecast.Spread(made.load_s, made.load_s, made.load_s)
     said = found or {"prefill_tok_s": [], "decode_tok_s": []}
     rows = [
-        (f"decode after {work.context} (tokens/s)", said["decode_tok_s"], made and made.decode_tok_s),
-        (f"prefill of {work.prompt_tokens} (tokens/s)", said["prefill_tok_s"], made and made.prefill_tok_s),
-        ("peak memory (MiB)", [said["peak_rss_mib"]] if found else [], made and made.peak_mib),
+        (f"decode after {work.context} (tokens/s)", said["decode_tok_s"], made.decode_tok_s if made else None),
+        (f"prefill of {work.prompt_tokens} (tokens/s)", said["prefill_tok_s"], made.prefill_tok_s if made else None),
+        ("peak memory (MiB)", [said["peak_rss_mib"]] if found else [], made.peak_mib if made else None),
         ("ready after (s; forecast: weights from its card)", [said["load_s"]] if found else [], load),
     ]
     return [row for row in rows if row[1] or row[2]]
@@ -164,7 +166,8 @@ def _notes(found: dict[str, Any] | None, modelled: Modelled | str) -> list[str]:
     notes = []
     if found is not None:
         clocks = [f"{name} {a} -> {b}" for name in ("mhz", "celsius") for a, b in [found[name]] if a is not None]
-        notes.append(f"measured on {found['host']}: {', '.join([found['device'], *clocks])}, {found['threads']} threads")
+        where = ", ".join([found["device"], *clocks, f"{found['threads']} threads"])
+        notes.append(f"measured on {found['host']}: {where}")
     if isinstance(modelled, str):
         return [*notes, f"no forecast: {modelled}"]
     d, p = modelled.decode, modelled.prefill

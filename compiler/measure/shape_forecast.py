@@ -66,8 +66,8 @@ def report(shape: str, bits: int, group_size: int, head_bits: int, context: int,
     if modelled and forecast.known(target):
         parallel = parallel_kernels(lowered.mod)
         read = token + caches * context // room
-        works = [_work(cost, parallel, read) for cost in (decode, prefill)]
-        made = forecast.forecast(*works, weights + caches + compiled.activation_bytes, weights, target)
+        one, many = _work(decode, parallel, read), _work(prefill, parallel, read)
+        made = forecast.forecast(one, many, weights + caches + compiled.activation_bytes, weights, target)
     return Report(decode, prefill, token, llvm, made)
 
 
@@ -75,7 +75,8 @@ def _work(cost: Cost, parallel: set[str], nbytes: int) -> Work:
     """What one call does: the kernels in `parallel` share their work among threads, the others do not."""
     shared = sum(n for name, n in cost.cycles_by_kernel.items() if name in parallel)
     own = sum(n for name, n in cost.cycles_by_kernel.items() if name not in parallel)
-    return Work(cost.tokens, shared, own, sum(n for name, n in cost.calls_by_kernel.items() if name in parallel), nbytes)
+    launches = sum(n for name, n in cost.calls_by_kernel.items() if name in parallel)
+    return Work(cost.tokens, shared, own, launches, nbytes)
 
 
 def _cached(name: str) -> bool:

@@ -58,7 +58,7 @@ def test_forecast_beside_measurement(board: Any, bundles: Bundles, tmp_path: Pat
     assert record["instructions"] < record["prefill_instructions"] < 16 * record["instructions"]
     assert (tmp_path / "there" / "current" / "model.so").read_bytes() == (bundle / "model.so").read_bytes()
     header, *rows = done.stdout.splitlines()
-    assert header.split() == "measured min max forecast (a model) low high measured / forecast".split()
+    assert " ".join(header.split()) == "measured min max forecast (a model) low high measured / forecast"
     starts = ("decode after 8 (tokens/s)", "prefill of 16 (tokens/s)", "peak memory (MiB)", "ready after (s; ",
               "measured on 127.0.0.1: ", "counted on an emulated Cortex-A72: ", "forecast at ")  # fmt: skip
     assert [row.startswith(start) for row, start in zip(rows, starts, strict=True)] == [True] * len(starts)
