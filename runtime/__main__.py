@@ -1,4 +1,4 @@
-"""Command line of the runtime: python -m runtime generate | chat | info | logits BUNDLE ..., and rpc-server.
+"""Command line of the runtime: python -m runtime generate | chat | info | logits | bench BUNDLE ..., and rpc-server.
 
 Exit codes: 0 done, 2 a UserError (one message on stderr), 130 interrupted, 141 the reader of our output went away.
 """
@@ -59,7 +59,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """All verbs and their options."""
     top = argparse.ArgumentParser(prog="python -m runtime", description="Run a quern bundle.")
-    verbs = top.add_subparsers(dest="verb", required=True, metavar="generate | chat | info | logits | rpc-server")
+    names = "generate | chat | info | logits | bench | rpc-server"
+    verbs = top.add_subparsers(dest="verb", required=True, metavar=names)
     generate = _verb(verbs, "generate", "continue a prompt", run_generate)
     generate.add_argument("--prompt", required=True, help="text to continue")
     _running_options(generate)
@@ -78,6 +79,13 @@ def parser() -> argparse.ArgumentParser:
     logits.add_argument("--ids", required=True, type=Path, help=".npy file, integers [n]")
     logits.add_argument("--out", required=True, type=Path, help=".npy file to write, float32 [n, vocabulary]")
     _running_options(logits)
+    bench = _verb(verbs, "bench", "how fast a bundle is on this machine", run_bench)
+    numbers = {"prompt-tokens": (512, "tokens of a prefill"), "context": (128, "tokens before the decoded ones")}
+    numbers |= {"decode-tokens": (16, "tokens decoded a round"), "rounds": (5, "how often each is run")}
+    for name, (default, text) in numbers.items():
+        bench.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
+    bench.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    _running_options(bench)
     _rpc_options(verbs.add_parser("rpc-server", help="offer this machine for tuning", description=RPC_SERVER))
     return top
 
@@ -274,6 +282,28 @@ def run_logits(options: argparse.Namespace) -> None:
             f"{options.out}: cannot be written: it is a directory, or is in a directory that does not exist."
         )
     write_logits(_open(options, lambda _: None)[1], ids, options.out)
+
+
+def run_bench(options: argparse.Namespace) -> None:
+    """Measure, and print a line a round, or one JSON object at the end."""
+    _, session, _ = _open(options, lambda _: None)
+    load_s = time.perf_counter() - STARTED
+    import statistics
+
+    from . import bench
+
+    tell = (lambda _: None) if options.json else lambda line: print(line, flush=True)
+    work = (options.prompt_tokens, options.context, options.decode_tokens, options.rounds)
+    found = bench.measure(session, *work, load_s, tell)
+    if options.json:
+        print(json.dumps(found))
+        return
+    middle = {name: statistics.median(found[name]) for name in ("prefill_tok_s", "decode_tok_s")}
+    print(
+        f"{found['device']}: prefill of {found['prompt_tokens']} tokens {middle['prefill_tok_s']:.1f} tokens/s, decode "
+        f"after {found['context']} {middle['decode_tok_s']:.1f} tokens/s (medians), {session.threads} threads, peak "
+        f"memory {found['peak_rss_mib']:.0f} MiB, ready after {load_s:.2f} s"
+    )
 
 
 def run_rpc_server(options: argparse.Namespace) -> None:

@@ -7,12 +7,9 @@ FOLDER/current, previous   links to versions/VERSION; `current` always points to
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 import asyncssh
 
@@ -72,18 +69,6 @@ done
 :
 """
 _ROLLBACK = _TOOLS + 'cd "$1" && mark current "$3" && mark previous "$2" && sync'
-_READY = """
-cd "$1" || exit 1
-command -v python3 >/dev/null || { echo python3; exit; }
-[ -f current/run ] || python3 -c '
-import importlib.util
-print(*(m for m in ("runtime", "numpy", "tokenizers") if importlib.util.find_spec(m) is None))'
-"""
-_RUN = """
-cd "$1" || exit 1
-[ ! -f current/run ] || exec python3 current/run "$2"
-exec python3 -m runtime generate current --prompt="$2"
-"""
 
 
 @dataclass(frozen=True)
@@ -172,24 +157,6 @@ async def rollback(remote: Remote, report: Reporter) -> Deployed:
         )
     await remote.output(_ROLLBACK, folder, f"versions/{current}", f"versions/{previous}")
     return Deployed(previous, current, 0, sum(digest.bytes for digest in files.values()), ())
-
-
-async def run(remote: Remote, prompt: str) -> int:
-    """Let the current version continue a prompt; its output goes to ours. Gives its exit code."""
-    lacking = (await remote.output(_READY, remote.folder)).split()
-    if lacking:
-        todo = [f"install {name}" for name in lacking if name != "runtime"]
-        todo += ["copy quern's folder runtime/ beside `current`"] if "runtime" in lacking else []
-        raise DeployError(
-            f"{remote.name}: the bundle is in {remote.folder}/current, but cannot run there, for want of "
-            f"{', '.join(lacking)}. To run it, {', '.join(todo)}; runtime/README.md says what else it needs."
-        )
-    async with remote.process(_RUN, remote.folder, prompt, stdin=asyncssh.DEVNULL) as process:
-        await asyncio.gather(_pump(process.stdout, sys.stdout), _pump(process.stderr, sys.stderr))
-        await process.wait()
-        if process.exit_status is None and process.exit_signal is None:
-            raise remote.lost(None)
-    return process.exit_status if process.exit_status is not None and process.exit_status >= 0 else 1
 
 
 async def _copy(
@@ -282,10 +249,3 @@ async def _links(remote: Remote) -> tuple[str | None, str | None]:
     lines = (await remote.output(_LINKS, remote.folder)).splitlines()
     names = [line.removeprefix("versions/") or None for line in lines]
     return (names[0], names[1]) if len(names) == 2 else (None, None)
-
-
-async def _pump(source: asyncssh.SSHReader[bytes], sink: TextIO) -> None:
-    """Pass on what comes, when it comes."""
-    while piece := await source.read(4096):
-        sink.buffer.write(piece)
-        sink.flush()
