@@ -249,11 +249,18 @@ def _tasks(options: argparse.Namespace, target: Target) -> list[Task]:
         for function in sorted(wanted & asked.keys()):
             for call in asked[function]:
                 room = space(call)
-                if room is not None and (options.operators is None or room.schedule.split(".")[0] in options.operators):
+                if room is not None and _wanted(options.operators, call.op, room.schedule):
                     found.setdefault((room.schedule, tuple(room.workload.items())), Task(call, room))
     if not found:
         raise UserError("Nothing to tune: no kernel of this model, with these --tokens and --operators, has knobs.")
     return list(found.values())
+
+
+def _wanted(names: list[str] | None, operator: str, schedule: str) -> bool:
+    """Whether --operators names an operator, with or without its variants, or the schedule that lowers it."""
+    own = operator.removeprefix("quern.")
+    named = (own == name or own.startswith(f"{name}_") or schedule.split(".")[0] == name for name in names or ())
+    return names is None or any(named)
 
 
 @contextmanager

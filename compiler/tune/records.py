@@ -133,6 +133,8 @@ class Database:
     def close(self) -> None:
         """Let other processes write."""
         if self._file is not None:
+            if not self.records and not self.path.stat().st_size:
+                self.path.unlink()  # nothing came of it
             self._file.close()
             self._file = None
 

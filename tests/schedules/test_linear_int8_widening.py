@@ -160,3 +160,14 @@ def test_no_kernel_asks_for_a_workspace(m: int) -> None:
     kernel = linear_int8_widening.lower(call)
     args = [kernel.packings[i].spec if i in kernel.packings else s for i, s in enumerate(call.args)]
     assert_no_heap(build(lambda _: kernel, replace(call, args=tuple(args))).assembly)
+
+
+@pytest.mark.parametrize("knobs", [{"unroll": 16, "prefetch_bytes": 512}, {"unroll": 256, "prefetch_bytes": 2048}], ids=str)
+@pytest.mark.parametrize(("grid", "k", "group"), [("int4", 704, 43), ("int5", 256, 128)])
+def test_knobs_change_no_bit(grid: str, k: int, group: int, knobs: dict[str, int]) -> None:
+    w = weight(grid, False, 9, k, group)
+    args = arguments(np.random.default_rng(3).standard_normal((1, k)).astype(np.float32), w)
+    call = request(args, w, False)
+    point = {**linear_int8_widening.space(call).default, **knobs}
+    (got,) = emulated.run(linear_int8_widening.lower(replace(call, knobs=point)), call, args)
+    assert np.array_equal(got, there(args, w, False))
