@@ -9,6 +9,7 @@ Commands: `connect`, `open`, `prepare`, `time`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -70,8 +71,12 @@ class Worker:
 
         Raises NoBoard when the tracker has none within that time.
         """
-        if self._session is not None and time.monotonic() - self._since > SESSION_S / 2:
-            self._leave()
+        if self._session is not None:
+            if time.monotonic() - self._since > SESSION_S / 2:
+                self._leave()
+            else:
+                with contextlib.suppress(Lost):  # it may have gone since it was asked last
+                    self._json("about")
         if self._session is None:
             offer = self._requested(wait_s)
             key = f"{offer.match_key} -threads={self.threads}"
