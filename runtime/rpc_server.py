@@ -89,7 +89,7 @@ class Server:
             self._listener = socket.create_server((self.bind, self.port), family=family)
         except OSError as error:
             raise InputError(
-                f"{Address(self.bind, self.port)}: cannot be listened on: {error.strerror or error}. "
+                f"{Address(self.bind, self.port)}: cannot be listened on: {_reason(error)}. "
                 f"Give another --port (0: any that is free), or an address of this machine to --bind."
             ) from None
         self.port = self._listener.getsockname()[1]
@@ -285,6 +285,11 @@ def exception(message: str) -> bytes:
     text = message.encode()
     body = struct.pack("<iiiQ", EXCEPTION, 1, RAW_STR, len(text)) + text
     return struct.pack("<Q", len(body)) + body
+
+
+def _reason(error: OSError) -> str:
+    """Without what socket.create_server adds."""
+    return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
 
 
 def _number(text: object, default: float) -> float:

@@ -122,7 +122,7 @@ def test_a_wrong_record_is_never_written(tmp_path: Path) -> None:
     with pytest.raises(DatabaseError, match="it was made for pestle"):
         writer.append(trial(target="pestle"))
     writer.close()
-    assert writer.path.read_bytes() == b""
+    assert not writer.path.exists()
 
 
 def test_records_of_another_folder_are_refused(tmp_path: Path) -> None:
@@ -197,3 +197,30 @@ def test_what_a_build_asks(tmp_path: Path) -> None:
     assert path.is_file()
     other = replace(NATIVE, name="other")
     assert Tuned.of(tmp_path, other)(replace(request, target=other)) is None
+
+
+def test_an_emulators_times_stand_alone(tmp_path: Path) -> None:
+    path = database(tmp_path, trial())
+    writer = Database.writing(tmp_path, "mill")
+    for measured in ("local", "rpc"):
+        writer.admit(measured)
+    with pytest.raises(DatabaseError) as caught:
+        writer.admit("emulated")
+    assert str(caught.value) == (
+        f"{path}: it has times of real boards, this one is emulated, and the one says nothing about the other. Give "
+        f"--tuning-logs another folder."
+    )
+    with pytest.raises(DatabaseError, match="the file mixes clocks: it has times of real boards, this one is emulated"):
+        writer.append(trial(measured="emulated"))
+    writer.close()
+    database(tmp_path, trial(measured="emulated"), key="pestle")
+    writer = Database.writing(tmp_path, "pestle")
+    with pytest.raises(DatabaseError, match="it has times of an emulated board, this one is real"):
+        writer.admit("rpc")
+    writer.close()
+
+
+def test_a_database_without_records_leaves_no_file(tmp_path: Path) -> None:
+    writer = Database.writing(tmp_path, "mill")
+    writer.close()
+    assert not writer.path.exists()
