@@ -62,7 +62,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--ssh", action="append", metavar="[USER@]HOST", help="start everything on this board, and end it afterwards;"
         " may be repeated",
     )  # fmt: skip
-    boards.add_argument("--ssh-port", type=positive, metavar="N", help="of the SSH servers (~/.ssh/config, 22)")
+    boards.add_argument("--port", type=positive, metavar="N", help="of the SSH servers (~/.ssh/config, 22)")
     boards.add_argument("--identity", type=Path, metavar="FILE", help="private key (default: agent and ~/.ssh)")
     boards.add_argument(
         "--patience", type=_seconds, default=900.0, metavar="T", help="give up a board after this time (default: 15m)"
@@ -153,7 +153,7 @@ def _check_boards(options: argparse.Namespace) -> None:
 
     if options.rpc and options.ssh:
         raise UserError("--rpc takes boards from a tracker that runs already, --ssh starts one: give one of the two.")
-    given = [f"--{name}" for name in ("key", "boards", "ssh_port", "identity") if getattr(options, name) is not None]
+    given = [f"--{name}" for name in ("key", "boards", "port", "identity") if getattr(options, name) is not None]
     if given and not (options.rpc or options.ssh):
         raise UserError(f"{given[0].replace('_', '-')} belongs to --rpc or --ssh, which is missing. Give one of them.")
     if options.rpc:
@@ -196,7 +196,7 @@ def _tracker(options: argparse.Namespace, target: Target) -> Iterator[tuple[str,
         from compiler.tune import ssh
     except ImportError:
         raise UserError("--ssh needs the package asyncssh. Install it: pip install 'quern[deploy]'.") from None
-    with ssh.boards(options.ssh, key, target, options.ssh_port, options.identity) as address:
+    with ssh.boards(options.ssh, key, target, options.port, options.identity) as address:
         yield str(address), key
 
 

@@ -1,4 +1,4 @@
-"""A board's server, with TVM's own tracker and TVM's own client: sessions, their ends, strangers, a tracker that left."""
+"""A board's server, with TVM's own tracker and client: sessions, their ends, strangers, a tracker that left."""
 
 from __future__ import annotations
 
@@ -283,8 +283,8 @@ def test_an_open_port_is_warned_of(place: Address, log: Path) -> None:
     first = log.read_text().splitlines()[0]
     port = first.split(" ")[4].rpartition(":")[2]
     assert first == (
-        f"rpc-server: warning: whoever reaches 0.0.0.0:{port} may run programs as this user. Use this in a network that "
-        f"you trust, or leave --bind out and use an SSH tunnel."
+        f"rpc-server: warning: whoever reaches 0.0.0.0:{port} may run programs as this user. Use this in a network "
+        f"that you trust, or leave --bind out and use an SSH tunnel."
     )
 
 

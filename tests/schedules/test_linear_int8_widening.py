@@ -162,7 +162,7 @@ def test_no_kernel_asks_for_a_workspace(m: int) -> None:
     assert_no_heap(build(lambda _: kernel, replace(call, args=tuple(args))).assembly)
 
 
-@pytest.mark.parametrize("knobs", [{"unroll": 16, "prefetch_bytes": 512}, {"unroll": 256, "prefetch_bytes": 2048}], ids=str)
+@pytest.mark.parametrize("knobs", [{"unroll": 16, "prefetch_bytes": 512}, {"unroll": 256, "prefetch_bytes": 2048}])
 @pytest.mark.parametrize(("grid", "k", "group"), [("int4", 704, 43), ("int5", 256, 128)])
 def test_knobs_change_no_bit(grid: str, k: int, group: int, knobs: dict[str, int]) -> None:
     w = weight(grid, False, 9, k, group)

@@ -53,7 +53,8 @@ class Garbage(Board):
 
     def time(self, text: str, rounds: int) -> str:
         found = json.loads(super().time(text, rounds))
-        nonsense = ["{]", json.dumps(found | {"seconds": [[[-1.0]]]}), json.dumps(found | {"seconds": found["seconds"][1:]})]
+        wrong = ([[[-1.0]]], found["seconds"][1:])
+        nonsense = ["{]", *(json.dumps(found | {"seconds": seconds}) for seconds in wrong)]
         count = self.count()
         return nonsense[count - 1] if count <= len(nonsense) else json.dumps(found)
 
