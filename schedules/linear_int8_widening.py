@@ -349,7 +349,10 @@ def lower(request: Request) -> Kernel:
     residual = request.op.endswith("_residual")
     scale_dtype = request.args[SCALE].dtype
     layer = Layer(m, n, geometry, storage, scale_dtype, affine, residual, table, unit)
-    layer = replace(layer, **default_knobs(layer) | {name: int(value) for name, value in request.knobs.items()})
+    knobs = default_knobs(layer) | dict(request.knobs)
+    layer = replace(
+        layer, tokens=knobs["tokens"], unroll=knobs["unroll"], prefetch_bytes=knobs["prefetch_bytes"]
+    )  # fmt: skip
     kind = request.attrs.get("grid", storage.name)
     tail = ("_offset" if affine == "offset" else "") + ("_residual" if residual else "")
     name = f"linear_{kind}a8_widening_m{m}_n{n}_k{k}_g{group}_s{scale_dtype[5:]}{tail}"

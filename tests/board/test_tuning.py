@@ -58,7 +58,8 @@ def test_two_boards_one_of_which_dies_and_comes_back(
     request = replace(linear(64), target=RPI4)
     asked, setting = space(request), replace(Setting.here(1), measured="rpc")
     assert asked is not None
-    database, told = Database.writing(tmp_path / "own", "rpi4"), []
+    told: list[str] = []
+    database = Database.writing(tmp_path / "own", "rpi4")
     measurers = [
         BoardMeasurer(setting, most_drift=LOOSE, tracker=str(address), key="rpi4", target=RPI4, folder=tmp_path,
                       admit=lambda found: database.admit(found.measured), least_bytes=1 << 16)

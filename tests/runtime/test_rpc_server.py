@@ -110,6 +110,11 @@ def wait_for(what: Callable[[], object]) -> None:
         time.sleep(0.02)
 
 
+def said(log: Path, what: str, count: int) -> None:
+    """Wait until the server has said something that often."""
+    wait_for(lambda: log.read_text().count(what) == count)
+
+
 def lent(address: Address) -> Offer:
     """The board, as the tracker lends it."""
     connection = Tracker(address)
@@ -174,8 +179,8 @@ def test_any_client_of_tvm_is_served(place: Address, log: Path, library: Path, t
         close(client)
         wait_for(lambda: not folder.exists())
         close(session(place))  # it is offered again
-    said = log.read_text()
-    assert f"is offered as {KEY} by the tracker at {place}\n" in said and "a client came\n" in said
+    text = log.read_text()
+    assert f"is offered as {KEY} by the tracker at {place}\n" in text and "a client came\n" in text
 
 
 def test_what_ends_a_session_is_told(place: Address, log: Path, library: Path) -> None:
@@ -249,14 +254,14 @@ def test_a_client_that_never_comes(place: Address, log: Path) -> None:
 def test_it_comes_back_to_a_tracker_that_was_started_again(log: Path) -> None:
     address = Address("127.0.0.1", free_port())
     with tracker(address.port) as tell, server(address, log):
-        wait_for(lambda: "trying until there is one" in log.read_text())
-        for count in (1, 3):
+        said(log, "trying until there is one", 1)
+        for life in (1, 2):
             tell("start")
-            wait_for(lambda count=count: log.read_text().count("is offered") == count)
+            said(log, "is offered", 2 * life - 1)
             close(session(address))
-            wait_for(lambda count=count: log.read_text().count("is offered") == count + 1)
+            said(log, "is offered", 2 * life)
             tell("stop")
-            wait_for(lambda count=count: log.read_text().count("the tracker is gone") == (count + 1) // 2)
+            said(log, "the tracker is gone", life)
 
 
 def test_a_tunnels_server_ends_with_its_stdin(place: Address, log: Path) -> None:

@@ -83,7 +83,8 @@ def tune(
     folder: Path, boards: list[Board], spaces: Sequence[Space] = (LARGE,), trials: int = 32, patience_s: float = 60
 ) -> tuple[list[Outcome], list[str]]:
     """Outcomes, and the lines that were told."""
-    database, told = Database.writing(folder, "mill"), []
+    told: list[str] = []
+    database = Database.writing(folder, "mill")
     try:
         measurers = cast("list[BoardMeasurer]", boards)
         tuner = Tuner(database, measurers[0], trials, devices=len(boards))

@@ -8,6 +8,7 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,9 +49,9 @@ def serving(folder: Path) -> list[int]:
 
 def test_a_board_over_ssh(server: sshd.Server, tmp_path: Path) -> None:
     there = tmp_path / "board"
-    tune = ["compiler", "tune", "--target", "native", "--model", MODEL, "--bits", "4", "--tokens", "1", "--operators",
-            "linear_int8", "--trials", TRIALS, "--threads", "1", "--drift", "10000", "--tuning-logs", "logs", "--json",
-            "--ssh", f"127.0.0.1:{there}", "--port", server.port, "--identity", server.key]  # fmt: skip
+    tune: list[Any] = ["compiler", "tune", "--target", "native", "--model", MODEL, "--bits", "4", "--tokens", "1"]
+    tune += ["--operators", "linear_int8", "--trials", TRIALS, "--threads", "1", "--drift", "10000", "--json"]
+    tune += ["--tuning-logs", "logs", "--ssh", f"127.0.0.1:{there}", "--port", server.port, "--identity", server.key]
     own = {"HOME": str(server.home), "QUERN_CACHE": str(cache_dir())}
     environment = {k: v for k, v in commands.environment(own).items() if k != "SSH_AUTH_SOCK"}
     database = tmp_path / "logs" / NATIVE.tuning_key / FILE_NAME
