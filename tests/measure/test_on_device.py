@@ -63,7 +63,10 @@ def test_a_measurement_without_a_forecast(capsys: pytest.CaptureFixture[str], tm
     tiny.build(tmp_path / "toy")
     record = on_device.record(tmp_path / "toy", WORK, measured(), "there is no qemu.")
     assert (record["cost"], record["forecast"], record["no_forecast"]) == ("time", None, "there is no qemu.")
-    assert record["spread"]["decode_tok_s"] == {"median": 3.0, "min": 3.0, "max": 3.5}
+    assert record["spread"] == {
+        "prefill_tok_s": {"median": 40.0, "min": 30.0, "max": 50.0},
+        "decode_tok_s": {"median": 3.0, "min": 3.0, "max": 3.5},
+    }
 
 
 def test_an_emulated_board_gives_no_times(tmp_path: Path) -> None:

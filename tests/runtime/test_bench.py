@@ -27,7 +27,12 @@ def test_taking_tokens_is_prefill_without_logits(session: Session) -> None:
 def test_the_past_of_decoded_tokens_is_filled_once(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
     real = Session.prefill
-    monkeypatch.setattr(Session, "prefill", lambda self, ids: taken.append(len(ids)) or real(self, ids))
+
+    def prefill(self: Session, ids: list[int]) -> object:
+        taken.append(len(ids))
+        return real(self, ids)
+
+    monkeypatch.setattr(Session, "prefill", prefill)
     timed = bench.Timed(session)
     assert timed.decode(8, 4) > 0 and timed.decode(8, 4) > 0
     assert taken == [8]
