@@ -43,7 +43,7 @@ LAW: dict[str, set[str]] = {
         "tvm", "xgboost",
     },
     "compiler.board": {"compiler.codegen.link", "runtime"},
-    "compiler.codegen": {"numpy", "runtime.manifest", "targets", "tvm"},
+    "compiler.codegen": {"numpy", "runtime.manifest", "runtime.manifest_check", "targets", "tvm"},
     "compiler.codegen.chat_format": {"jinja2", "runtime.manifest"},
     "compiler.codegen.tokenizer_files": {"tokenizers"},
     "compiler.deploy": {"asyncssh", "compiler.progress", "runtime"},

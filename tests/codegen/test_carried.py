@@ -159,7 +159,7 @@ def test_the_runtime_is_whole_and_reproducible(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         carried.write({"lib.so": CONTENT}, tmp_path / name)
     one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
-    assert one == two and set(one) == {"lib.so", "run", "runtime.zip"}
+    assert one == two and set(one) == {"lib.so", "licenses.txt", "run", "runtime.zip"}
     with zipfile.ZipFile(tmp_path / "one" / "runtime.zip") as archive:
         packed = {name: archive.read(name) for name in archive.namelist()}
     sources = [path for path in (REPO / "runtime").glob("*.py") if path.name != "run.py"]
