@@ -4,7 +4,7 @@ runtime.zip (the runtime package), `run` (the program to start), TVM's two libra
 target's architecture, out of wheels whose digests stand here. Files of other wheels never get into a bundle: the wheel
 is checked before it is opened, and each file again whenever it is taken from the cache.
 tokenizers is older than the compiler's: 0.22.2 is the last one for Python 3.9, and its abi3 library loads in all later
-ones; test_carried_tokenizer.py has both read the same files. numpy is not carried: 50 MB for each version of Python, and
+ones; test_carried_tokenizer.py has both read the same files. numpy is not carried: 50 MB a version of Python, and
 runtime/arrays.py does without.
 """
 
