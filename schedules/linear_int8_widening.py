@@ -27,7 +27,7 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from schedules import vector
+from schedules import filled_bytes, vector
 from schedules.geometry import Geometry
 from schedules.isa import broadcast_table
 from schedules.kernel import Kernel, NotSuited, Request, Space
@@ -39,7 +39,9 @@ from schedules.storage import Storage, Table, unpack
 from schedules.vector import Expr
 
 RANK = 5  # below AMX, which never meets it
-UNROLLED = 64  # inputs of a loop's body at least; from 128 on LLVM moves loads up until registers run out
+# Inputs of a loop's body at least. From 128 on LLVM moves loads up until registers run out; with TBL, whose latency is
+# twice as long, it pays all the same (NF4, groups of 64: 0.254 cycles a product instead of 0.275).
+UNROLLED, UNROLLED_LOOKUP = 64, 128
 LINE = ROWS * BYTES  # bytes: a vector of each of the rows is a cache line of a Cortex-A72
 HALF = 8  # int16 sums in a register, products of one instruction
 QMAX = 127
@@ -196,7 +198,7 @@ class _Tile:
                 if layer.prefetch_bytes:
                     self._prefetch(step + local)
                 rows = [[self._weights(step + local, v, r) for v in planes] for r in range(ROWS)]
-                fields = [unpack(layer.storage, vectors, ROWS, shifts_bytes=True) for vectors in rows]
+                fields = [self._fields(vectors) for vectors in rows]
             codes = [self._signed(of_row[place // BYTES]) for of_row in fields]
             for half, x in self._halves(span, at, inputs):
                 part = T.vectorhigh if half else T.vectorlow
@@ -218,6 +220,13 @@ class _Tile:
             return
         for half in range(0, min(BYTES, inputs - at), HALF):
             yield half, [self._activations(t, span, at + half, HALF) for t in tokens]
+
+    def _fields(self, vectors: list[Expr]) -> list[Expr]:
+        """uint8 vectors [16] of a row's codes, out of a step's vectors."""
+        storage = self.layer.storage
+        if storage.high:
+            return filled_bytes.unpack(storage.bits, vectors)
+        return unpack(storage, vectors, ROWS, shifts_bytes=True)
 
     def _prefetch(self, step: Expr) -> None:
         """Ask for the codes that lie prefetch_bytes behind those of this step: a thread reads them front to back."""
@@ -370,7 +379,8 @@ def default_knobs(layer: Layer) -> dict[str, int]:
     """By count of instructions and llvm-mca's cycles; no board has been asked yet."""
     tile = 4 if layer.most > 2 else 2  # where every other product moves on to int32, sixteen such sums would spill
     tokens = next(t for t in (tile, 2, 1) if layer.m % t == 0)
-    return {"tokens": tokens, "unroll": UNROLLED, "prefetch_bytes": 0}
+    unroll = UNROLLED if layer.table is None else UNROLLED_LOOKUP
+    return {"tokens": tokens, "unroll": unroll, "prefetch_bytes": 0}
 
 
 def space(request: Request) -> Space:

@@ -46,7 +46,7 @@ LAW: dict[str, set[str]] = {
         "asyncssh", "compiler.codegen.carried", "compiler.deploy", "compiler.tune", "runtime", "targets",
     },
     "compiler.board": {"compiler.codegen.link", "runtime"},
-    "compiler.codegen": {"numpy", "runtime.manifest", "targets", "tvm"},
+    "compiler.codegen": {"numpy", "runtime.manifest", "runtime.manifest_check", "targets", "tvm"},
     "compiler.codegen.chat_format": {"jinja2", "runtime.manifest"},
     "compiler.codegen.tokenizer_files": {"tokenizers"},
     "compiler.deploy": {"asyncssh", "compiler.progress", "runtime"},

@@ -1,7 +1,7 @@
 """The arm64 root of the emulated board: Python, numpy, tokenizers and TVM's runtime, fetched once and kept.
 
 Debian's packages and PyPI's aarch64 wheels come as this machine's apt and pip are set up; neither root rights nor
-binfmt are needed. It lies under `cache_dir()`. A bundle that was built with --self-contained uses nothing of it but Python.
+binfmt are needed. It lies under `cache_dir()`. A self-contained bundle uses nothing of it but Python.
 
 ROOT/python3 is the board's Python as a program of this machine: it starts qemu. The board's sys.executable names it, so
 a program on the board can start another one.
@@ -66,7 +66,7 @@ def require_tools() -> None:
         hint = (
             f"apt-get install {' '.join(TOOLS[tool] for tool in missing)}."
             if shutil.which("apt-get")
-            else "It fetches Debian's arm64 packages with apt-get, so it needs Debian or Ubuntu here."
+            else "it fetches Debian's arm64 packages with apt-get, so it needs Debian or Ubuntu here."
         )
         raise BoardError(f"--board qemu needs {', '.join(missing)}, which this machine lacks: {hint}")
 

@@ -3,18 +3,21 @@
 FOLDER/incoming/VERSION/   what has come so far; a later run goes on from there
 FOLDER/versions/VERSION/   whole bundles; VERSION is the SHA-256 of manifest.json, which holds every other digest
 FOLDER/current, previous   links to versions/VERSION; `current` always points to a whole bundle
+FOLDER/lock                held by whoever changes any of these
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import asyncssh
 
 from compiler.deploy import machine
-from compiler.deploy.connection import DeployError, Remote
+from compiler.deploy.connection import LOST, DeployError, Remote
 from compiler.progress import Reporter, Stage
 from runtime import manifest
 from runtime.bundle import read_manifest
@@ -43,6 +46,19 @@ if [ "$2" = 0 ]; then sum <"$1"; exit; fi
 i=0; while [ "$i" -lt "$3" ]; do dd if="$1" bs="$2" skip="$i" count=1 2>/dev/null | sum; i=$((i + 1)); done
 """
 )
+# Held as long as this runs: until its stdin ends, which it does with the connection, however that ends.
+_LOCK = """
+cd "$1" || exit 1
+if command -v flock >/dev/null; then
+  exec 9>lock || exit 1
+  flock -n 9 || { echo busy; exit 0; }
+elif ! (set -C; echo $$ >lock.pid) 2>/dev/null; then
+  if kill -0 "$(cat lock.pid)" 2>/dev/null; then echo busy; exit 0; fi
+  echo $$ >lock.pid || exit 1
+fi
+[ ! -f lock.pid ] || trap 'rm -f lock.pid' EXIT
+echo held; cat
+"""
 _INSTALL = """
 cd "$1" && sync || exit 1
 if [ -d "versions/$2" ]; then
@@ -117,9 +133,19 @@ async def deploy(remote: Remote, bundle: Local, report: Reporter) -> Deployed:
     incoming, place = f"incoming/{version}", f"versions/{version}"
     described = await machine.look(remote, folder)
     there, partial = await _sizes(remote, place), await _sizes(remote, incoming)
-    wanted = dict(files)
     missing = sum(max(0, d.bytes - (partial or {}).get(name, 0)) for name, d in files.items())
     machine.require(described, bundle.manifest, missing if there is None else 0, remote.name, folder)
+    await remote.output('mkdir -p "$1"', folder)
+    async with _alone(remote):
+        return await _deploy(remote, bundle, report)
+
+
+async def _deploy(remote: Remote, bundle: Local, report: Reporter) -> Deployed:
+    """The same for a device where the bundle fits, with the lock held."""
+    folder, version, files = remote.folder, bundle.version, bundle.files
+    incoming, place = f"incoming/{version}", f"versions/{version}"
+    there, partial = await _sizes(remote, place), await _sizes(remote, incoming)
+    wanted = dict(files)
     if there is not None:  # deployed before: only what was damaged since comes again
         wanted = await _damaged(remote, place, files, report)
     sent = await _copy(remote, bundle, wanted, partial or {}, report)
@@ -140,10 +166,24 @@ async def deploy(remote: Remote, bundle: Local, report: Reporter) -> Deployed:
 
 async def rollback(remote: Remote, report: Reporter) -> Deployed:
     """Exchange `current` and `previous`, after the digests of the previous version were checked there."""
+    if None in await _links(remote):
+        raise _nothing_before(remote)
+    async with _alone(remote):
+        return await _rollback(remote, report)
+
+
+def _nothing_before(remote: Remote) -> DeployError:
+    return DeployError(
+        f"{remote.name}: {remote.folder} keeps no previous version, so there is nothing to go back to."
+    )
+
+
+async def _rollback(remote: Remote, report: Reporter) -> Deployed:
+    """The same with the lock held."""
     folder = remote.folder
     current, previous = await _links(remote)
     if current is None or previous is None or current == previous:
-        raise DeployError(f"{remote.name}: {folder} keeps no previous version, so there is nothing to go back to.")
+        raise _nothing_before(remote)
     place = f"versions/{previous}"
     text = await remote.output('cat "$1"', f"{folder}/{place}/{manifest.FILE_NAME}")
     try:
@@ -157,6 +197,27 @@ async def rollback(remote: Remote, report: Reporter) -> Deployed:
         )
     await remote.output(_ROLLBACK, folder, f"versions/{current}", f"versions/{previous}")
     return Deployed(previous, current, 0, sum(digest.bytes for digest in files.values()), ())
+
+
+@asynccontextmanager
+async def _alone(remote: Remote) -> AsyncIterator[None]:
+    """Nobody else changes the folder meanwhile. Raises DeployError when somebody does."""
+    async with remote.process(_LOCK, remote.folder) as process:
+        said = bytes(await process.stdout.readline()).strip()
+        if said == b"busy":
+            raise DeployError(
+                f"{remote.name}: somebody else is deploying to {remote.folder} at this moment. Run the same command "
+                f"again when that has ended; if its connection broke, the device notices within minutes."
+            )
+        if said != b"held":
+            _, err = await process.communicate()
+            remote.check(process, err)
+        try:
+            yield
+        finally:
+            with suppress(*LOST):
+                process.stdin.write_eof()
+                await process.wait()
 
 
 async def _copy(

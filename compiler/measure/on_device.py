@@ -1,7 +1,7 @@
 """A bundle on the board it is for: what the model forecasts, and beside it what a device measures over SSH.
 
 The forecast runs the bundle on the emulated Cortex-A72 and counts (bundle_cost.py); that board's own speed means
-nothing and is never looked at. The measurement is made on the device by the bundle's runtime (runtime/bench.py), nothing else.
+nothing and is never looked at. The measurement is made on the device, by the bundle's runtime alone (runtime/bench.py).
 """
 
 from __future__ import annotations
