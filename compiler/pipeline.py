@@ -186,6 +186,7 @@ def refuse_other_biases(model: Model, source: Source) -> None:
 def compile_inputs(inputs: Inputs, request: Request, report: Reporter) -> manifest.Manifest:
     """Graph to bundle: fuse, schedule, generate code, link, pack weights, seal."""
     model, target = inputs.model, request.target
+    bundle.check_target(target)
     libraries = None
     if request.self_contained:  # first: a compile is long, and a download may fail
         with report.stage("carry") as stage:

@@ -1,4 +1,4 @@
-"""Command line of the runtime: python -m runtime generate | chat | info | logits BUNDLE ...
+"""Command line of the runtime: python -m runtime generate | chat | info | logits | bench BUNDLE ..., and rpc-server.
 
 Exit codes: 0 done, 2 a UserError (one message on stderr), 130 interrupted, 141 the reader of our output went away.
 """
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from .tokenizer import StopStrings
 
 T = TypeVar("T")
+RPC_SERVER = """Offer this machine for tuning: `python -m compiler tune --rpc TRACKER` on a workstation sends kernels,
+which are timed here. Whoever may send may run anything as this user."""
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
@@ -57,7 +59,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """All verbs and their options."""
     top = argparse.ArgumentParser(prog="python -m runtime", description="Run a quern bundle.")
-    verbs = top.add_subparsers(dest="verb", required=True, metavar="generate | chat | info | logits")
+    names = "generate | chat | info | logits | bench | rpc-server"
+    verbs = top.add_subparsers(dest="verb", required=True, metavar=names)
     generate = _verb(verbs, "generate", "continue a prompt", run_generate)
     generate.add_argument("--prompt", required=True, help="text to continue")
     _running_options(generate)
@@ -76,7 +79,50 @@ def parser() -> argparse.ArgumentParser:
     logits.add_argument("--ids", required=True, type=Path, help=".npy file, integers [n]")
     logits.add_argument("--out", required=True, type=Path, help=".npy file to write, float32 [n, vocabulary]")
     _running_options(logits)
+    bench = _verb(verbs, "bench", "how fast a bundle is on this machine", run_bench)
+    numbers = {"prompt-tokens": (512, "tokens of a prefill"), "context": (128, "tokens before the decoded ones")}
+    numbers |= {"decode-tokens": (16, "tokens decoded a round"), "rounds": (5, "how often each is run")}
+    for name, (default, text) in numbers.items():
+        bench.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
+    bench.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    _running_options(bench)
+    _rpc_options(verbs.add_parser("rpc-server", help="offer this machine for tuning", description=RPC_SERVER))
     return top
+
+
+def _rpc_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--tracker", required=True, type=_address, metavar="HOST:PORT", help="TVM's RPC tracker")
+    verb.add_argument("--key", required=True, type=_key, metavar="NAME", help="what it is offered as, e.g. rpi4")
+    verb.add_argument(
+        "--bind", default="127.0.0.1", metavar="ADDRESS",
+        help="where clients may come from (default: this machine alone, through a tunnel)",
+    )  # fmt: skip
+    verb.add_argument("--port", type=_port, default=9090, metavar="N", help="to listen on (default: 9090; 0: any)")
+    verb.add_argument("--threads", type=int, help="kernel threads, when a client does not say (default: as generate)")
+    verb.add_argument("--limit", type=float, default=1800, metavar="SECONDS", help="of a client's session (1800)")
+    verb.add_argument("--tunnel", action="store_true", help=argparse.SUPPRESS)  # for `compiler tune --ssh`
+    verb.set_defaults(run=run_rpc_server)
+
+
+def _address(text: str) -> object:
+    from .rpc_tracker import Address
+
+    try:
+        return Address.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _key(text: str) -> str:
+    if not text or not text.isprintable() or ":" in text or " " in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no name without spaces and colons")
+    return text
+
+
+def _port(text: str) -> int:
+    if not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text} is not a port")
+    return int(text)
 
 
 def _verb(
@@ -236,6 +282,42 @@ def run_logits(options: argparse.Namespace) -> None:
             f"{options.out}: cannot be written: it is a directory, or is in a directory that does not exist."
         )
     write_logits(_open(options, lambda _: None)[1], ids, options.out)
+
+
+def run_bench(options: argparse.Namespace) -> None:
+    """Measure, and print a line a round, or one JSON object at the end."""
+    _, session, _ = _open(options, lambda _: None)
+    load_s = time.perf_counter() - STARTED
+    import statistics
+
+    from . import bench
+
+    tell = (lambda _: None) if options.json else lambda line: print(line, flush=True)
+    work = (options.prompt_tokens, options.context, options.decode_tokens, options.rounds)
+    found = bench.measure(session, *work, load_s, tell)
+    if options.json:
+        print(json.dumps(found))
+        return
+    middle = {name: statistics.median(found[name]) for name in ("prefill_tok_s", "decode_tok_s")}
+    print(
+        f"{found['device']}: prefill of {found['prompt_tokens']} tokens {middle['prefill_tok_s']:.1f} tokens/s, decode "
+        f"after {found['context']} {middle['decode_tok_s']:.1f} tokens/s (medians), {session.threads} threads, peak "
+        f"memory {found['peak_rss_mib']:.0f} MiB, ready after {load_s:.2f} s"
+    )
+
+
+def run_rpc_server(options: argparse.Namespace) -> None:
+    """Serve until interrupted."""
+    import signal
+
+    from .rpc_server import Server
+
+    if not options.limit > 0:
+        raise InputError(f"limit is {options.limit:g} s, but must be more than 0.")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    Server(
+        options.tracker, options.key, options.bind, options.port, options.limit, options.threads, options.tunnel
+    ).run()
 
 
 if __name__ == "__main__":

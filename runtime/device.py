@@ -137,7 +137,7 @@ def memory_bytes() -> Optional[int]:
     with contextlib.suppress(ValueError, OSError):
         limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        text = _read(CGROUP / name)
+        text = read_text(CGROUP / name)
         if text.isdigit():
             limits.append(int(text))
     return min(limits) if limits else None
@@ -145,7 +145,7 @@ def memory_bytes() -> Optional[int]:
 
 def peak_rss_mib() -> float:
     """Most memory this process ever held, in MiB. VmHWM, because ru_maxrss also remembers the parent's before exec."""
-    found = re.search(r"^VmHWM:\s*([0-9]+) kB", _read(Path("/proc/self/status")), re.MULTILINE)
+    found = re.search(r"^VmHWM:\s*([0-9]+) kB", read_text(Path("/proc/self/status")), re.MULTILINE)
     if found:
         return int(found[1]) / 1024
     import resource
@@ -197,7 +197,7 @@ def physical_cores(cpus: Iterable[int]) -> int:
     cpus = list(cpus)
     cores = set()
     for cpu in cpus:
-        siblings = _read(CPU_FOLDER / f"cpu{cpu}/topology/thread_siblings_list")
+        siblings = read_text(CPU_FOLDER / f"cpu{cpu}/topology/thread_siblings_list")
         cores.add(siblings or str(cpu))
     return len(cores)
 
@@ -205,7 +205,7 @@ def physical_cores(cpus: Iterable[int]) -> int:
 def cpu_quota() -> Optional[float]:
     """CPUs of time that cgroup v2 (cpu.max) or v1 (cfs quota) grants, the tightest up the tree. None: no limit."""
     quotas = []
-    for line in _read(Path("/proc/self/cgroup")).splitlines():
+    for line in read_text(Path("/proc/self/cgroup")).splitlines():
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if controllers not in ("", "cpu", "cpu,cpuacct", "cpuacct,cpu"):
@@ -221,15 +221,15 @@ def cpu_quota() -> Optional[float]:
 
 
 def _quota_of(folder: Path) -> Optional[float]:
-    text = _read(folder / "cpu.max").split()
+    text = read_text(folder / "cpu.max").split()
     if len(text) != 2:
-        text = [_read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")]
+        text = [read_text(folder / "cpu.cfs_quota_us"), read_text(folder / "cpu.cfs_period_us")]
     if text[0].isdigit() and text[1].isdigit() and int(text[1]):
         return int(text[0]) / int(text[1])
     return None
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
     """Contents of a small kernel file, "" when there is none."""
     try:
         return path.read_text(encoding="utf-8").strip()
@@ -241,7 +241,7 @@ def fastest(cpus: Iterable[int]) -> int:
     """The CPU that TVM reserves for its caller: the highest clock, then the lowest number (threading_backend.cc)."""
 
     def rank(cpu: int) -> tuple[int, int]:
-        text = _read(CPU_FOLDER / f"cpu{cpu}/cpufreq/cpuinfo_max_freq")
+        text = read_text(CPU_FOLDER / f"cpu{cpu}/cpufreq/cpuinfo_max_freq")
         return -int(text) if text.isdigit() else 0, cpu
 
     return min(cpus, key=rank)

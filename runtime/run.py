@@ -18,6 +18,8 @@ from pathlib import Path
 USAGE = """usage: python3 {name} PROMPT [options of generate]  continue a text
        python3 {name} --chat [options of chat]        talk; /reset starts over, /exit leaves
        python3 {name} --info                          what this bundle is, and whether it runs here
+       python3 {name} --bench [options of bench]      how fast it is here
+       python3 {name} --rpc-server [its options]      offer this machine for tuning
        python3 {name} PROMPT --help                   the options
 """
 RUNTIME = "runtime.zip"
@@ -46,8 +48,10 @@ def main(arguments: list[str]) -> int:
     from runtime.__main__ import main as run
 
     first, rest = arguments[0], arguments[1:]
-    if first in ("--chat", "--info"):
+    if first in ("--chat", "--info", "--bench"):
         return run([first[2:], str(here), *rest])
+    if first == "--rpc-server":
+        return run([first[2:], *rest])
     return run(["generate", str(here), f"--prompt={first}", *rest])
 
 

@@ -133,15 +133,21 @@ class Session:
 
     def prefill(self, ids: Ids) -> Array:
         """Take in tokens; gives the logits float32[vocab] after the last one. Nothing changes when it refuses."""
-        checked = self.check_ids(ids)
-        done = 0
-        row: Array
-        for chunk in self._planner.plan(len(checked)):
-            rows = self._run(chunk, checked[done : done + chunk.valid])
-            done += chunk.valid
-            if done == len(checked):
-                row = rows[0] if chunk.tokens == 1 else self._head(rows[chunk.valid - 1 : chunk.valid])[0]
+        chunk, rows = self._take(self.check_ids(ids))
+        row: Array = rows[0] if chunk.tokens == 1 else self._head(rows[chunk.valid - 1 : chunk.valid])[0]
         return row
+
+    def take(self, ids: Ids) -> None:
+        """Take in tokens without asking what comes next: a prefill that leaves the output head out."""
+        self._take(self.check_ids(ids))
+
+    def _take(self, ids: Array) -> tuple[Chunk, Array]:
+        """The last call of the plan and what it gave."""
+        done = 0
+        for chunk in self._planner.plan(len(ids)):
+            rows = self._run(chunk, ids[done : done + chunk.valid])
+            done += chunk.valid
+        return chunk, rows
 
     def step(self, token: int) -> Array:
         """Take in one token; gives the logits float32[vocab] after it."""

@@ -111,9 +111,10 @@ def _dist_info(package: Path, wheel: str) -> dict[str, str]:
     return {}
 
 
-def load(built_with: TvmVersions, threads: Optional[int] = None) -> Libraries:
+def load(built_with: Optional[TvmVersions], threads: Optional[int] = None) -> Libraries:
     """Load both libraries once a process, with TVM's thread count set before; check that they fit the bundle.
 
+    `built_with` None: there is no bundle, and whoever sends code compares `abi_version`.
     `threads` None: TVM_NUM_THREADS if set, else device.default_threads(). A second call cannot change the count.
     """
     global _loaded  # noqa: PLW0603  one process has one TVM
@@ -121,16 +122,18 @@ def load(built_with: TvmVersions, threads: Optional[int] = None) -> Libraries:
         raise InputError(f"threads is {threads}, but must lie in 1..{MAX_THREADS}.")
     if _loaded is None:
         found = find()
-        _check_versions(found, built_with)
+        if built_with is not None:
+            _check_versions(found, built_with)
         _loaded = _open(found, threads or _wished_threads())
-    else:
+    elif built_with is not None:
         _check_versions(_loaded.found, built_with)
     if threads not in (None, _loaded.threads):
         raise InputError(
             f"threads is {threads}, but TVM already runs with {_loaded.threads} in this process. "
             "Start a new process to change it."
         )
-    _check_abi(_loaded, built_with)
+    if built_with is not None:
+        _check_abi(_loaded, built_with)
     return _loaded
 
 
@@ -178,17 +181,22 @@ def _check_versions(found: Found, built_with: TvmVersions) -> None:
             )
 
 
+def abi_version(libraries: Libraries) -> tuple[int, int, int]:
+    """The version compiled into libtvm_ffi.so. Its patch number runs ahead of the wheel's."""
+    numbers = (ctypes.c_uint32 * 3)()
+    libraries.ffi.TVMFFIGetVersion(numbers)
+    return numbers[0], numbers[1], numbers[2]
+
+
 def _check_abi(libraries: Libraries, built_with: TvmVersions) -> None:
-    """The same for the number compiled into libtvm_ffi.so. Its patch number runs ahead of the wheel's."""
+    """The same for the number compiled into libtvm_ffi.so."""
     try:
-        get_version = libraries.ffi.TVMFFIGetVersion
+        numbers = abi_version(libraries)
     except AttributeError:
         raise LibraryError(
             f"{libraries.found.ffi}: is no TVM FFI library (no TVMFFIGetVersion). "
             f"Install apache-tvm-ffi=={built_with.ffi_version}."
         ) from None
-    numbers = (ctypes.c_uint32 * 3)()
-    get_version(numbers)
     if [str(n) for n in numbers[:2]] != built_with.ffi_version.split(".")[:2]:
         raise LibraryError(
             f"{libraries.found.ffi}: has ABI version {'.'.join(map(str, numbers))}, but the bundle was built "

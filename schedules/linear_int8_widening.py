@@ -27,10 +27,10 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from schedules import vector
+from schedules import filled_bytes, vector
 from schedules.geometry import Geometry
 from schedules.isa import broadcast_table
-from schedules.kernel import Kernel, NotSuited, Request
+from schedules.kernel import Kernel, NotSuited, Request, Space
 from schedules.linear_int8 import CODES, SCALE, int8_levels
 from schedules.packed import affine_of
 from schedules.packed_rows import BYTES, MIDDLE, ROWS, blocks, inputs_of, storage_of, weight_packings
@@ -39,7 +39,10 @@ from schedules.storage import Storage, Table, unpack
 from schedules.vector import Expr
 
 RANK = 5  # below AMX, which never meets it
-UNROLLED = 64  # inputs of a loop's body at least; from 128 on LLVM moves loads up until registers run out
+# Inputs of a loop's body at least. From 128 on LLVM moves loads up until registers run out; with TBL, whose latency is
+# twice as long, it pays all the same (NF4, groups of 64: 0.254 cycles a product instead of 0.275).
+UNROLLED, UNROLLED_LOOKUP = 64, 128
+LINE = ROWS * BYTES  # bytes: a vector of each of the rows is a cache line of a Cortex-A72
 HALF = 8  # int16 sums in a register, products of one instruction
 QMAX = 127
 
@@ -58,6 +61,8 @@ class Layer:
     table: Table | None
     unit: float
     tokens: int = 1
+    unroll: int = UNROLLED
+    prefetch_bytes: int = 0
 
     @property
     def most(self) -> int:
@@ -170,7 +175,7 @@ class _Tile:
             vector.store(cell, vector.splat(0.0, ROWS), 0, 0, lanes=ROWS)
         width, step_inputs = layer.geometry.width, inputs_of(layer.storage)
         period = lcm(width, step_inputs)
-        while 2 * period <= UNROLLED:
+        while 2 * period <= layer.unroll:
             period *= 2
         whole = layer.inputs // period
         if whole:
@@ -190,8 +195,10 @@ class _Tile:
             local, place = divmod(at, inputs_of(layer.storage))
             if place == 0:
                 planes = range(layer.storage.vectors)
+                if layer.prefetch_bytes:
+                    self._prefetch(step + local)
                 rows = [[self._weights(step + local, v, r) for v in planes] for r in range(ROWS)]
-                fields = [unpack(layer.storage, vectors, ROWS, shifts_bytes=True) for vectors in rows]
+                fields = [self._fields(vectors) for vectors in rows]
             codes = [self._signed(of_row[place // BYTES]) for of_row in fields]
             for half, x in self._halves(span, at, inputs):
                 part = T.vectorhigh if half else T.vectorlow
@@ -213,6 +220,20 @@ class _Tile:
             return
         for half in range(0, min(BYTES, inputs - at), HALF):
             yield half, [self._activations(t, span, at + half, HALF) for t in tokens]
+
+    def _fields(self, vectors: list[Expr]) -> list[Expr]:
+        """uint8 vectors [16] of a row's codes, out of a step's vectors."""
+        storage = self.layer.storage
+        if storage.high:
+            return filled_bytes.unpack(storage.bits, vectors)
+        return unpack(storage, vectors, ROWS, shifts_bytes=True)
+
+    def _prefetch(self, step: Expr) -> None:
+        """Ask for the codes that lie prefetch_bytes behind those of this step: a thread reads them front to back."""
+        steps, vectors = steps_of(self.layer.geometry, self.layer.storage), self.layer.storage.vectors
+        here = (self.block * steps + step) * (vectors * LINE)
+        for v in range(vectors):
+            vector.prefetch(self.buffers["codes"], here + (self.layer.prefetch_bytes + v * LINE))
 
     def _weights(self, step: Expr, v: int, row: int) -> Expr:
         return vector.hold(self.buffers["codes"][self.block, step, v, row, T.ramp(0, 1, BYTES)], BYTES, "uint8")
@@ -329,9 +350,7 @@ def _whole(buffer: Any, shape: tuple[int, ...]) -> Any:
 
 def lower(request: Request) -> Kernel:
     """For aarch64 with NEON and without dot products; other targets are not suited."""
-    target = request.target
-    if target.arch != "aarch64" or not target.has("neon") or target.has("dotprod"):
-        raise NotSuited
+    _require(request)
     group, affine = int(request.attrs["group"]), affine_of(request.op)
     m, (n, k) = request.args[0].shape[0], request.args[CODES].shape
     geometry, storage = Geometry(k, group), storage_of(int(request.attrs["bits"]))
@@ -339,14 +358,51 @@ def lower(request: Request) -> Kernel:
     residual = request.op.endswith("_residual")
     scale_dtype = request.args[SCALE].dtype
     layer = Layer(m, n, geometry, storage, scale_dtype, affine, residual, table, unit)
-    tile = 4 if layer.most > 2 else 2  # where every other product moves on to int32, sixteen such sums would spill
-    layer = replace(layer, tokens=int(request.knobs.get("tokens", next(t for t in (tile, 2, 1) if m % t == 0))))
+    knobs = default_knobs(layer) | dict(request.knobs)
+    layer = replace(
+        layer, tokens=knobs["tokens"], unroll=knobs["unroll"], prefetch_bytes=knobs["prefetch_bytes"]
+    )  # fmt: skip
     kind = request.attrs.get("grid", storage.name)
     tail = ("_offset" if affine == "offset" else "") + ("_residual" if residual else "")
     name = f"linear_{kind}a8_widening_m{m}_n{n}_k{k}_g{group}_s{scale_dtype[5:]}{tail}"
     return Kernel(name, kernel(layer, name), weight_packings(CODES, n, geometry, storage, scale_dtype, affine))
 
 
+def _require(request: Request) -> None:
+    """Raise NotSuited for another target."""
+    target = request.target
+    if target.arch != "aarch64" or not target.has("neon") or target.has("dotprod"):
+        raise NotSuited
+
+
+def default_knobs(layer: Layer) -> dict[str, int]:
+    """By count of instructions and llvm-mca's cycles; no board has been asked yet."""
+    tile = 4 if layer.most > 2 else 2  # where every other product moves on to int32, sixteen such sums would spill
+    tokens = next(t for t in (tile, 2, 1) if layer.m % t == 0)
+    unroll = UNROLLED if layer.table is None else UNROLLED_LOOKUP
+    return {"tokens": tokens, "unroll": unroll, "prefetch_bytes": 0}
+
+
+def space(request: Request) -> Space:
+    """What tuning may try. Scale's dtype and a residual change a few bytes of the traffic: such calls share records."""
+    _require(request)
+    group, affine = int(request.attrs["group"]), affine_of(request.op)
+    m, (n, k) = request.args[0].shape[0], request.args[CODES].shape
+    bits = int(request.attrs["bits"])
+    table = int8_levels(request.table)[0] if request.table is not None else None
+    layer = Layer(m, n, Geometry(k, group), storage_of(bits), "float16", affine, False, table, 1.0)
+    tried = {
+        "tokens": tuple(t for t in (1, 2, 4) if m % t == 0),
+        "unroll": (16, 32, 64, 128, 256),
+        "prefetch_bytes": (0, 256, 512, 1024, 2048) if m == 1 else (0, 512),
+    }
+    kind = request.attrs.get("grid", affine)
+    workload = {"m": m, "n": n, "k": k, "bits": bits, "group": group, "kind": str(kind)}
+    name = "linear_int8_widening.neon"
+    return Space.around(default_knobs(layer), tried, schedule=name, workload=workload, macs=m * n * k)
+
+
 LOWERS = {
     f"quern.linear_int8{affine}{tail}": lower for affine in ("", "_offset", "_table") for tail in ("", "_residual")
 }
+SPACES = dict.fromkeys(LOWERS, space)

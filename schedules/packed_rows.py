@@ -3,7 +3,7 @@
 W u8[n / 4, steps, vectors, 4 rows, 16]  a step is 16 bytes a row times the fields of a byte (schedules.storage,
                                          with 16 inputs where that has 4): 32 for 4 bits. Field f of byte b is input
                                          16 f + b of the step, so a row's low nibbles are its first 16 inputs.
-                                         With two planes the high one is the last vector of the step.
+                                         3, 5 and 6 bits share bytes as schedules.filled_bytes has it.
 S f16|f32[n / 4, spans, 4]               scale of the row in that span (repeated when a weight group has parts)
 Z u8|i8[n / 4, spans, 4]                 zero point, or F f32[n / 4, spans, 4], the offset
 Steps run over all stored inputs (spans times width, schedules.geometry), whatever the spans: a step may hold several
@@ -17,6 +17,7 @@ from functools import partial
 
 import numpy as np
 
+from schedules import filled_bytes
 from schedules.geometry import Geometry
 from schedules.kernel import Packing, TensorSpec
 from schedules.storage import ONE_BYTE, Storage
@@ -26,7 +27,7 @@ MIDDLE = 128  # of 8-bit codes
 
 
 def storage_of(bits: int) -> Storage:
-    """Every width has its planes here: steps need not fill a span."""
+    """Every width as it is: steps need not fill a span. Of those with `high`, only the counts are Storage's here."""
     return {2: Storage(2), 3: Storage(2, 1), 4: Storage(4), 5: Storage(4, 1), 6: Storage(4, 2), 8: ONE_BYTE}[bits]
 
 
@@ -86,12 +87,12 @@ def _pack_codes(codes: np.ndarray, *, geometry: Geometry, storage: Storage) -> n
         part = packed[start : start + at_once]
         placed = _placed(codes[start * ROWS : (start + at_once) * ROWS], len(part) * ROWS, geometry, storage)
         by_field = placed.reshape(len(part), ROWS, count, fields, BYTES).transpose(0, 2, 3, 1, 4)
-        lows = storage.vectors - (1 if storage.high else 0)
-        for v in range(lows):
-            group = by_field[:, :, v * storage.per_vector : (v + 1) * storage.per_vector]
-            part[:, :, v] = _share_bytes(group & np.uint8((1 << storage.low) - 1), storage.low)
         if storage.high:
-            part[:, :, lows] = _share_bytes(by_field >> np.uint8(storage.low), storage.high)
+            part[:] = filled_bytes.pack(by_field, storage.bits)
+            continue
+        for v in range(storage.vectors):
+            group = by_field[:, :, v * storage.per_vector : (v + 1) * storage.per_vector]
+            part[:, :, v] = _share_bytes(group, storage.low)
     return packed
 
 

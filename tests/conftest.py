@@ -9,7 +9,7 @@ from typing import Any
 import hypothesis
 import pytest
 
-from tests.board import arm64
+from compiler.board import qemu
 
 # In CI a skip is a failure, unless its reason matches one of these: what no package can bring to a machine.
 ALLOWED_SKIPS = (
@@ -57,8 +57,8 @@ def pytest_make_collect_report() -> Generator[None, Any, Any]:
 
 @pytest.fixture(scope="session")
 def board() -> Any:
-    """`tests.board.arm64` with its root made: board.run(["-c", "print(1)"]) runs the board's Python."""
-    if missing := arm64.missing_tools():
+    """`compiler.board.qemu` with its root made: board.run(["-c", "print(1)"]) runs the board's Python."""
+    if missing := qemu.missing_tools():
         pytest.skip(f"the emulated board needs {', '.join(missing)}: apt-get install qemu-user (on Debian or Ubuntu)")
-    arm64.root()
-    return arm64
+    qemu.root()
+    return qemu

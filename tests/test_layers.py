@@ -39,10 +39,14 @@ LAW: dict[str, set[str]] = {
     },
     "compiler.passes": {"compiler.graph", "compiler.quant", "schedules", "targets", "tvm"},
     "compiler.tune": {
-        "compiler.graph.ops", "compiler.measure.read_bandwidth", "compiler.passes", "numpy", "schedules", "targets",
-        "tvm", "xgboost",
+        "compiler.codegen.link", "compiler.graph.ops", "compiler.measure.read_bandwidth", "compiler.passes", "numpy",
+        "runtime", "schedules", "targets", "tvm", "xgboost",
     },
-    "compiler.codegen": {"numpy", "runtime.manifest", "targets", "tvm"},
+    "compiler.tune.ssh": {
+        "asyncssh", "compiler.codegen.carried", "compiler.deploy", "compiler.tune", "runtime", "targets",
+    },
+    "compiler.board": {"compiler.codegen.link", "runtime"},
+    "compiler.codegen": {"numpy", "runtime.manifest", "runtime.manifest_check", "targets", "tvm"},
     "compiler.codegen.chat_format": {"jinja2", "runtime.manifest"},
     "compiler.codegen.tokenizer_files": {"tokenizers"},
     "compiler.deploy": {"asyncssh", "compiler.progress", "runtime"},
@@ -60,11 +64,17 @@ LAW: dict[str, set[str]] = {
     "compiler.measure.peers.onnxruntime_genai": {
         "compiler.measure.peers", "compiler.measure.process", "numpy", "onnx", "onnxruntime_genai",
     },
-    "compiler.measure.forecast": {
+    "compiler.measure.shape_forecast": {
         "compiler.codegen", "compiler.graph", "compiler.measure", "compiler.models", "compiler.passes",
         "compiler.pipeline", "numpy", "targets", "tvm",
     },
     "compiler.measure.forecast_report": {"compiler.measure", "rich", "targets"},
+    "compiler.measure.bundle_cost": {
+        "compiler.board", "compiler.codegen.elf", "compiler.measure", "runtime", "targets",
+    },
+    "compiler.measure.on_device": {
+        "compiler.deploy", "compiler.measure", "compiler.progress", "rich", "runtime", "targets",
+    },
     "compiler.report": {"jinja2"},
     "compiler.weights": {
         "compiler.codegen.weights_file", "compiler.graph.weights", "compiler.quant", "compiler.quantize", "numpy",

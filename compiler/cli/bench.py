@@ -12,6 +12,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compiler.cli.deploy import connection_arguments, require_asyncssh
+
 if TYPE_CHECKING:
     from compiler.measure.compare import Row, Workload
     from compiler.measure.growth import Point, Setup
@@ -35,6 +37,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     shape.add_argument("--head-bits", type=int, choices=BITS, help="bits of the output head (default: as --bits)")
     shape.add_argument("--target", default="native", metavar="NAME", help="build for this target (default: native)")
+    board = parser.add_argument_group("a board, instead of this machine, with BUNDLE")
+    board.add_argument(
+        "--host", metavar="[USER@]HOST[:DIR]",
+        help="measure there over SSH, after `deploy` if need be, and print the forecast beside it",
+    )  # fmt: skip
+    board.add_argument("--board", choices=("qemu",), help="forecast only: count on an emulated Raspberry Pi 4")
+    connection_arguments(board)
     work = parser.add_argument_group("workload")
     work.add_argument(
         "--threads", type=_counts, default=[None], metavar="N[,N]",
@@ -66,6 +75,21 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     more.add_argument("--json", action="store_true", help="print JSON to stdout")
 
 
+def _check_board(options: argparse.Namespace) -> None:
+    from compiler.errors import UserError
+
+    name = "--host" if options.host else "--board"
+    if options.host and options.board:
+        raise UserError("--host measures on a device, --board counts on an emulated one: give one of the two.")
+    others = {"--against": options.against, "--growth": options.growth, "--perplexity": options.perplexity}
+    if wrong := [other for other, value in others.items() if value]:
+        raise UserError(f"{wrong[0]} runs on this machine: leave it or {name} out.")
+    if options.bundle is None:
+        raise UserError(f"{name} needs a BUNDLE: what `build` wrote for that board.")
+    if len(options.threads) > 1:
+        raise UserError(f"{name} takes one number of --threads at a time.")
+
+
 def _counts(text: str) -> list[int]:
     try:
         counts = [int(part) for part in text.split(",")]
@@ -81,6 +105,8 @@ def run(options: argparse.Namespace) -> int:
     import targets
 
     _check(options)
+    if options.host or options.board:
+        return _on_device(options)
     target = targets.load(options.target)
     if options.cost == "model":
         from compiler.measure import forecast_report
@@ -110,9 +136,47 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _on_device(options: argparse.Namespace) -> int:
+    """Measure there if there is a device, forecast, print."""
+    import asyncio
+
+    from compiler.progress import Reporter
+
+    if options.host:
+        require_asyncssh("bench --host")
+    from compiler.measure import on_device
+
+    (threads,), report = options.threads, Reporter(quiet=options.json)
+    work = _fitting(options.bundle, _workload(options))
+    found = None
+    if options.host:
+        device = on_device.Device(options.host, options.port, options.identity)
+        found = asyncio.run(on_device.measured(options.bundle, device, work, threads, report))
+        made = on_device.modelled_or_reason(options.bundle, work, found["max_mhz"], report)
+    else:
+        with report.stage("Count"):
+            made = on_device.model(options.bundle, work)
+    record = {**on_device.record(options.bundle, work, found, made), **_made_with()}
+    _record(options.record, [record])
+    if options.json:
+        print(json.dumps(record))
+    else:
+        on_device.print_table(work, found, made)
+    return 0
+
+
+def _made_with() -> dict[str, object]:
+    """quern's commit, TVM and the time; the processor of this machine is no matter."""
+    from compiler.measure import machine
+
+    return {name: value for name, value in machine.describe().items() if name not in ("cpu", "cpus")}
+
+
 def _check(options: argparse.Namespace) -> None:
     from compiler.errors import UserError
 
+    if options.host or options.board:
+        _check_board(options)
     if options.growth is None and (options.bundle is None) == (options.shape is None):
         raise UserError("bench measures either a BUNDLE or a --shape: give one of the two.")
     if options.growth is not None and options.bundle is not None:
@@ -154,12 +218,17 @@ def _peers(options: argparse.Namespace) -> list[tuple[Peer, str]]:
 
 
 def _setup(options: argparse.Namespace) -> Setup:
-    from compiler.measure.compare import Workload
     from compiler.measure.growth import Setup
 
-    work = Workload(options.prompt_tokens, options.context, options.decode_tokens, options.rounds)
     bits = options.bits
-    return Setup(options.shape or DEFAULT_SHAPE, bits, options.group_size, options.head_bits or bits, work)
+    head = options.head_bits or bits
+    return Setup(options.shape or DEFAULT_SHAPE, bits, options.group_size, head, _workload(options))
+
+
+def _workload(options: argparse.Namespace) -> Workload:
+    from compiler.measure.compare import Workload
+
+    return Workload(options.prompt_tokens, options.context, options.decode_tokens, options.rounds)
 
 
 def _fitting(path: Path, work: Workload) -> Workload:

@@ -85,6 +85,7 @@ def run(options: argparse.Namespace) -> int:
     from compiler.progress import Reporter
 
     target = targets.load(options.target)
+    bundle.check_target(target)
     bundle.check_place(options.out)  # before the compiler itself is loaded, which takes seconds
     report = Reporter(quiet=options.quiet or options.json)
     report.line(f"Building {options.out} for {target.name}")

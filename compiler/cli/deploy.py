@@ -17,6 +17,22 @@ def _port(text: str) -> int:
     return value
 
 
+def connection_arguments(parser: argparse._ActionsContainer) -> None:
+    """Options of every verb that connects to a device."""
+    parser.add_argument("--port", type=_port, metavar="N", help="of the SSH server (default: ~/.ssh/config, or 22)")
+    parser.add_argument("--identity", type=Path, metavar="FILE", help="private key (default: agent and ~/.ssh)")
+
+
+def require_asyncssh(verb: str) -> None:
+    """Raise UserError where the package for SSH is missing."""
+    from compiler.errors import UserError
+
+    try:
+        import asyncssh  # noqa: F401
+    except ImportError:
+        raise UserError(f"{verb} needs the package asyncssh. Install it: pip install 'quern[deploy]'.") from None
+
+
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
     parser.add_argument(
@@ -27,8 +43,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="[USER@]HOST[:DIR]",
         help="the device, and a folder for versions of this bundle (default: quern)",
     )
-    parser.add_argument("--port", type=_port, metavar="N", help="of the SSH server (default: ~/.ssh/config, or 22)")
-    parser.add_argument("--identity", type=Path, metavar="FILE", help="private key (default: agent and ~/.ssh)")
+    connection_arguments(parser)
     parser.add_argument("--rollback", action="store_true", help="go back to the version before, which is kept")
     parser.add_argument("--run", dest="prompt", metavar="PROMPT", help="afterwards, let it continue a prompt there")
     parser.add_argument("--json", action="store_true", help="print one JSON object about the deployment to stdout")
@@ -42,15 +57,12 @@ def run(options: argparse.Namespace) -> int:
     if (options.bundle is None) != options.rollback:
         wanted = "--rollback takes no BUNDLE, only the device" if options.rollback else "BUNDLE is missing"
         raise UserError(f"{wanted}. Write `deploy BUNDLE user@host:folder` or `deploy --rollback user@host:folder`.")
-    try:
-        import asyncssh  # noqa: F401
-    except ImportError:
-        raise UserError("deploy needs the package asyncssh. Install it: pip install 'quern[deploy]'.") from None
+    require_asyncssh("deploy")
     return asyncio.run(_deploy(options))
 
 
 async def _deploy(options: argparse.Namespace) -> int:
-    from compiler.deploy import connection, versions
+    from compiler.deploy import connection, running, versions
     from compiler.progress import Reporter
 
     started = time.perf_counter()
@@ -70,4 +82,4 @@ async def _deploy(options: argparse.Namespace) -> int:
             )
         kept = f"; {done.previous[:12]} is kept for --rollback" if done.previous else ""
         report.line(f"{place}: {place.folder}/current is {done.version[:12]}{kept}")
-        return await versions.run(remote, options.prompt) if options.prompt is not None else 0
+        return await running.generate(remote, options.prompt) if options.prompt is not None else 0

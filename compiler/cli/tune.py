@@ -1,4 +1,4 @@
-"""Measure the knobs of a model's kernels on this machine, and record what is fastest for later builds."""
+"""Measure the knobs of a model's kernels, here or on boards, and record what is fastest for later builds."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import json
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from compiler.cli.build import positive
 
 if TYPE_CHECKING:
+    from compiler.tune.measure import Setting
+    from compiler.tune.records import Database
     from compiler.tune.search import Outcome, Task, Tuner
     from targets import Target
 
@@ -50,6 +54,19 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--drift", type=positive, metavar="PERCENT", help="repeat a batch whose canaries drift further (default: 25)"
     )
+    boards = parser.add_argument_group("boards", "candidates are linked here and timed there; see docs/boards.md")
+    boards.add_argument("--rpc", metavar="HOST:PORT", help="TVM's RPC tracker, where boards offer themselves")
+    boards.add_argument("--key", metavar="NAME", help="what they are offered as (default: the target's name)")
+    boards.add_argument("--boards", type=positive, metavar="N", help="how many to use at once (default: 1)")
+    boards.add_argument(
+        "--ssh", action="append", metavar="[USER@]HOST", help="start everything on this board, and end it afterwards;"
+        " may be repeated",
+    )  # fmt: skip
+    boards.add_argument("--port", type=positive, metavar="N", help="of the SSH servers (~/.ssh/config, 22)")
+    boards.add_argument("--identity", type=Path, metavar="FILE", help="private key (default: agent and ~/.ssh)")
+    boards.add_argument(
+        "--patience", type=_seconds, default=900.0, metavar="T", help="give up a board after this time (default: 15m)"
+    )
     parser.add_argument("--tuning-logs", type=Path, metavar="DIR", help="databases (default: the repository's)")
     parser.add_argument("--json", action="store_true", help="print one JSON object to stdout")
 
@@ -58,22 +75,31 @@ def run(options: argparse.Namespace) -> int:
     """Measure what the database lacks, decide, print. Ends early, but whole, when the time is up."""
     import targets
     from compiler.errors import UserError
-    from runtime import device
 
     if (options.model is None) == (options.shapes is None):
         raise UserError("tune needs either a --model or --shapes: give one of the two.")
+    _check_boards(options)
     target = targets.load(options.target)
+    return _run_there(options, target) if options.rpc or options.ssh else _run_here(options, target)
+
+
+def _run_here(options: argparse.Namespace, target: Target) -> int:
+    """On this machine, one task after the other."""
+    from runtime import device
+
     _require(target)
     threads = options.threads or device.default_threads()
     os.environ["TVM_NUM_THREADS"] = str(threads)  # before TVM is loaded
     from compiler.tune import records, search
-    from compiler.tune.measure import DRIFT, LocalMeasurer, Setting
+    from compiler.tune.local import LocalMeasurer
+    from compiler.tune.measure import LOCAL, Setting
 
     stop = search.until(options.time_budget)
     database = records.Database.writing(options.tuning_logs or records.DEFAULT_FOLDER, target.tuning_key)
-    measurer = LocalMeasurer(Setting.here(threads), most_drift=(options.drift or 100 * DRIFT) / 100)
+    measurer = LocalMeasurer(Setting.here(threads), most_drift=_drift(options))
     outcomes: list[Outcome] = []
     try:
+        database.admit(LOCAL)
         measurer.start()  # loads TVM while we do
         found = _tasks(options, target)
         tuner = search.Tuner(database, measurer, options.trials, stop)
@@ -85,6 +111,106 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _run_there(options: argparse.Namespace, target: Target) -> int:
+    """On boards, each of which takes what is to be measured next."""
+    os.environ["TVM_NUM_THREADS"] = "1"  # of this process, which only links
+    from compiler.errors import UserError
+    from compiler.tune import records, search
+    from compiler.tune.boards import BoardMeasurer
+    from compiler.tune.fleet import Fleet
+    from compiler.tune.measure import Setting
+
+    try:
+        from tvm import rpc  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"Tuning on boards needs {error.name}. Install it: pip install 'quern[tune]'.") from None
+    stop = search.until(options.time_budget)
+    folder = options.tuning_logs or records.DEFAULT_FOLDER
+    database = records.Database.writing(folder, target.tuning_key)
+    threads, count = options.threads or target.cores, options.boards or len(options.ssh or "1")
+    try:
+        found = _tasks(options, target)
+        with _tracker(options, target) as (address, key), _scratch() as scratch:
+            setting = replace(Setting.here(threads), cpu="unknown", measured="rpc")
+            slots = [
+                BoardMeasurer(
+                    setting, most_drift=_drift(options), tracker=address, key=key, target=target, folder=scratch,
+                    admit=partial(_admit, database),
+                )
+                for _ in range(count)
+            ]  # fmt: skip
+            tuner = search.Tuner(database, slots[0], options.trials, stop, devices=count)
+            with _bar(options.json) as bar:
+                if bar is not None:
+                    tuner.advance = partial(bar.advance, bar.add_task("trials", total=sum(map(tuner.wanted, found))))
+                fleet = Fleet(tuner, slots, lambda line: print(line, file=sys.stderr, flush=True), options.patience)
+                outcomes = fleet.run(found)
+    finally:
+        database.close()
+    _print(options, target, threads, database.path, outcomes, len(found))
+    return 0
+
+
+def _check_boards(options: argparse.Namespace) -> None:
+    """Raise UserError for options that contradict each other."""
+    from compiler.errors import UserError
+    from runtime.rpc_tracker import Address
+
+    if options.rpc and options.ssh:
+        raise UserError("--rpc takes boards from a tracker that runs already, --ssh starts one: give one of the two.")
+    given = [f"--{name}" for name in ("key", "boards", "port", "identity") if getattr(options, name) is not None]
+    if given and not (options.rpc or options.ssh):
+        raise UserError(f"{given[0].replace('_', '-')} belongs to --rpc or --ssh, which is missing. Give one of them.")
+    if options.rpc:
+        try:
+            Address.parse(options.rpc)
+        except ValueError as error:
+            raise UserError(f"--rpc: {error}. Give the address of `python -m tvm.exec.rpc_tracker`.") from None
+
+
+def _admit(database: Database, setting: Setting) -> None:
+    """Raise UserError when records of this board may not stand in the database."""
+    from compiler.tune.boards import BoardError
+    from compiler.tune.measure import EMULATED
+    from compiler.tune.records import DEFAULT_FOLDER
+
+    if setting.measured == EMULATED and database.path.parent.parent.resolve() == DEFAULT_FOLDER.resolve():
+        raise BoardError(
+            f"This board is emulated: its times say nothing about a real one and never go into {DEFAULT_FOLDER.name}/. "
+            f"Give them a folder of their own with --tuning-logs DIR."
+        )
+    database.admit(setting.measured)
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="quern-tune-") as folder:
+        yield Path(folder)
+
+
+@contextmanager
+def _tracker(options: argparse.Namespace, target: Target) -> Iterator[tuple[str, str]]:
+    """Where boards offer themselves, and as what."""
+    from compiler.errors import UserError
+
+    key = options.key or target.name
+    if options.rpc:
+        yield options.rpc, key
+        return
+    try:
+        from compiler.tune import ssh
+    except ImportError:
+        raise UserError("--ssh needs the package asyncssh. Install it: pip install 'quern[deploy]'.") from None
+    with ssh.boards(options.ssh, key, target, options.port, options.identity) as address:
+        yield str(address), key
+
+
+def _drift(options: argparse.Namespace) -> float:
+    from compiler.tune.measure import DRIFT
+
+    return DRIFT if options.drift is None else options.drift / 100
+
+
 def _require(target: Target) -> None:
     """Raise UserError where this machine cannot run the target's code."""
     from compiler.errors import UserError
@@ -94,8 +220,8 @@ def _require(target: Target) -> None:
     if refusals := device.refusals(machine):
         why = "; ".join(refusals)
         raise UserError(
-            f"{target.name}: candidates are timed on this machine, and it cannot run them: {why}. Run tune on such a "
-            f"device and copy its folder of tuning_logs/ here."
+            f"{target.name}: candidates are timed on this machine, and it cannot run them: {why}. Let a "
+            f"board time them: --ssh pi@host, or --rpc HOST:PORT."
         )
 
 
@@ -128,11 +254,18 @@ def _tasks(options: argparse.Namespace, target: Target) -> list[Task]:
         for function in sorted(wanted & asked.keys()):
             for call in asked[function]:
                 room = space(call)
-                if room is not None and (options.operators is None or room.schedule.split(".")[0] in options.operators):
+                if room is not None and _wanted(options.operators, call.op, room.schedule):
                     found.setdefault((room.schedule, tuple(room.workload.items())), Task(call, room))
     if not found:
         raise UserError("Nothing to tune: no kernel of this model, with these --tokens and --operators, has knobs.")
     return list(found.values())
+
+
+def _wanted(names: list[str] | None, operator: str, schedule: str) -> bool:
+    """Whether --operators names an operator, with or without its variants, or the schedule that lowers it."""
+    own = operator.removeprefix("quern.")
+    named = (own == name or own.startswith(f"{name}_") or schedule.split(".")[0] == name for name in names or ())
+    return names is None or any(named)
 
 
 @contextmanager
@@ -186,8 +319,8 @@ def _print(
     console.print(table)
     if noisy := [o for o in outcomes if o.noise is not None]:
         console.print(
-            f"{len(noisy)} shapes were left: {noisy[-1].noise}. Nothing of such batches is recorded. Stop what else "
-            f"runs here, and run the same command again: it goes on where it stopped."
+            f"{len(noisy)} shapes were left: {noisy[-1].noise}. Nothing of such batches is recorded. Mend that and run "
+            f"the same command again: it goes on where it stopped."
         )
     kept = len(complete) - sum(o in gained for o in complete)
     console.print(

@@ -15,6 +15,8 @@ from pathlib import Path
 from compiler.errors import UserError
 from runtime import manifest
 from runtime.manifest import FileDigest
+from runtime.manifest_check import ARCHES
+from targets import Target
 
 PARTIAL, OLD = ".partial-", ".old"
 PATIENCE_S = 5.0  # to get rid of a folder in which somebody still writes
@@ -38,6 +40,16 @@ def check_place(out: Path) -> None:
         raise BundleError(f"{out}: there is no folder {place.parent}. Create it first.")
     if not os.access(place.parent, os.W_OK):
         raise BundleError(f"{out}: the folder {place.parent} cannot be written to. Give --out another place.")
+
+
+def check_target(target: Target) -> None:
+    """Refuse a target that no bundle can run on."""
+    if target.arch not in ARCHES:
+        raise BundleError(
+            f"--target {target.name}: quern has kernels for it, but TVM has no runtime for {target.arch} yet, so no "
+            f"bundle would run there; bundles are for {' and '.join(ARCHES)}. `bench --shape NAME --target "
+            f"{target.name} --cost model` counts what its kernels execute."
+        )
 
 
 @contextmanager

@@ -4,7 +4,8 @@ runtime.zip (the runtime package), `run` (the program to start), TVM's two libra
 target's architecture, out of wheels whose digests stand here. Files of other wheels never get into a bundle: the wheel
 is checked before it is opened, and each file again whenever it is taken from the cache.
 tokenizers is older than the compiler's: 0.22.2 is the last one for Python 3.9, and its abi3 library loads in all later
-ones. numpy is not carried: 50 MB for each version of Python, and runtime/arrays.py does without.
+ones; test_carried_tokenizer.py has both read the same files. numpy is not carried: 50 MB a version of Python, and
+runtime/arrays.py does without.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from compiler.codegen.link import cache_dir
 from compiler.errors import UserError
 from runtime import manifest
 
-RUN, RUNTIME = "run", "runtime.zip"
+RUN, RUNTIME, LICENSES = "run", "runtime.zip", "licenses.txt"
 MAX_BYTES = 25_000_000  # what all of it may take on a device
 EPOCH = (1980, 1, 1, 0, 0, 0)  # a zip's first day: equal sources are equal bundles
 
@@ -140,7 +141,7 @@ def fetch(arch: str, offline: bool = False) -> dict[str, bytes]:
 
 
 def write(libraries: dict[str, bytes], folder: Path) -> None:
-    """Put the libraries, runtime.zip and `run` into a bundle folder; what is sealed later includes them."""
+    """Put libraries, licences, runtime.zip and `run` into a bundle folder; what is sealed later includes them."""
     for name, content in libraries.items():
         (folder / name).write_bytes(content)
     source = Path(manifest.__file__).parent
@@ -148,6 +149,7 @@ def write(libraries: dict[str, bytes], folder: Path) -> None:
         for path in sorted(source.glob("*.py")):
             if path.stem != RUN:
                 archive.writestr(zipfile.ZipInfo(f"runtime/{path.name}", EPOCH), path.read_bytes())
+    (folder / LICENSES).write_bytes(Path(__file__).with_name(LICENSES).read_bytes())
     (folder / RUN).write_bytes((source / f"{RUN}.py").read_bytes())
     (folder / RUN).chmod(0o755)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 MACHINES = {62: "x86_64", 183: "aarch64", 243: "riscv64"}  # e_machine
 SHT_SYMTAB, SHT_DYNAMIC, SHT_NOBITS, SHT_DYNSYM, SHT_GNU_VERNEED, SHT_GNU_VERSYM = 2, 6, 8, 11, 0x6FFFFFFE, 0x6FFFFFFF
-DT_NEEDED, STT_FUNC = 1, 2
+DT_NEEDED, STT_FUNC, SHF_EXECINSTR, PT_GNU_EH_FRAME = 1, 2, 4, 0x6474E550
+EH_FRAME_HDR = bytes((1, 0x1B, 0x03, 0x3B))  # version; then 4-byte numbers: relative, absolute, relative to the section
 VERSYM_MASK = 0x7FFF  # bit 15 marks a hidden version; 0 local, 1 global without a version
 
 
@@ -63,6 +64,34 @@ def functions(path: Path) -> list[tuple[int, str]]:
     strings = sections[table.link].data
     symbols = struct.iter_unpack("<IBBHQQ", table.data)
     return sorted((address, _text(strings, name)) for name, info, _, _, address, _ in symbols if info & 15 == STT_FUNC)
+
+
+def function_starts(path: Path) -> list[int]:
+    """Addresses of all functions, exported or not, ascending, out of the table for unwinding, which stripping leaves.
+
+    Linux Standard Base Core, "The .eh_frame_hdr section", with the encodings that every linker writes.
+    """
+    data = path.read_bytes()
+    table, entry_bytes, count = struct.unpack_from("<Q14xHH", data, 32)
+    for i in range(count):
+        kind, start, address = struct.unpack_from("<I4xQQ", data, table + i * entry_bytes)
+        if kind == PT_GNU_EH_FRAME and data[start : start + 4] == EH_FRAME_HDR:
+            number: int = struct.unpack_from("<I", data, start + 8)[0]
+            offsets = struct.iter_unpack("<ii", data[start + 12 : start + 12 + 8 * number])
+            return sorted(address + offset for offset, _ in offsets)
+    raise ElfError(f"{path}: has no table of its functions (.eh_frame_hdr).")
+
+
+def code(path: Path) -> list[tuple[int, bytes]]:
+    """(address, bytes) of every section with code, as a machine would load it."""
+    data = path.read_bytes()
+    table, entry_bytes, count = struct.unpack_from("<Q10xHH", data, 40)
+    headers = (struct.unpack_from("<4xIQQQQ", data, table + i * entry_bytes) for i in range(count))
+    return [
+        (address, data[start : start + size])
+        for kind, flags, address, start, size in headers
+        if flags & SHF_EXECINSTR and kind != SHT_NOBITS
+    ]
 
 
 def _sections(data: bytes) -> list[_Section]:

@@ -1,1 +1,4 @@
-"""Bring a bundle to a device over SSH: connection.py (SSH), machine.py (does it fit), versions.py (copy and switch)."""
+"""Bring a bundle to a device over SSH and run it there.
+
+connection.py (SSH), machine.py (does it fit), versions.py (copy and switch), running.py (what was copied).
+"""

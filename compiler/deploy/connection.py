@@ -83,7 +83,8 @@ class Remote:
             raise self.lost(None)
         if process.exit_status != 0:
             said = bytes(stderr or b"").decode(errors="replace").strip().splitlines()
-            raise DeployError(f"{self.name}: {said[-1] if said else f'a command failed ({process.exit_status})'}.")
+            why = said[-1].removeprefix("error: ").rstrip(".") if said else f"a command failed ({process.exit_status})"
+            raise DeployError(f"{self.name}: {why}.")
 
     def lost(self, error: Exception | None) -> DeployError:
         """What a broken connection is to the user."""

@@ -3,21 +3,21 @@
 FOLDER/incoming/VERSION/   what has come so far; a later run goes on from there
 FOLDER/versions/VERSION/   whole bundles; VERSION is the SHA-256 of manifest.json, which holds every other digest
 FOLDER/current, previous   links to versions/VERSION; `current` always points to a whole bundle
+FOLDER/lock                held by whoever changes any of these
 """
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 import asyncssh
 
 from compiler.deploy import machine
-from compiler.deploy.connection import DeployError, Remote
+from compiler.deploy.connection import LOST, DeployError, Remote
 from compiler.progress import Reporter, Stage
 from runtime import manifest
 from runtime.bundle import read_manifest
@@ -46,6 +46,19 @@ if [ "$2" = 0 ]; then sum <"$1"; exit; fi
 i=0; while [ "$i" -lt "$3" ]; do dd if="$1" bs="$2" skip="$i" count=1 2>/dev/null | sum; i=$((i + 1)); done
 """
 )
+# Held as long as this runs: until its stdin ends, which it does with the connection, however that ends.
+_LOCK = """
+cd "$1" || exit 1
+if command -v flock >/dev/null; then
+  exec 9>lock || exit 1
+  flock -n 9 || { echo busy; exit 0; }
+elif ! (set -C; echo $$ >lock.pid) 2>/dev/null; then
+  if kill -0 "$(cat lock.pid)" 2>/dev/null; then echo busy; exit 0; fi
+  echo $$ >lock.pid || exit 1
+fi
+[ ! -f lock.pid ] || trap 'rm -f lock.pid' EXIT
+echo held; cat
+"""
 _INSTALL = """
 cd "$1" && sync || exit 1
 if [ -d "versions/$2" ]; then
@@ -72,18 +85,6 @@ done
 :
 """
 _ROLLBACK = _TOOLS + 'cd "$1" && mark current "$3" && mark previous "$2" && sync'
-_READY = """
-cd "$1" || exit 1
-command -v python3 >/dev/null || { echo python3; exit; }
-[ -f current/run ] || python3 -c '
-import importlib.util
-print(*(m for m in ("runtime", "numpy", "tokenizers") if importlib.util.find_spec(m) is None))'
-"""
-_RUN = """
-cd "$1" || exit 1
-[ ! -f current/run ] || exec python3 current/run "$2"
-exec python3 -m runtime generate current --prompt="$2"
-"""
 
 
 @dataclass(frozen=True)
@@ -132,9 +133,19 @@ async def deploy(remote: Remote, bundle: Local, report: Reporter) -> Deployed:
     incoming, place = f"incoming/{version}", f"versions/{version}"
     described = await machine.look(remote, folder)
     there, partial = await _sizes(remote, place), await _sizes(remote, incoming)
-    wanted = dict(files)
     missing = sum(max(0, d.bytes - (partial or {}).get(name, 0)) for name, d in files.items())
     machine.require(described, bundle.manifest, missing if there is None else 0, remote.name, folder)
+    await remote.output('mkdir -p "$1"', folder)
+    async with _alone(remote):
+        return await _deploy(remote, bundle, report)
+
+
+async def _deploy(remote: Remote, bundle: Local, report: Reporter) -> Deployed:
+    """The same for a device where the bundle fits, with the lock held."""
+    folder, version, files = remote.folder, bundle.version, bundle.files
+    incoming, place = f"incoming/{version}", f"versions/{version}"
+    there, partial = await _sizes(remote, place), await _sizes(remote, incoming)
+    wanted = dict(files)
     if there is not None:  # deployed before: only what was damaged since comes again
         wanted = await _damaged(remote, place, files, report)
     sent = await _copy(remote, bundle, wanted, partial or {}, report)
@@ -155,10 +166,24 @@ async def deploy(remote: Remote, bundle: Local, report: Reporter) -> Deployed:
 
 async def rollback(remote: Remote, report: Reporter) -> Deployed:
     """Exchange `current` and `previous`, after the digests of the previous version were checked there."""
+    if None in await _links(remote):
+        raise _nothing_before(remote)
+    async with _alone(remote):
+        return await _rollback(remote, report)
+
+
+def _nothing_before(remote: Remote) -> DeployError:
+    return DeployError(
+        f"{remote.name}: {remote.folder} keeps no previous version, so there is nothing to go back to."
+    )
+
+
+async def _rollback(remote: Remote, report: Reporter) -> Deployed:
+    """The same with the lock held."""
     folder = remote.folder
     current, previous = await _links(remote)
     if current is None or previous is None or current == previous:
-        raise DeployError(f"{remote.name}: {folder} keeps no previous version, so there is nothing to go back to.")
+        raise _nothing_before(remote)
     place = f"versions/{previous}"
     text = await remote.output('cat "$1"', f"{folder}/{place}/{manifest.FILE_NAME}")
     try:
@@ -174,22 +199,25 @@ async def rollback(remote: Remote, report: Reporter) -> Deployed:
     return Deployed(previous, current, 0, sum(digest.bytes for digest in files.values()), ())
 
 
-async def run(remote: Remote, prompt: str) -> int:
-    """Let the current version continue a prompt; its output goes to ours. Gives its exit code."""
-    lacking = (await remote.output(_READY, remote.folder)).split()
-    if lacking:
-        todo = [f"install {name}" for name in lacking if name != "runtime"]
-        todo += ["copy quern's folder runtime/ beside `current`"] if "runtime" in lacking else []
-        raise DeployError(
-            f"{remote.name}: the bundle is in {remote.folder}/current, but cannot run there, for want of "
-            f"{', '.join(lacking)}. To run it, {', '.join(todo)}; runtime/README.md says what else it needs."
-        )
-    async with remote.process(_RUN, remote.folder, prompt, stdin=asyncssh.DEVNULL) as process:
-        await asyncio.gather(_pump(process.stdout, sys.stdout), _pump(process.stderr, sys.stderr))
-        await process.wait()
-        if process.exit_status is None and process.exit_signal is None:
-            raise remote.lost(None)
-    return process.exit_status if process.exit_status is not None and process.exit_status >= 0 else 1
+@asynccontextmanager
+async def _alone(remote: Remote) -> AsyncIterator[None]:
+    """Nobody else changes the folder meanwhile. Raises DeployError when somebody does."""
+    async with remote.process(_LOCK, remote.folder) as process:
+        said = bytes(await process.stdout.readline()).strip()
+        if said == b"busy":
+            raise DeployError(
+                f"{remote.name}: somebody else is deploying to {remote.folder} at this moment. Run the same command "
+                f"again when that has ended; if its connection broke, the device notices within minutes."
+            )
+        if said != b"held":
+            _, err = await process.communicate()
+            remote.check(process, err)
+        try:
+            yield
+        finally:
+            with suppress(*LOST):
+                process.stdin.write_eof()
+                await process.wait()
 
 
 async def _copy(
@@ -282,10 +310,3 @@ async def _links(remote: Remote) -> tuple[str | None, str | None]:
     lines = (await remote.output(_LINKS, remote.folder)).splitlines()
     names = [line.removeprefix("versions/") or None for line in lines]
     return (names[0], names[1]) if len(names) == 2 else (None, None)
-
-
-async def _pump(source: asyncssh.SSHReader[bytes], sink: TextIO) -> None:
-    """Pass on what comes, when it comes."""
-    while piece := await source.read(4096):
-        sink.buffer.write(piece)
-        sink.flush()

@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.bench import Timed
 from runtime.bundle import Bundle, open_bundle
 from runtime.device import peak_rss_mib
 from runtime.errors import UserError
 from runtime.session import Session
 from runtime.vm import Vm
-
-SEED = 0
 
 
 class Measured:
@@ -30,11 +29,8 @@ class Measured:
 
     def __init__(self, bundle: Bundle, threads: int | None) -> None:
         self._bundle, self._session = bundle, Session(bundle, threads)
+        self._timed = Timed(self._session)
         self._plain: Session | None = None
-        model = bundle.manifest.model
-        random = np.random.default_rng(SEED)
-        self._ids = random.integers(0, model.vocab_size, model.context).astype(np.int32)
-        self._filled = 0  # positions of the cache that hold the keys and values of self._ids
         self._readers: list[Callable[[], object]] = []
         self._read_bytes = 0
 
@@ -48,36 +44,17 @@ class Measured:
 
     def prefill(self, tokens: int) -> dict[str, Any]:
         """A prompt of `tokens` from an empty context to the logits after it."""
-        seconds = self._prefill(self._session, tokens)
-        self._filled = max(self._filled, tokens)
-        return {"seconds": seconds}
+        return {"seconds": self._timed.prefill(tokens)}
 
     def prefill_plain(self, tokens: int) -> dict[str, Any]:
         """The same without tiles, in a session of its own."""
         if self._plain is None:
             self._plain = Session(self._bundle, self._session.threads, tiles=False)
-        return {"seconds": self._prefill(self._plain, tokens)}
-
-    def _prefill(self, session: Session, tokens: int) -> float:
-        session.reset()
-        started = time.perf_counter()
-        session.prefill(self._ids[:tokens])
-        return time.perf_counter() - started
+        return {"seconds": self._timed.prefill(tokens, self._plain)}
 
     def decode(self, context: int, tokens: int) -> dict[str, Any]:
         """`tokens` tokens one by one, after `context` others, whose part in the cache is filled only once."""
-        if self._filled < context:
-            self._session.reset()
-            self._session.prefill(self._ids[:context])
-            self._filled = context
-        self._session.position = context
-        given = self._ids[context : context + tokens].tolist()
-        started = time.perf_counter()
-        for token in given:
-            self._session.step(token)
-        seconds = time.perf_counter() - started
-        self._filled = max(self._filled, context + tokens)
-        return {"seconds": seconds}
+        return {"seconds": self._timed.decode(context, tokens)}
 
     def reader(self, library: str, names: list[str], nbytes: int) -> dict[str, Any]:
         """Load the functions that only read (read_bandwidth.py wrote them) and run each once, as warming up."""
@@ -103,7 +80,7 @@ class Measured:
     def losses(self, window: list[int], first: int) -> dict[str, Any]:
         """Sum of -log p(window[j + 1] | window[:j + 1]) in nats over j = first .. len - 2; the window is seen alone."""
         self._session.reset()
-        self._filled = 0
+        self._timed.filled = 0
         rows = np.concatenate([block.copy() for block in self._session.logits(window)])
         return {"sum": nll(rows[first:-1], window[first + 1 :])}
 

@@ -65,14 +65,26 @@ def stretches(executed: Sequence[Executed], assembly: dict[int, str]) -> list[St
 
 
 def disassemble(words: set[int], target: Target) -> dict[int, str]:
-    """The text of every instruction word."""
+    """The text of every instruction word, all of which the target must have."""
+    found = decode(words, target)
+    assert len(found) == len(words), "an instruction that the target lacks"
+    return found
+
+
+def decode(words: set[int], target: Target) -> dict[int, str]:
+    """The text of those instruction words that the target's features have."""
     ordered = sorted(words)
     lines = "\n".join(" ".join(f"{byte:#04x}" for byte in word.to_bytes(4, "little")) for word in ordered)
     _, _, mc = tools()
-    said = _run([mc, "--disassemble", f"-triple={target.triple}", f"-mattr={','.join(target.features)}"], lines)
-    texts = [line.strip() for line in said.splitlines() if line.strip() and not line.strip().startswith(".")]
-    assert len(texts) == len(ordered), "llvm-mc left out instructions of the target"
-    return dict(zip(ordered, texts, strict=True))
+    command = [mc, "--disassemble", "--show-encoding", f"-triple={target.triple}"]
+    said = _run([*command, f"-mattr={','.join(target.features)}"], lines)
+    found = {}
+    for line in said.splitlines():
+        text, mark, encoding = line.partition("// encoding: [")
+        if mark:
+            word = bytes(int(byte, 16) for byte in encoding.rstrip("]").split(","))
+            found[int.from_bytes(word, "little")] = text.strip()
+    return found
 
 
 def of(executed: Mapping[str, Sequence[Executed]], target: Target) -> dict[str, float]:

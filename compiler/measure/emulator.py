@@ -72,10 +72,7 @@ class Program:
         with tempfile.TemporaryDirectory(prefix="quern-count-") as folder:
             out = Path(folder) / "counts"
             self._run(tensors, calls, [], None, ["-plugin", f"{counter()},out={out}"])
-            rows = (line.split() for line in out.read_text().splitlines())
-            return sorted(
-                (Executed(int(a, 16), int(w, 16), int(n)) for a, w, n in rows), key=lambda executed: executed.address
-            )
+            return read_counts(out)
 
     def _run(
         self, tensors: Tensors, calls: Sequence[Call], outputs: Sequence[str], cpu: str | None, plugin: list[str]
@@ -145,6 +142,12 @@ def counter() -> Path:
             _zig("-shared", "-fPIC", "-O2", "-s", "-o", str(made), str(source))
             made.replace(library)
     return library
+
+
+def read_counts(path: Path) -> list[Executed]:
+    """What the plugin wrote, by address."""
+    rows = (line.split() for line in path.read_text().splitlines())
+    return sorted((Executed(int(a, 16), int(w, 16), int(n)) for a, w, n in rows), key=lambda executed: executed.address)
 
 
 def _zig(*arguments: str) -> None:

@@ -1,4 +1,4 @@
-"""Prints forecast.Report: one JSON object, or a table that says it is a model."""
+"""Prints shape_forecast.Report: one JSON object, or a table that says it is a model."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import argparse
 import json
 from dataclasses import asdict
 
-from compiler.measure import forecast
-from compiler.measure.forecast import Report, Spread
+from compiler.measure import shape_forecast
+from compiler.measure.forecast import Spread
+from compiler.measure.shape_forecast import Report
 from targets import Target
 
 LABEL = "model"  # what every line and record says of itself
@@ -16,7 +17,7 @@ LABEL = "model"  # what every line and record says of itself
 def show(options: argparse.Namespace, target: Target) -> None:
     """What `bench --cost model` prints for these options."""
     head = options.head_bits or options.bits
-    made = forecast.report(options.shape, options.bits, options.group_size, head, options.context, target)
+    made = shape_forecast.report(options.shape, options.bits, options.group_size, head, options.context, target)
     if options.json:
         print(json.dumps(record(options, made)))  # noqa: T201
     else:

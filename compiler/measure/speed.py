@@ -17,6 +17,7 @@ from compiler.errors import UserError
 from compiler.measure import perplexity, read_bandwidth
 from compiler.measure.process import Process, Timed
 from runtime.bundle import Bundle, open_bundle
+from runtime.manifest import Manifest
 from targets import Target
 
 
@@ -51,11 +52,11 @@ class Speed:
     prefill_plain_tok_s: Spread | None = None
 
 
-def weight_bytes_per_token(bundle: Bundle) -> int:
+def weight_bytes_per_token(manifest: Manifest) -> int:
     """What `decode` must read: its weights, but of the embedding one row and of the rotary table one row."""
-    sizes = {w.name: w for w in bundle.manifest.weights.tensors}
+    sizes = {w.name: w for w in manifest.weights.tensors}
     total = 0
-    for name in bundle.manifest.functions["decode"].inputs:
+    for name in manifest.functions["decode"].inputs:
         if name in sizes:
             weight = sizes[name]
             by_row = name.partition(".")[0] in ("embedding", "rope")
@@ -70,7 +71,7 @@ class QuernSide(Timed):
 
     def __init__(self, process: Process, bundle: Bundle) -> None:
         super().__init__(process)
-        self.used = weight_bytes_per_token(bundle)
+        self.used = weight_bytes_per_token(bundle.manifest)
         about = process.ask("about")
         self.threads: int = about["threads"]
         self.tiles: bool = about["tiles"]

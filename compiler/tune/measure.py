@@ -1,26 +1,28 @@
-"""Timing of candidates on this machine: interleaved with the default and with a reader of memory, in a process apart.
+"""What tuning asks of a device that times candidates, and what all such devices have in common.
 
-`Measurer` is what tuning needs of a device; `LocalMeasurer` is this machine. A batch whose canaries (the reader before
-every round, and the default kernel in it) drift is thrown away and repeated: the machine had other things to do.
+`Measurer` is the question. `WorkerMeasurer` answers it through a worker process, which is replaced when it hangs or
+crashes: local.py for this machine, boards.py for boards. A batch whose canaries (a reader of memory before every round,
+and the default kernel in it) drift is thrown away and repeated: the machine had other things to do.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
+from runtime import board
 from schedules.kernel import Request, Space
 
 REPOSITORY = Path(__file__).parents[2]
@@ -31,16 +33,25 @@ REPEATS, PAUSE_S = 5, 0.25  # of a batch that drifted; the pause before it doubl
 REPLY_S = 60.0  # to compile one candidate, to run it, or to time a batch: seconds are usual
 OPEN_S = 300.0  # to load TVM and fill the arena
 STEP_S = 0.5  # replies are waited for in steps: while this process is stopped, at most one of them runs out
+LOCAL, RPC, EMULATED = "local", "rpc", "emulated"  # by what clock a record was measured
 
 Knobs = Mapping[str, int]
 
 
 class NoisyError(Exception):
-    """The machine is too busy to time anything on it; nothing of the batch may be recorded."""
+    """The machine is too busy or too hot to time anything on it; nothing of the batch may be recorded."""
+
+
+class DeviceLost(Exception):
+    """The device is gone, or fails with the default kernel alone; nothing of the batch may be recorded."""
 
 
 class CandidateLost(Exception):
-    """The worker hung or died over what it was asked; the message says which."""
+    """The worker, or the board, hung or died over what it was asked; the message says which."""
+
+
+class CandidateFailed(Exception):
+    """A candidate could not be compiled, or its results were wrong."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +62,12 @@ class Setting:
     cpu: str
     tvm: str
     commit: str
-    measured: str = "local"
+    measured: str = LOCAL
 
     @classmethod
     def here(cls, threads: int) -> Setting:
         """This machine and this tree."""
-        return cls(threads, cpu_model(), version("apache-tvm"), commit())
+        return cls(threads, board.cpu_model(), version("apache-tvm"), commit())
 
 
 @dataclass(frozen=True)
@@ -70,14 +81,20 @@ class Timing:
 
 @dataclass(frozen=True)
 class Batch:
-    """What was measured together: a timing for every candidate, the default's, the reader's GB/s by round."""
+    """What was measured together: a timing for every candidate, the default's, the reader's GB/s by round.
+
+    foreign: share of the processors' time that other processes took. spins: seconds of the canary that counts clock
+    cycles; throttled: the firmware held the clock down. Both come from boards alone.
+    """
 
     timings: list[Timing]
     default: Timing
     reads: list[float]
     rotated_bytes: int
     bytes_per_call: float
-    foreign: float = 0.0  # share of the processors' time that other processes took
+    foreign: float = 0.0
+    spins: tuple[float, ...] = ()
+    throttled: bool = False
 
 
 class Measurer(Protocol):
@@ -86,7 +103,7 @@ class Measurer(Protocol):
     setting: Setting
 
     def measure(self, request: Request, space: Space, candidates: Sequence[Knobs], rounds: int) -> Batch:
-        """Failures are part of the batch. Raises NoisyError when no batch was quiet."""
+        """Failures are part of the batch. Raises NoisyError when no batch was quiet, DeviceLost without a device."""
 
     def close(self) -> None:
         """Let go of the device."""
@@ -101,27 +118,35 @@ def drift(values: Sequence[float]) -> float:
 
 
 @dataclass
-class LocalMeasurer:
-    """This machine, through a worker process that is replaced when it hangs or crashes."""
+class WorkerMeasurer:
+    """A device behind a worker process.
+
+    losses: how often a worker may be lost over the same candidate before that is its failure. cancelled: True ends
+    whatever is being waited for, with DeviceLost.
+    """
 
     setting: Setting
     reply_s: float = REPLY_S
     most_drift: float = DRIFT
-    least_bytes: int = field(default_factory=lambda: max(LEAST_BYTES, 4 * last_level_cache_bytes()))
+    cancelled: Callable[[], bool] = lambda: False
     _process: subprocess.Popen[bytes] | None = None
     _connection: Connection | None = None
     _opened: Request | None = None
-    _size: dict[str, float] = field(default_factory=dict)
+    _size: dict[str, Any] = field(default_factory=dict)
     _quickest_s: float = math.inf  # the default's best median since the workload was opened
+
+    worker: ClassVar[str]
+    losses: ClassVar[int] = 1
+    repeats: ClassVar[int] = REPEATS
 
     def start(self) -> None:
         """Start the worker, which loads TVM for some seconds; `measure` does it too."""
         if self._process is None:
             ours, its = Pipe()
-            environment = {**os.environ, "TVM_NUM_THREADS": str(self.setting.threads)}
+            environment = {**os.environ, **self._environment()}
             paths = [str(REPOSITORY), *filter(None, [environment.get("PYTHONPATH")])]
             environment["PYTHONPATH"] = os.pathsep.join(paths)
-            command = [sys.executable, "-m", "compiler.tune.worker", str(its.fileno())]
+            command = [sys.executable, "-m", self.worker, str(its.fileno()), *self._arguments()]
             # A session of its own: Ctrl-C is for us, and we end it.
             self._process = subprocess.Popen(
                 command, env=environment, pass_fds=[its.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
@@ -138,23 +163,68 @@ class LocalMeasurer:
         self._process = self._connection = self._opened = None
 
     def measure(self, request: Request, space: Space, candidates: Sequence[Knobs], rounds: int) -> Batch:
-        """See Measurer."""
+        """See Measurer. When the worker is lost while it times several, each of them is timed alone."""
+        why: Exception
+        for _ in range(self.losses):
+            try:
+                return self._measure(request, space, candidates, rounds)
+            except CandidateLost as error:  # noqa: PERF203
+                why = error
+        if len(candidates) > 1:
+            alone = [self.measure(request, space, [knobs], rounds) for knobs in candidates]
+            return replace(alone[-1], timings=[batch.timings[0] for batch in alone])
+        try:
+            default = self._measure(request, space, [], rounds)
+        except CandidateLost as error:
+            raise DeviceLost(str(error)) from None
+        if not candidates:
+            return default
+        return replace(default, timings=[Timing([], [], str(why))])
+
+    def _measure(self, request: Request, space: Space, candidates: Sequence[Knobs], rounds: int) -> Batch:
         numbers, failures = self._prepare(request, space, candidates)
-        for repeat in range(REPEATS):
-            answer = self._ask("time", [0, *numbers.values()], rounds)
-            batch = self._batch(answer, list(numbers), failures, len(candidates))
-            worst = self._drift(batch)
-            if worst <= self.most_drift and batch.foreign <= self._most_foreign():
-                return batch
-            time.sleep(PAUSE_S * 2**repeat)
-        raise NoisyError(
+        within = self._time_s(len(numbers), rounds)
+        why: str | None = "nothing was timed"
+        for repeat in range(self.repeats):
+            if repeat == 0 or self._rested(repeat):
+                answer = self._ask("time", [0, *numbers.values()], rounds, within=within)
+                batch = self._batch(answer, list(numbers), failures, len(candidates))
+                why = self._unfit(batch)
+                if why is None:
+                    return batch
+        raise NoisyError(why)
+
+    def _environment(self) -> dict[str, str]:
+        return {"TVM_NUM_THREADS": str(self.setting.threads)}
+
+    def _arguments(self) -> list[str]:
+        return []
+
+    def _time_s(self, count: int, rounds: int) -> float:
+        """How long the worker may time that many candidates."""
+        return self.reply_s
+
+    def _rested(self, repeat: int) -> bool:
+        """Pause before another attempt; False when it would be in vain."""
+        time.sleep(PAUSE_S * 2 ** (repeat - 1))
+        return True
+
+    def _unfit(self, batch: Batch) -> str | None:
+        """Why a batch must be thrown away."""
+        worst = self._drift(batch)
+        if worst <= self.most_drift and batch.foreign <= self._most_foreign():
+            return None
+        return (
             f"other processes take {batch.foreign:.0%} of the processors, and the speed of one kernel drifts by "
             f"{worst:.0%} ({self.most_drift:.0%} is the limit)"
         )
 
+    def _processors(self) -> int:
+        return os.cpu_count() or 1
+
     def _most_foreign(self) -> float:
         """Processors that our threads leave idle are for everyone; of ours, as much more as drift is allowed."""
-        unused = max(0.0, 1 - self.setting.threads / (os.cpu_count() or 1))
+        unused = max(0.0, 1 - self.setting.threads / self._processors())
         return unused + FOREIGN * self.most_drift / DRIFT
 
     def _drift(self, batch: Batch) -> float:
@@ -166,12 +236,19 @@ class LocalMeasurer:
     def _prepare(
         self, request: Request, space: Space, candidates: Sequence[Knobs]
     ) -> tuple[dict[int, int], dict[int, str]]:
-        """Worker's number, or failure, of every candidate by its place. Those that a lost worker had are made again."""
+        """Worker's number, or failure, of every candidate by its place. Those that a lost worker had are made again.
+
+        Where one loss proves nothing, the default comes once more before a candidate's second chance: a device that is
+        lost over that is no device.
+        """
         failures: dict[int, str] = {}
+        lost: Counter[int] = Counter()
         while True:
             numbers: dict[int, int] = {}
             try:
                 self._open(request, space)
+                if lost:
+                    self._control(space)
                 for place, knobs in enumerate(candidates):
                     if place not in failures:
                         try:
@@ -181,27 +258,29 @@ class LocalMeasurer:
                 return numbers, failures
             except CandidateLost as error:
                 place = next(p for p in range(len(candidates)) if p not in numbers and p not in failures)
-                failures[place] = str(error)
+                lost[place] += 1
+                if lost[place] >= self.losses:
+                    failures[place] = str(error)
+
+    def _control(self, space: Space) -> None:
+        """Raise DeviceLost unless the default can be prepared like a candidate."""
+        if self.losses == 1:
+            return
+        try:
+            self._ask("prepare", dict(space.default))
+        except (CandidateLost, CandidateFailed) as error:
+            raise DeviceLost(f"it fails with the default kernel, too: {error}") from None
 
     def _open(self, request: Request, space: Space) -> None:
         """Have the worker take up a workload, unless it has it in hand from the batch before."""
-        self.start()
-        if self._opened == request:
-            return
-        try:
-            self._size = self._ask("open", request, dict(space.default), self.least_bytes, within=OPEN_S)
-            self._opened, self._quickest_s = request, math.inf
-        except (CandidateFailed, CandidateLost) as error:
-            self.close()
-            what = f"{space.schedule} {dict(space.workload)}"
-            raise RuntimeError(f"{what}: the default schedule failed: {error}") from error
+        raise NotImplementedError
 
     def _ask(self, *message: Any, within: float | None = None) -> Any:
         assert self._connection is not None
         seconds = self.reply_s if within is None else within
         try:
             self._connection.send(message)
-            if not any(self._connection.poll(STEP_S) for _ in range(math.ceil(seconds / STEP_S))):
+            if not any(self._answered() for _ in range(math.ceil(seconds / STEP_S))):
                 raise CandidateLost(f"no answer within {seconds:g} s")
             status, value = self._connection.recv()
         except (EOFError, ConnectionError):
@@ -209,12 +288,23 @@ class LocalMeasurer:
             code = self._process.returncode  # type: ignore[union-attr]
             self.close()
             raise CandidateLost(f"the process ended with {code}") from None
-        except CandidateLost:
+        except (CandidateLost, DeviceLost):
             self.close()
             raise
         if status == "failed":
             raise CandidateFailed(value)
+        if status == "lost":
+            self._opened = None
+            raise CandidateLost(value)
+        if status == "none":
+            raise DeviceLost(value)
         return value
+
+    def _answered(self) -> bool:
+        assert self._connection is not None
+        if self.cancelled():
+            raise DeviceLost("it is not needed any more")
+        return self._connection.poll(STEP_S)
 
     def _batch(self, answer: dict[str, Any], places: list[int], failures: dict[int, str], count: int) -> Batch:
         rounds = answer["seconds"]
@@ -229,29 +319,10 @@ class LocalMeasurer:
         found = {place: timing(1 + i) for i, place in enumerate(places)}
         found |= {place: Timing([], [], why) for place, why in failures.items()}
         timings = [found[place] for place in range(count)]
-        size = self._size
-        rotated, read = int(size["rotated_bytes"]), size["bytes_per_call"]
-        return Batch(timings, default, answer["reads"], rotated, read, answer["foreign"])
-
-
-class CandidateFailed(Exception):
-    """The worker could not compile a candidate, or its results were wrong."""
-
-
-def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The CPU as the kernel names it."""
-    text = cpuinfo.read_text(errors="replace") if cpuinfo.exists() else ""
-    named = (line for line in text.splitlines() if line.startswith(("model name", "CPU part")))
-    return next(named, ": unknown").partition(":")[2].strip()
-
-
-def last_level_cache_bytes(cpu: Path = Path("/sys/devices/system/cpu/cpu0")) -> int:
-    """Size of the largest cache that the kernel tells of, 0 where it tells of none."""
-    sizes = [0]
-    for path in cpu.glob("cache/index*/size"):
-        with contextlib.suppress(OSError, ValueError):
-            sizes.append(int(path.read_text().strip().removesuffix("K")) << 10)
-    return max(sizes)
+        return Batch(
+            timings, default, answer["reads"], int(self._size["rotated_bytes"]), self._size["bytes_per_call"],
+            answer["foreign"], tuple(answer["spins"]), bool(answer.get("throttled")),
+        )  # fmt: skip
 
 
 def commit() -> str:

@@ -3,6 +3,7 @@
 A `trial` is one measured (or failed) point of a schedule's space; a `choice` is the verdict on a shape, after the best
 trials met the default once more; the last one counts. `build` applies a choice when schedule, workload and the default
 that it beat are still the same. The target key is `Target.tuning_key`, written into every line as well.
+`measured` says by what clock: "local", "rpc" (a board), or "emulated", which never stands beside the others in a file.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import IO, Any
 
 from compiler.errors import UserError
 from compiler.passes.lower_to_schedules import Decision
+from compiler.tune.measure import EMULATED
 from schedules.kernel import OutsideSpace, Request, Space, space
 from targets import Target
 
@@ -107,6 +109,19 @@ class Database:
             raise
         return found
 
+    def admit(self, measured: str) -> None:
+        """Raise DatabaseError when records measured so would stand beside others: an emulator's times are no times."""
+        if why := self._mixed(measured):
+            raise DatabaseError(
+                f"{self.path}: {why}, and the one says nothing about the other. Give --tuning-logs another folder."
+            )
+
+    def _mixed(self, measured: str) -> str | None:
+        if not self.records or (self.records[0]["measured"] == EMULATED) == (measured == EMULATED):
+            return None
+        return "it has times of an emulated board, this one is real" if measured != EMULATED else (
+            "it has times of real boards, this one is emulated")  # fmt: skip
+
     def append(self, record: Record) -> None:
         """Write one record and wait until it is on the disk."""
         assert self._file is not None
@@ -118,6 +133,8 @@ class Database:
     def close(self) -> None:
         """Let other processes write."""
         if self._file is not None:
+            if not self.records and not self.path.stat().st_size:
+                self.path.unlink()  # nothing came of it
             self._file.close()
             self._file = None
 
@@ -162,6 +179,8 @@ class Database:
         try:
             record = json.loads(line, parse_constant=_no_constant)
             _check(record, self.key)
+            if why := self._mixed(record["measured"]):
+                raise ValueError(f"the file mixes clocks: {why}")
         except (ValueError, RecursionError) as error:
             raise DatabaseError(
                 f"{self.path}:{number}: not a tuning record of {self.key}: {error}. "

@@ -6,18 +6,19 @@ once more, for longer, and only a gain that stands out of the noise there become
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from compiler.errors import UserError
-from compiler.tune.measure import Batch, Measurer, NoisyError, Timing
+from compiler.tune.measure import Batch, DeviceLost, Measurer, NoisyError, Setting, Timing
 from compiler.tune.records import Database, Record, frozen
 from schedules.kernel import Request, Space
 
@@ -112,8 +113,33 @@ def by_model(space: Space, measured: Sequence[Record], points: list[dict[str, in
     return [points[i] for i in np.argsort(-expected, kind="stable")]
 
 
+@dataclass
+class Progress:
+    """A task on its way. asked: points that are being measured now. noise: why it was left."""
+
+    task: Task
+    before: int
+    asked: set[tuple[tuple[str, int], ...]] = field(default_factory=set)
+    decided: bool = False
+    noise: str | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """Candidates to be measured beside each other; verdict: they are the finalists."""
+
+    progress: Progress
+    candidates: list[dict[str, int]]
+    rounds: int
+    verdict: bool = False
+
+
 class Tuner:
-    """Tasks on one device into one database. `stop()` True ends a task between two batches."""
+    """Tasks into one database. `stop()` True ends a task between two batches.
+
+    `tune` takes one device through one task. Several devices share tasks through `next` and `finish` (fleet.py): a
+    batch holds no more than a device's share of what is left.
+    """
 
     def __init__(
         self,
@@ -122,8 +148,10 @@ class Tuner:
         trials: int,
         stop: Callable[[], bool] = lambda: False,
         advance: Callable[[int], None] = lambda count: None,
+        devices: int = 1,
     ) -> None:
         self.database, self.measurer, self.trials, self.stop, self.advance = database, measurer, trials, stop, advance
+        self.devices = devices
 
     def wanted(self, task: Task) -> int:
         """How many trials there will be in all."""
@@ -131,60 +159,105 @@ class Tuner:
 
     def tune(self, task: Task) -> Outcome:
         """Measure what is still missing, then decide; a task that is complete costs nothing."""
-        threads, wanted, noise = self.measurer.setting.threads, self.wanted(task), None
-        done = before = self.database.trials(task.space, threads)
+        progress = self.begin(task)
         try:
-            while len(done) < wanted and not self.stop():
-                hints = siblings_best(self.database, task.space)
-                self._batch(task, propose(task.space, done, min(BATCH, wanted - len(done)), hints))
-                done = self.database.trials(task.space, threads)
-            choice = self.database.choice(task.space, threads)
-            behind = bool(done) and (choice is None or choice["trials"] < len(done))
-            if behind and (len(done) > len(before) or not self.stop()):
-                self._decide(task, done)
-        except NoisyError as error:
-            noise = str(error)
-        failed = sum(record["kind"] == "failure" for record in done.values())
-        points, choice = sum(1 for _ in task.space.points()), self.database.choice(task.space, threads)
-        return Outcome(task, len(done), len(done) - len(before), failed, points, choice, noise)
+            while (job := self.next(progress)) is not None:
+                batch = self.measurer.measure(task.request, task.space, job.candidates, job.rounds)
+                self.finish(job, batch, self.measurer.setting)
+        except (NoisyError, DeviceLost) as error:
+            progress.noise = str(error)
+        return self.outcome(progress)
 
-    def _batch(self, task: Task, candidates: list[dict[str, int]]) -> None:
-        batch = self.measurer.measure(task.request, task.space, candidates, ROUNDS)
-        for knobs, timing in zip(candidates, batch.timings, strict=True):
+    def begin(self, task: Task) -> Progress:
+        """What the database has of a task."""
+        return Progress(task, len(self._done(task)))
+
+    def next(self, progress: Progress) -> Job | None:
+        """What to measure next; None when nothing is left, or when others still measure what it depends on."""
+        task, done = progress.task, self._done(progress.task)
+        left = self.wanted(task) - len(done) - len(progress.asked)
+        if left > 0 and not self.stop():
+            taken = done | {point: {"kind": "asked"} for point in progress.asked}
+            count = min(BATCH, math.ceil(left / self.devices))
+            candidates = propose(task.space, taken, count, siblings_best(self.database, task.space))
+            progress.asked |= {frozen(knobs) for knobs in candidates}
+            if candidates:
+                return Job(progress, candidates, ROUNDS)
+        if progress.asked or progress.decided or not self.undecided(task):
+            return None
+        if len(done) == progress.before and self.stop():
+            return None
+        progress.decided = True
+        return Job(progress, _finalists(done), FINAL_ROUNDS, verdict=True)
+
+    def undecided(self, task: Task) -> bool:
+        """Whether trials are recorded that no verdict knows of."""
+        done, choice = self._done(task), self.database.choice(task.space, self.measurer.setting.threads)
+        return bool(_finalists(done)) and (choice is None or choice["trials"] < len(done))
+
+    def complete(self, task: Task) -> bool:
+        """Whether nothing is left to measure and to decide."""
+        return len(self._done(task)) >= self.wanted(task) and not self.undecided(task)
+
+    def give_back(self, job: Job) -> None:
+        """Nothing came of a job: somebody else may have it."""
+        job.progress.asked -= {frozen(knobs) for knobs in job.candidates}
+        if job.verdict:
+            job.progress.decided = False
+
+    def finish(self, job: Job, batch: Batch, setting: Setting) -> None:
+        """Record what a device measured."""
+        if job.verdict:
+            self._decide(job, batch, setting)
+            return
+        task = job.progress.task
+        for knobs, timing in zip(job.candidates, batch.timings, strict=True):
             if timing.failure is not None:
-                self.database.append(self._record(task, "failure", knobs) | {"error": timing.failure})
+                self.database.append(_record(task, "failure", knobs, setting) | {"error": timing.failure})
             else:
                 figures = {"runs": len(timing.seconds), "speedup": spread(timing.speedups)}
-                self.database.append(self._record(task, "trial", knobs) | _figures(task, batch, timing) | figures)
+                self.database.append(_record(task, "trial", knobs, setting) | _figures(task, batch, timing) | figures)
             self.advance(1)
+        self.give_back(job)
 
-    def _decide(self, task: Task, done: Results) -> None:
-        """The finalists against the default; no verdict when every trial failed."""
-        ranked = sorted(
-            (r for r in done.values() if r["kind"] == "trial"), key=lambda r: r["speedup"]["median"], reverse=True
-        )
-        if not ranked:
-            return
-        finalists = [dict(record["knobs"]) for record in ranked[:FINALISTS]]
-        batch = self.measurer.measure(task.request, task.space, finalists, FINAL_ROUNDS)
-        finished = [(k, t) for k, t in zip(finalists, batch.timings, strict=True) if t.failure is None]
+    def outcome(self, progress: Progress) -> Outcome:
+        """How far a task came."""
+        task, done = progress.task, self._done(progress.task)
+        failed = sum(record["kind"] == "failure" for record in done.values())
+        points = sum(1 for _ in task.space.points())
+        choice = self.database.choice(task.space, self.measurer.setting.threads)
+        return Outcome(task, len(done), len(done) - progress.before, failed, points, choice, progress.noise)
+
+    def _done(self, task: Task) -> dict[tuple[tuple[str, int], ...], Record]:
+        return self.database.trials(task.space, self.measurer.setting.threads)
+
+    def _decide(self, job: Job, batch: Batch, setting: Setting) -> None:
+        """The finalists against the default; no verdict when all of them failed."""
+        task = job.progress.task
+        finished = [(k, t) for k, t in zip(job.candidates, batch.timings, strict=True) if t.failure is None]
         if not finished:
             return
         best, timing = max(finished, key=lambda pair: statistics.median(pair[1].speedups))
         wins = sum(speedup > 1 for speedup in timing.speedups)
         gained = statistics.median(timing.speedups) >= MIN_GAIN and wins >= MIN_WINS * len(timing.speedups)
-        record = self._record(task, "choice", best if gained else task.space.default)
+        record = _record(task, "choice", best if gained else task.space.default, setting)
         record |= {"best": best, "gained": gained, "default_seconds": spread(batch.default.seconds)}
-        record |= {"wins": wins, "rounds": len(timing.speedups), "trials": len(done)}
+        record |= {"wins": wins, "rounds": len(timing.speedups), "trials": len(self._done(task))}
         record |= _figures(task, batch, timing) | {"speedup": spread(timing.speedups)}
         self.database.append(record)
 
-    def _record(self, task: Task, kind: str, knobs: Knobs) -> Record:
-        space = task.space
-        about = {"schedule": space.schedule, "operator": task.request.op, "workload": dict(space.workload)}
-        return {"kind": kind, **about, "knobs": dict(knobs), "default": dict(space.default)} | asdict(
-            self.measurer.setting
-        )
+
+def _finalists(done: Results) -> list[dict[str, int]]:
+    """The best trials; none when every trial failed."""
+    measured = (record for record in done.values() if record["kind"] == "trial")
+    ranked = sorted(measured, key=lambda r: r["speedup"]["median"], reverse=True)
+    return [dict(record["knobs"]) for record in ranked[:FINALISTS]]
+
+
+def _record(task: Task, kind: str, knobs: Knobs, setting: Setting) -> Record:
+    space = task.space
+    about = {"schedule": space.schedule, "operator": task.request.op, "workload": dict(space.workload)}
+    return {"kind": kind, **about, "knobs": dict(knobs), "default": dict(space.default)} | asdict(setting)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -71,6 +71,27 @@ ctypes.CFUNCTYPE(None)(ctypes.addressof(ctypes.c_char.from_buffer(page)))()
     assert done.returncode == -4  # SIGILL
 
 
+def test_a_program_on_the_board_starts_another(board: Any) -> None:
+    inner = "import platform, sys; print(platform.machine(), sys.argv)"
+    code = "import platform, subprocess, sys; print(platform.machine(), flush=True); "
+    code += f"subprocess.run([sys.executable, '-c', {inner!r}, 'a b'], check=True)"
+    assert board.run(["-c", code]).stdout == "aarch64\naarch64 ['-c', 'a b']\n"
+
+
+def test_a_verb_of_the_runtime_in_the_background(board: Any, tmp_path: Path) -> None:
+    """The signal goes to the program itself, and nothing but the runtime can be imported."""
+    code = "import importlib.util, time; found = importlib.util.find_spec; "
+    code += "print(*(bool(found(name)) for name in ('runtime', 'compiler')), flush=True); time.sleep(60)"
+    how = {"pythonpath": [board.runtime_folder()], "cwd": tmp_path}
+    with board.start(["-c", code], **how, stdout=-1) as process:
+        assert process.stdout.readline() == "True False\n"
+        process.terminate()
+        assert process.wait(10) == -15
+    with board.start_runtime(["info", "nowhere"], stdout=-1, stderr=-1) as process:
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (2, "") and err.startswith("error: nowhere")
+
+
 def test_a_failure_shows_what_the_program_wrote(board: Any) -> None:
     with pytest.raises(board.BoardError, match=r"left with 3\nhello\n"):
         board.run(["-c", "print('hello'); raise SystemExit(3)"])

@@ -69,6 +69,27 @@ def test_pins_are_the_compilers_own_wheels() -> None:
         assert "-cp39-abi3-" in parts[2].wheel
 
 
+def test_licences_are_those_of_the_wheels(tmp_path: Path) -> None:
+    """What the compiler's own wheels bring, word for word; tokenizers' brings none."""
+    carried.write({}, tmp_path)
+    text = (tmp_path / "licenses.txt").read_text()
+    said = " ".join(text.split())
+    versions = {parts[2].requirement.replace("==", " ") for parts in PARTS.values()}
+    assert all(f"{version}: Apache License 2.0" in said for version in versions)
+    words = {
+        "apache-tvm": ("tvm/NOTICE", "tvm/licenses/LICENSE.builtin_fp16.txt"),
+        "apache-tvm-ffi": ("NOTICE", "tvm_ffi/3rdparty/libbacktrace/LICENSE"),
+    }
+    for project, names in words.items():
+        files = importlib.metadata.files(project) or []
+        for name in names:
+            (found,) = (file for file in files if str(file).endswith(f"/{name}") or str(file) == name)
+            own = found.read_text()
+            own = own[own.rindex("Copyright (c) 2009-"):] if "builtin_fp16" in name else own
+            assert " ".join(own.split()) in said, name
+    assert text.endswith((REPO / "LICENSE").read_text().strip("\n") + "\n")
+
+
 def test_fetched_once_then_offline(thing: carried.Part, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pip = Pip(monkeypatch, CONTENT)
     assert carried.fetch("aarch64") == {"libthing.so": CONTENT}
@@ -138,7 +159,7 @@ def test_the_runtime_is_whole_and_reproducible(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         carried.write({"lib.so": CONTENT}, tmp_path / name)
     one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
-    assert one == two and set(one) == {"lib.so", "run", "runtime.zip"}
+    assert one == two and set(one) == {"lib.so", "licenses.txt", "run", "runtime.zip"}
     with zipfile.ZipFile(tmp_path / "one" / "runtime.zip") as archive:
         packed = {name: archive.read(name) for name in archive.namelist()}
     sources = [path for path in (REPO / "runtime").glob("*.py") if path.name != "run.py"]

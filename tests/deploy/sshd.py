@@ -24,7 +24,7 @@ StrictModes no
 UsePAM no
 PasswordAuthentication no
 KbdInteractiveAuthentication no
-SetEnv HOME={folder} PATH={python}:/usr/bin:/bin
+SetEnv HOME={folder} PATH={path}
 """
 
 
@@ -48,8 +48,8 @@ def keygen(path: Path) -> None:
 
 
 @contextmanager
-def serve(folder: Path) -> Iterator[Server]:
-    """Start it, wait until it answers, end it."""
+def serve(folder: Path, programs: Path | None = None) -> Iterator[Server]:
+    """Start it, wait until it answers, end it. `programs` come first on the PATH there; else this Python does."""
     assert SSHD is not None
     if os.geteuid() == 0:
         Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # as root, sshd insists on it
@@ -59,7 +59,8 @@ def serve(folder: Path) -> Iterator[Server]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     config = folder / "sshd_config"
-    config.write_text(CONFIG.format(port=port, folder=folder, python=Path(sys.executable).parent))
+    path = f"{programs or Path(sys.executable).parent}:/usr/bin:/bin"
+    config.write_text(CONFIG.format(port=port, folder=folder, path=path))
     with (folder / "log").open("wb") as log:
         server = subprocess.Popen([SSHD, "-D", "-e", "-f", config], stderr=log)
     try:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from compiler.deploy import connection, machine
+from compiler.deploy import connection, machine, versions
 from runtime import device
 from runtime import manifest as mf
 from tests.deploy import sshd
@@ -123,6 +123,59 @@ def test_an_interrupted_copy_goes_on(toy: Path, server: sshd.Server, tmp_path: P
     assert after["kept_bytes"] >= kept
     assert after["kept_bytes"] + after["copied_bytes"] == sum(path.stat().st_size for path in toy.iterdir())
     assert (tmp_path / "there" / "current" / "weights.bin").read_bytes() == (toy / "weights.bin").read_bytes()
+
+
+def held(folder: Path, **environment: str) -> subprocess.Popen[str]:
+    """The device's own lock script, as another deployment would run it."""
+    command = ["/bin/sh", "-c", versions._LOCK, "sh", str(folder)]
+    settings = {"PATH": os.defpath, **environment}
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=settings)
+
+
+def said(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def test_two_deployments_at_once(toy: Path, server: sshd.Server, tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    first = done(server, toy, f"127.0.0.1:{there}")
+    other = variant(toy, tmp_path / "other", quantization={"format": "other"})
+    with held(there) as process:
+        assert said(process) == "held"
+        refused = deploy(server, other, f"127.0.0.1:{there}")
+        process.kill()  # as a lost connection does
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1] == (
+        f"error: 127.0.0.1: somebody else is deploying to {there} at this moment. Run the same command again when that "
+        f"has ended; if its connection broke, the device notices within minutes."
+    )
+    assert not list((there / "incoming").iterdir())
+    second = done(server, other, f"127.0.0.1:{there}")
+    assert second["previous"] == first["version"]
+    with held(there) as process:
+        assert said(process) == "held"
+        refused = deploy(server, "--rollback", f"127.0.0.1:{there}")
+    assert refused.returncode == 2 and "somebody else is deploying" in refused.stderr
+    assert (there / "current").resolve().name == second["version"]
+
+
+def test_a_lock_without_flock(tmp_path: Path) -> None:
+    """By process id; one that a dead process left is taken over."""
+    (tmp_path / "bin").mkdir()
+    for name in ("cat", "rm"):
+        (tmp_path / "bin" / name).symlink_to(f"/bin/{name}")
+    settings = {"PATH": str(tmp_path / "bin")}
+    with held(tmp_path, **settings) as first:
+        assert said(first) == "held"
+        with held(tmp_path, **settings) as second:
+            assert said(second) == "busy"
+        first.communicate("")
+    assert not (tmp_path / "lock.pid").exists()
+    (tmp_path / "lock.pid").write_text(f"{first.pid}\n")
+    with held(tmp_path, **settings) as third:
+        assert said(third) == "held"
+        third.communicate("")
 
 
 def test_run(toy: Path, server: sshd.Server, tmp_path: Path) -> None:

@@ -54,6 +54,14 @@ def refusal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
     return build
 
 
+def test_a_target_of_kernels_alone(refusal: Callable[..., str], tmp_path: Path) -> None:
+    assert refusal("--target", "riscv64-v", "--out", tmp_path / "out") == (
+        "--target riscv64-v: quern has kernels for it, but TVM has no runtime for riscv64 yet, so no bundle would run "
+        "there; bundles are for x86_64 and aarch64. `bench --shape NAME --target riscv64-v --cost model` counts what "
+        "its kernels execute."
+    )
+
+
 def edit(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
     data = json.loads(file.read_text())
     change(data)

@@ -52,7 +52,7 @@ def test_bytes_a_token_by_hand(stories: Path) -> None:
     layer = sum(rows * (spans * width // 2 + 3 * spans) for rows, spans, width in
                 ((128, 1, 64), (64, 1, 64), (352, 1, 64), (64, 6, 32)))  # fmt: skip
     head, norms, rows = 512 * (64 + 3), 11 * 64 * 4, 64 * 2 + 8 * 4
-    assert speed.weight_bytes_per_token(open_bundle(stories)) == 5 * layer + head + norms + rows
+    assert speed.weight_bytes_per_token(open_bundle(stories).manifest) == 5 * layer + head + norms + rows
 
 
 @pytest.mark.parametrize(("prompt", "steps", "context"), [(16, 2, 4), (CONTEXT, 1, CONTEXT - 1)])

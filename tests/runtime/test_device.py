@@ -60,9 +60,9 @@ def test_cpu_quota(
 ) -> None:
     for name, text in files.items():
         write(tmp_path / name, text)
-    real = device._read
+    real = device.read_text
     monkeypatch.setattr(device, "CGROUP", tmp_path)
-    monkeypatch.setattr(device, "_read", lambda p: "0::/box" if p == Path("/proc/self/cgroup") else real(p))
+    monkeypatch.setattr(device, "read_text", lambda p: "0::/box" if p == Path("/proc/self/cgroup") else real(p))
     assert device.cpu_quota() == quota
 
 

@@ -30,7 +30,7 @@ def attention(m: int, target: Target) -> Request:
     return Request("quern.attention", args, (TensorSpec((m, 128), "float32"),), attrs, target)
 
 
-REQUESTS = [linear(m, target) for m in (1, 16) for target in (NATIVE, AVX2)]
+REQUESTS = [linear(m, target) for m in (1, 16) for target in (NATIVE, AVX2, ARM)]
 REQUESTS += [attention(m, target) for m in (1, 16) for target in (NATIVE, AVX2, ARM)]
 by_request = pytest.mark.parametrize("request_", REQUESTS, ids=lambda r: f"{r.op}-{r.args[0].shape[0]}-{r.target.name}")
 

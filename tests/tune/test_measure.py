@@ -8,8 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from compiler.tune import measure, worker
-from compiler.tune.measure import LocalMeasurer, NoisyError, Setting
+from compiler.tune import measure
+from compiler.tune.local import LocalMeasurer
+from compiler.tune.measure import NoisyError, Setting
+from runtime import timing
 from schedules import kernel
 from schedules.kernel import Space
 from tests.tune.test_records import linear
@@ -37,10 +39,10 @@ def test_candidates_beside_the_default(device: LocalMeasurer) -> None:
     batch = device.measure(REQUEST, space, [good, wrong, space.default], rounds=3)
     first, second, third = batch.timings
     assert second.failure is not None and second.seconds == []
-    for timing in (first, third, batch.default):
-        assert timing.failure is None
-        assert len(timing.speedups) == 3 and len(timing.seconds) >= 3 * 2
-        assert all(0 < seconds < 1 for seconds in timing.seconds)
+    for each in (first, third, batch.default):
+        assert each.failure is None
+        assert len(each.speedups) == 3 and len(each.seconds) >= 3 * 2
+        assert all(0 < seconds < 1 for seconds in each.seconds)
     assert len(batch.reads) == 3 and min(batch.reads) > 0
     # 4 blocks of 16 rows, 32 inputs: 1 KiB of codes, 128 bytes of scales, 64 of zeros
     assert batch.bytes_per_call == 1024 + 128 + 64
@@ -85,13 +87,13 @@ def test_a_busy_machine_gives_no_figures(device: LocalMeasurer, monkeypatch: pyt
 
 
 def test_what_others_took_by_hand() -> None:  # 2 processors for 3 s, 5 s busy, 4 s of them ours
-    assert worker.foreign_share((10.0, 1.0, 1.0), (16.0, 6.0, 5.0)) == pytest.approx(1 / 6)
-    assert worker.foreign_share((0.0, 0.0, 0.0), (4.0, 1.0, 1.01)) == 0
+    assert timing.foreign_share((10.0, 1.0, 1.0), (16.0, 6.0, 5.0)) == pytest.approx(1 / 6)
+    assert timing.foreign_share((0.0, 0.0, 0.0), (4.0, 1.0, 1.01)) == 0
 
 
 def test_the_processors_clocks_go_forward() -> None:
-    before = worker.processor_seconds()
+    before = timing.processor_seconds()
     while time.process_time() < before[2] + 0.05:
         pass
-    after = worker.processor_seconds()
+    after = timing.processor_seconds()
     assert after[0] > before[0] and after[1] > before[1] and after[2] > before[2]

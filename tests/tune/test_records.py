@@ -15,6 +15,7 @@ from compiler.passes.lower_to_schedules import Decision
 from compiler.tune.records import Database, DatabaseError, Tuned
 from schedules import kernel
 from schedules.kernel import OutsideSpace, Request, Space, TensorSpec
+from targets import Target
 
 NATIVE = targets.load("native")
 SPACE = Space.around(
@@ -122,7 +123,7 @@ def test_a_wrong_record_is_never_written(tmp_path: Path) -> None:
     with pytest.raises(DatabaseError, match="it was made for pestle"):
         writer.append(trial(target="pestle"))
     writer.close()
-    assert writer.path.read_bytes() == b""
+    assert not writer.path.exists()
 
 
 def test_records_of_another_folder_are_refused(tmp_path: Path) -> None:
@@ -172,11 +173,11 @@ def test_knobs_outside_the_space_are_refused(tmp_path: Path, knobs: dict[str, in
     assert str(caught.value) == said
 
 
-def linear(n: int) -> Request:
+def linear(n: int, target: Target = NATIVE) -> Request:
     specs = [((1, 1, 32), "int8"), ((1, 1), "float32"), ((1, 1), "int32"), ((n, 32), "uint8"), ((n, 1), "float16"),
              ((n, 1), "int16")]  # fmt: skip
     args = tuple(TensorSpec(shape, dtype) for shape, dtype in specs)
-    return Request("quern.linear_int8", args, (TensorSpec((1, n), "float32"),), {"bits": 4, "group": 32}, NATIVE)
+    return Request("quern.linear_int8", args, (TensorSpec((1, n), "float32"),), {"bits": 4, "group": 32}, target)
 
 
 def test_what_a_build_asks(tmp_path: Path) -> None:
@@ -197,3 +198,30 @@ def test_what_a_build_asks(tmp_path: Path) -> None:
     assert path.is_file()
     other = replace(NATIVE, name="other")
     assert Tuned.of(tmp_path, other)(replace(request, target=other)) is None
+
+
+def test_an_emulators_times_stand_alone(tmp_path: Path) -> None:
+    path = database(tmp_path, trial())
+    writer = Database.writing(tmp_path, "mill")
+    for measured in ("local", "rpc"):
+        writer.admit(measured)
+    with pytest.raises(DatabaseError) as caught:
+        writer.admit("emulated")
+    assert str(caught.value) == (
+        f"{path}: it has times of real boards, this one is emulated, and the one says nothing about the other. Give "
+        f"--tuning-logs another folder."
+    )
+    with pytest.raises(DatabaseError, match="the file mixes clocks: it has times of real boards, this one is emulated"):
+        writer.append(trial(measured="emulated"))
+    writer.close()
+    database(tmp_path, trial(measured="emulated"), key="pestle")
+    writer = Database.writing(tmp_path, "pestle")
+    with pytest.raises(DatabaseError, match="it has times of an emulated board, this one is real"):
+        writer.admit("rpc")
+    writer.close()
+
+
+def test_a_database_without_records_leaves_no_file(tmp_path: Path) -> None:
+    writer = Database.writing(tmp_path, "mill")
+    writer.close()
+    assert not writer.path.exists()

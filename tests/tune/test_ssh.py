@@ -1,0 +1,91 @@
+"""`tune --ssh` against a real OpenSSH server on loopback: what it starts, a kill in the middle, and what it ends."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import targets
+from compiler.__main__ import main
+from compiler.codegen.link import cache_dir
+from compiler.tune.records import FILE_NAME, Database, frozen
+from tests.deploy import sshd
+from tests.end_to_end import commands
+from tests.tune.fake_board import wait_for
+
+pytestmark = pytest.mark.slow
+NATIVE = targets.load("native")
+TRIALS = 2
+MODEL = Path(__file__).parents[1] / "models" / "stories260k"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[sshd.Server]:
+    if sshd.SSHD is None or shutil.which("ssh-keygen") is None:
+        pytest.skip("there is no sshd: apt-get install openssh-server")
+    with sshd.serve(tmp_path_factory.mktemp("sshd")) as found:
+        yield found
+
+
+def serving(folder: Path) -> list[int]:
+    """Processes of the rpc-server whose code lies in that folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            here = b"rpc-server" in (process / "cmdline").read_bytes() and (process / "cwd").resolve()
+        except OSError:
+            continue
+        if here and here.is_relative_to(folder):
+            found.append(int(process.name))
+    return found
+
+
+def test_a_board_over_ssh(server: sshd.Server, tmp_path: Path) -> None:
+    there = tmp_path / "board"
+    tune: list[Any] = ["compiler", "tune", "--target", "native", "--model", MODEL, "--bits", "4", "--tokens", "1"]
+    tune += ["--operators", "linear_int8", "--trials", TRIALS, "--threads", "1", "--drift", "10000", "--json"]
+    tune += ["--tuning-logs", "logs", "--ssh", f"127.0.0.1:{there}", "--port", server.port, "--identity", server.key]
+    own = {"HOME": str(server.home), "QUERN_CACHE": str(cache_dir())}
+    environment = {k: v for k, v in commands.environment(own).items() if k != "SSH_AUTH_SOCK"}
+    database = tmp_path / "logs" / NATIVE.tuning_key / FILE_NAME
+    with subprocess.Popen(commands.command(*tune), cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL) as killed:
+        wait_for(lambda: database.is_file() and database.read_bytes().count(b"\n") > TRIALS)
+        assert serving(there)
+        killed.kill()
+        assert killed.wait() == -signal.SIGKILL
+    wait_for(lambda: serving(there) == [])  # the connection was its life
+    before = database.read_bytes()
+    whole = before[: before.rfind(b"\n") + 1]
+    done = subprocess.run(
+        commands.command(*tune), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert serving(there) == []
+    said = json.loads(done.stdout)
+    records = Database.read(tmp_path / "logs", NATIVE.tuning_key).records
+    points = [(json.dumps(r["workload"]), frozen(r["knobs"])) for r in records if r["kind"] != "choice"]
+    assert said["complete"] and len(points) == len(set(points)) == 5 * TRIALS
+    assert database.read_bytes().startswith(whole)
+    assert {r["measured"] for r in records} == {"rpc"}
+    (release,) = there.iterdir()
+    assert sorted(p.name for p in release.iterdir()) == ["libtvm_ffi.so", "libtvm_runtime.so", "runtime.zip"]
+
+
+def test_a_board_that_cannot_be_reached(
+    server: sshd.Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tune = ["tune", "--target", "native", "--model", str(MODEL), "--bits", "4", "--tuning-logs", str(tmp_path)]
+    own = ["--tokens", "1", "--ssh", "127.0.0.1", "--port", "1", "--identity", str(server.key)]
+    assert main([*tune, *own]) == 2
+    assert capsys.readouterr().err == (
+        "error: 127.0.0.1: cannot be reached: Connect call failed ('127.0.0.1', 1). Is it on, does its SSH "
+        "server run, are --port and the name right?\n"
+    )
+    assert list(tmp_path.glob("*/*")) == []
