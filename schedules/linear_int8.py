@@ -27,6 +27,7 @@ from tvm.script.ir_builder import tirx as T
 
 from schedules import isa as isas
 from schedules import storage as storages
+from schedules.balance import balanced
 from schedules.geometry import Geometry
 from schedules.kernel import Kernel, Request, Space
 from schedules.packed import affine_of, blocks, interleave, weight_packings
@@ -214,7 +215,10 @@ def lower(request: Request) -> Kernel:
     kind = request.attrs.get("grid", storage.name)
     tail = ("_offset" if affine == "offset" else "") + ("_residual" if residual else "")
     name = f"linear_{kind}a8_{isa.NAME}_m{m}_n{n}_k{k}_g{group}_s{scale_dtype[5:]}{tail}"
-    return Kernel(name, sch.mod["main"], weight_packings(CODES, n, geometry, storage, scale_dtype, affine, x))
+    func = sch.mod["main"]
+    if request.target.arch == "x86_64":  # nobody has measured it elsewhere
+        func = balanced(func)
+    return Kernel(name, func, weight_packings(CODES, n, geometry, storage, scale_dtype, affine, x))
 
 
 LOWERS = {

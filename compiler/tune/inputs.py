@@ -22,7 +22,10 @@ def canonical(request: Request) -> dict[str, Array]:
     """Arguments by name, weights in canonical form."""
     names = ops.SIGNATURES[request.op.removeprefix(ops.PREFIX)].args
     random = np.random.default_rng(SEED)
-    return {name: _array(name, spec, request, random) for name, spec in zip(names, request.args, strict=True)}
+    made = {name: _array(name, spec, request, random) for name, spec in zip(names, request.args, strict=True)}
+    if "asum" in made:  # kernels may take it from there or add up themselves
+        made["asum"] = made["q"].sum(-1, dtype=np.int32)
+    return made
 
 
 def _array(name: str, spec: TensorSpec, request: Request, random: np.random.Generator) -> Array:
