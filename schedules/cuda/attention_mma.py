@@ -20,9 +20,9 @@ def lower(request: Request) -> CudaKernel:
     tile = tile_of(call, most_rows)
     rows = -(-tile["TOKENS"] * tile["SHARED"] // 16) * 16
     name = f"attention_mma_{call.shape_name}_r{rows}p{block}"
-    constants: dict[str, int | float | str] = {**tile, "ROWS": rows, "BLOCK": block, "THREADS": 2 * rows}
+    constants: dict[str, int | float | str] = {**tile, "ROWS": rows, "BLOCK": block, "THREADS": 2 * rows, "SWIZZLED": 1}
     entry = "attention_entry_int8.cu" if call.codes else "attention_entry.cu"
-    source = call.text(name, constants, "attention_mma.cu", entry)
+    source = call.text(name, constants, "attention_stage.cu", "attention_mma.cu", entry)
     grid = (-(-call.m // tile["TOKENS"]), call.heads // tile["SHARED"], 1)
     arguments = tuple(range(call.span_argument + 2))
     return CudaKernel(name, source, (Launch(name, grid, (2 * rows, 1, 1), arguments),))
