@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from math import gcd
 
 from schedules.attention import Scores, largest_divisor, scores_of
-from schedules.cuda.source import source
+from schedules.cuda.source import Constant, source
 from schedules.kernel import Request
 from schedules.vector import LOG2_E
 from targets.target import Gpu
@@ -63,9 +63,9 @@ class Call:
         shape = f"m{self.m}_h{self.heads}_kv{self.kv_heads}_d{self.d}_c{self.capacity}_{self.scores.name}"
         return f"{self.cache}_{self.gpu.arch.replace('_', '')}_{shape}"
 
-    def text(self, name: str, constants: dict[str, int | float | str], *files: str) -> str:
+    def text(self, name: str, constants: dict[str, Constant], *files: str) -> str:
         """Source of the files for this call, with its constants and more."""
-        common: dict[str, int | float | str] = {
+        common: dict[str, Constant] = {
             "M": self.m,
             "HEADS": self.heads,
             "GROUP": self.group,

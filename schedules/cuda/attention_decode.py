@@ -25,6 +25,7 @@ from collections.abc import Mapping
 from schedules.attention import largest_divisor
 from schedules.cuda.attention import Call, call_of, value_columns
 from schedules.cuda.kernel import CudaKernel, Launch
+from schedules.cuda.source import Constant
 from schedules.kernel import NotSuited, Request, Space, TensorSpec
 
 RANK = 10  # first of all for one token
@@ -53,7 +54,7 @@ def lower(request: Request) -> CudaKernel:
     parts = -(-call.capacity // knobs["chunk"])
     name = f"attention_decode_{call.shape_name}_p{knobs['chunk']}r{knobs['rows']}t{threads}"
     levels = float(min(32767, ((1 << 31) - 1) // (127 * call.d)))
-    constants: dict[str, int | float | str] = {
+    constants: dict[str, Constant] = {
         "ROWS": knobs["rows"],
         "CHUNK": knobs["chunk"],
         "PARTS": parts,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from schedules.cuda.attention import call_of, tile_of
 from schedules.cuda.kernel import CudaKernel, Launch
+from schedules.cuda.source import Constant
 from schedules.kernel import NotSuited, Request
 
 RANK = 6  # before the tiles in fp32
@@ -20,7 +21,7 @@ def lower(request: Request) -> CudaKernel:
     tile = tile_of(call, most_rows)
     rows = -(-tile["TOKENS"] * tile["SHARED"] // 16) * 16
     name = f"attention_mma_{call.shape_name}_r{rows}p{block}"
-    constants: dict[str, int | float | str] = {**tile, "ROWS": rows, "BLOCK": block, "THREADS": 2 * rows, "SWIZZLED": 1}
+    constants: dict[str, Constant] = {**tile, "ROWS": rows, "BLOCK": block, "THREADS": 2 * rows, "SWIZZLED": 1}
     entry = "attention_entry_int8.cu" if call.codes else "attention_entry.cu"
     source = call.text(name, constants, "attention_stage.cu", "attention_mma.cu", entry)
     grid = (-(-call.m // tile["TOKENS"]), call.heads // tile["SHARED"], 1)

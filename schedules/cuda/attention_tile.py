@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from schedules.cuda.attention import call_of, tile_of
 from schedules.cuda.kernel import CudaKernel, Launch
+from schedules.cuda.source import Constant
 from schedules.kernel import Request, Unsupported
 
 TILES = ((128, 32, 32), (256, 16, 16))  # up to d: rows, positions; queries, keys and scores must fit 48 KiB
@@ -29,7 +30,7 @@ def lower(request: Request) -> CudaKernel:
     threads = min(128, rows * block // 4)
     tile = tile_of(call, rows)
     name = f"attention_tile_{call.shape_name}_r{rows}p{block}"
-    constants: dict[str, int | float | str] = {**tile, "ROWS": rows, "BLOCK": block, "THREADS": threads}
+    constants: dict[str, Constant] = {**tile, "ROWS": rows, "BLOCK": block, "THREADS": threads}
     entry = "attention_entry_int8.cu" if call.codes else "attention_entry.cu"
     source = call.text(name, constants, "attention_tile.cu", entry)
     grid = (-(-call.m // tile["TOKENS"]), call.heads // tile["SHARED"], 1)

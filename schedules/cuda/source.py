@@ -14,16 +14,22 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 
 
-def source(name: str, constants: Mapping[str, int | float | str], *files: str) -> str:
-    """CUDA C++ of the files; a constant that is a text names a type."""
+Constant = int | float | str | tuple[float, ...]
+
+
+def source(name: str, constants: Mapping[str, Constant], *files: str, entry: str = "") -> str:
+    """CUDA C++ of the files, then the text `entry`; a constant that is a text names a type."""
     lines = ['#include "quern.cuh"', f"namespace {name}_ {{", *(_constant(*pair) for pair in constants.items())]
-    lines += [re.sub(r"\bKERNEL(?=_|\b)", name, _text(file)) for file in files]
+    lines += [re.sub(r"\bKERNEL(?=_|\b)", name, text) for text in (*map(_text, files), entry)]
     return "\n".join([*lines, "}  // namespace", f"using namespace {name}_;", ""])
 
 
-def _constant(name: str, value: int | float | str) -> str:
+def _constant(name: str, value: Constant) -> str:
     if isinstance(value, str):
         return f"typedef {value} {name};"
+    if isinstance(value, tuple):
+        numbers = ", ".join(f"static_cast<float>({float(number)!r})" for number in value)
+        return f"constexpr float {name}[] = {{{numbers}}};"
     if isinstance(value, float):
         return f"constexpr float {name} = static_cast<float>({value!r});"
     return f"constexpr int {name} = {value};"
