@@ -207,7 +207,7 @@ def compile_inputs(inputs: Inputs, request: Request, report: Reporter) -> manife
     libraries = None
     if request.self_contained:  # first: a compile is long, and a download may fail
         with report.stage("carry") as stage:
-            libraries = carried.fetch(target.arch, request.offline)
+            libraries = carried.fetch(target.arch, request.offline, tvm=target.gpu is None)
             stage.bytes = sum(map(len, libraries.values()))
     with report.stage("fuse"):
         mod = fuse(model.graph.module(), request)

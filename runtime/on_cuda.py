@@ -205,6 +205,10 @@ class OnCuda:
         """The GPU's name."""
         return str(self.info.name.decode(errors="replace"))
 
+    def replay(self, graphs: bool) -> None:
+        """Use CUDA graphs from now on, or do not."""
+        self.model.call("quern_replay", int(graphs))
+
     def milliseconds(self) -> float:
         """Time on the GPU of the last call's kernels."""
         found = ctypes.c_float()

@@ -57,9 +57,14 @@ class Session:
     """
 
     def __init__(
-        self, bundle: Bundle, threads: Optional[int] = None, tiles: bool = True, graphs: bool = True
+        self,
+        bundle: Bundle,
+        threads: Optional[int] = None,
+        tiles: bool = True,
+        graphs: bool = True,
+        timed: bool = False,
     ) -> None:
-        """`tiles` False leaves AMX alone, `graphs` False CUDA graphs, where bundle and machine have them.
+        """`tiles` False leaves AMX alone, `graphs` False CUDA graphs, where bundle and machine have them. `timed` notes a GPU's time.
 
         machine: an on_cpu.OnCpu or on_cuda.OnCuda, which has the functions and their buffers.
         """
@@ -71,7 +76,7 @@ class Session:
         else:
             from .on_cuda import OnCuda
 
-            self.machine = OnCuda(bundle, threads, graphs)
+            self.machine = OnCuda(bundle, threads, graphs, timed)
         self._span, self._calls = self.machine.span, self.machine.calls
         self._decode = self._calls["decode"]
         self._planner = Planner(self._sizes("prefill_"))

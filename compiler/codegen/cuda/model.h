@@ -90,6 +90,7 @@ QUERN_API int32_t quern_host(quern *model, uint64_t bytes, void **out);
 QUERN_API void quern_host_free(quern *model, void *memory);
 QUERN_API int32_t quern_run(quern *model, int32_t function, const void *header, uint64_t header_bytes, void *result);
 QUERN_API int32_t quern_hand_over(quern *model, int32_t from, uint32_t first_row, uint32_t rows, int32_t to);
+QUERN_API int32_t quern_replay(quern *model, int32_t on);
 QUERN_API int32_t quern_milliseconds(quern *model, float *out);
 QUERN_API int32_t quern_copy_speed(quern *model, uint64_t bytes, int32_t repeats, double *gb_s);
 QUERN_API void quern_close(quern *model);

@@ -377,7 +377,8 @@ static CUgraphExec capture(quern *model, const quern_function *function, int32_t
 
 static int32_t launch(quern *model, uint32_t index) {
   const quern_function *function = &quern_functions[index];
-  if (model->info.graphs && model->calls[index]++ && !model->graphs[index]) {
+  if (!model->info.graphs) return launch_all(model, function);
+  if (model->calls[index]++ && !model->graphs[index]) {
     int32_t code = QUERN_OK;
     model->graphs[index] = capture(model, function, &code);
     if (code) return code;
@@ -414,6 +415,12 @@ int32_t quern_hand_over(quern *model, int32_t from, uint32_t first_row, uint32_t
   TRY(model, cuCtxSetCurrent, model->context);
   TRY(model, cuMemcpyDtoDAsync_v2, model->arena + b->input_at, model->arena + a->result_at + first_row * a->row_bytes,
       rows * a->row_bytes, model->stream);
+  return QUERN_OK;
+}
+
+/* Whether calls are replayed as graphs from now on, where the driver can. */
+int32_t quern_replay(quern *model, int32_t on) {
+  model->info.graphs = on && (model->options & QUERN_GRAPHS) && has_graphs(&model->cu);
   return QUERN_OK;
 }
 
