@@ -275,11 +275,14 @@ def _for_gpu(mod: tvm.IRModule, gpu: Gpu, request: Request, report: Reporter) ->
     return Code(launches.packings, launches.arena_bytes, partial(library.build, text, target=target))
 
 
-def _gpu(target: Target) -> manifest.Gpu | None:
+def _manifest_target(target: Target) -> manifest.Target:
+    """What the device must have. Where a GPU computes, the host code runs on any CPU of the architecture."""
+    here = (target.name, target.arch, target.triple, target.mcpu)
     if target.gpu is None:
-        return None
+        return manifest.Target(*here, target.plain.cpuinfo, target.glibc)
     major, minor = divmod(tables.driver_version(target.gpu), 1000)
-    return manifest.Gpu(target.gpu.arch, target.gpu.ptx, target.gpu.cubin, f"{major}.{minor // 10}")
+    gpu = manifest.Gpu(target.gpu.arch, target.gpu.ptx, target.gpu.cubin, f"{major}.{minor // 10}")
+    return manifest.Target(*here, (), target.glibc, gpu)
 
 
 def fuse(mod: tvm.IRModule, request: Request) -> tvm.IRModule:
@@ -333,9 +336,7 @@ def _manifest(
             "head_bits": linears[-1].bits,
             "kv_cache": model.caches[0].dtype if model.caches else None,
         },
-        target=manifest.Target(
-            target.name, target.arch, target.triple, target.mcpu, target.plain.cpuinfo, target.glibc, _gpu(target)
-        ),
+        target=_manifest_target(target),
         tvm=manifest.TvmVersions(version("apache-tvm"), version("apache-tvm-ffi")),
         tuning={name: manifest.TunedKernel(d.record, dict(d.knobs)) for name, d in sorted(code.tuned.items())},
         library=LIBRARY,

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 
-import numpy as np
 import tvm
 from tvm import relax
 
@@ -259,7 +258,7 @@ def _spec(type_: relax.TensorType) -> TensorSpec:
 
 
 def _nbytes(spec: TensorSpec) -> int:
-    return prod(spec.shape) * np.dtype(spec.dtype).itemsize
+    return prod(spec.shape) * tvm.DataType(spec.dtype).itemsize
 
 
 def _up(nbytes: int) -> int:

@@ -75,7 +75,7 @@ def test_the_raspberry_pi_4() -> None:
          "features, vector_bits, cores, clock_mhz, l1d_kib_per_core, l2_kib."),
         ("tier = 3", "tier = 3\nteir = 3", "unknown key 'teir'. Did you mean 'tier'? Keys in the top of the file: "
          "inherits, description, tier."),
-        ("[system]", "[gpu]\nx = 1\n[system]", "unknown key 'gpu'. Keys in the top of the file: inherits, description, "
+        ("[system]", "[board]\nx = 1\n[system]", "unknown key 'board'. Keys in the top of the file: inherits, description, "
          "tier."),
         ("cores = 4", 'cores = "4"', "cpu.cores is '4', a string, but it must be an integer."),
         ("cores = 4", "cores = true", "cpu.cores is True, a boolean, but it must be an integer."),
@@ -121,8 +121,9 @@ def test_an_unknown_name() -> None:
     with pytest.raises(targets.TargetError) as caught:
         targets.load("rpi-4")
     assert str(caught.value) == (
-        "There is no target 'rpi-4'. Did you mean 'rpi4'? Known targets: native, aarch64, riscv64-v, rpi3, rpi4, "
-        "rpi5, sapphire-rapids, snapdragon-8gen2, x86-64."
+        "There is no target 'rpi-4'. Did you mean 'rpi4'? Known targets: native, aarch64, cuda-sm53, cuda-sm72, "
+        "cuda-sm87, cuda-sm90, jetson-nano, jetson-orin, jetson-xavier, riscv64-v, rpi3, rpi4, rpi5, "
+        " sapphire-rapids, snapdragon-8gen2, x86-64."
     )
 
 
