@@ -29,9 +29,11 @@ def library(graphs: bool = True, triple: str = "native") -> Path:
     return out
 
 
-def environment(kernels: Path | None = None, graphs: bool = True, **settings: object) -> dict[str, str]:
+def environment(
+    kernels: Path | None = None, graphs: bool = True, triple: str = "native", **settings: object
+) -> dict[str, str]:
     """Variables for a process that shall see the mock. settings: those of libcuda.c by their names in lower case."""
-    found = {"QUERN_LIBCUDA": str(library(graphs))}
+    found = {"QUERN_LIBCUDA": str(library(graphs, triple))}
     if kernels is not None:
         found["QUERN_MOCK_KERNELS"] = str(kernels)
     return found | {f"QUERN_MOCK_{name.upper()}": str(value) for name, value in settings.items()}
