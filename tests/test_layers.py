@@ -67,6 +67,10 @@ LAW: dict[str, set[str]] = {
         "compiler.codegen", "compiler.graph", "compiler.measure", "compiler.models", "compiler.passes",
         "compiler.pipeline", "numpy", "targets", "tvm",
     },
+    "compiler.measure.gpu_forecast": {
+        "compiler.graph", "compiler.measure", "compiler.models", "compiler.passes", "compiler.pipeline", "numpy", "rich",
+        "targets",
+    },
     "compiler.measure.forecast_report": {"compiler.measure", "rich", "targets"},
     "compiler.report": {"jinja2"},
     "compiler.weights": {

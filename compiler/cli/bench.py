@@ -61,7 +61,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     more.add_argument("--plot", type=Path, metavar="FILE", help="with --growth: draw it, .svg or .png")
     more.add_argument(
         "--cost", choices=("time", "model"), default="time",
-        help="with --shape: 'model' counts instructions under qemu and models cycles instead of timing (default: time)",
+        help="with --shape: 'model' forecasts a device that is not at hand: instructions under qemu and modelled cycles, or "
+        "for a GPU bytes and launches (default: time)",
     )  # fmt: skip
     more.add_argument("--record", type=Path, metavar="FILE", help="append the results as JSON lines")
     more.add_argument("--json", action="store_true", help="print JSON to stdout")
@@ -84,9 +85,9 @@ def run(options: argparse.Namespace) -> int:
     _check(options)
     target = targets.load(options.target)
     if options.cost == "model":
-        from compiler.measure import forecast_report
+        from compiler.measure import forecast_report, gpu_forecast
 
-        forecast_report.show(options, target)
+        (forecast_report if target.gpu is None else gpu_forecast).show(options, target)
         return 0
     if options.growth is not None:
         return _grow(options, target)

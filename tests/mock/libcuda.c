@@ -5,7 +5,7 @@
  *   QUERN_MOCK_ARCH, _DRIVER    90, 12040                  QUERN_MOCK_MEMORY        bytes of GPU memory
  *   QUERN_MOCK_INTEGRATED       1 for a board              QUERN_MOCK_KERNELS       the emulated kernels, a library
  *   QUERN_MOCK_REFUSE           "init", "cubin", "ptx" or "capture": what fails
- *   QUERN_MOCK_COUNTS           file that gets one JSON object when the process ends
+ *   QUERN_MOCK_COUNTS           file that gets one JSON object when a process ends that loaded kernels
  * Not as a driver does it: arguments of a launch are read when it runs; our launches keep theirs for good.
  */
 #define _GNU_SOURCE
@@ -35,7 +35,7 @@ typedef struct {
 typedef struct { work *items; size_t count, room; } queue;
 
 static region regions[MAX_REGIONS];
-static int region_count, started, capturing, broken;
+static int region_count, started, loaded, capturing, broken;
 static uint64_t used, peak;
 static queue pending, captured;
 static void *kernels;
@@ -54,7 +54,7 @@ static uint64_t memory(void) { return strtoull(setting("QUERN_MOCK_MEMORY", "858
 
 __attribute__((destructor)) static void report(void) {
   const char *path = getenv("QUERN_MOCK_COUNTS");
-  FILE *out = path && started ? fopen(path, "w") : NULL;
+  FILE *out = path && loaded ? fopen(path, "w") : NULL;
   if (!out) return;
   int left = 0, host_left = 0;
   for (int i = 0; i < region_count; i++) left += !regions[i].host, host_left += regions[i].host;
@@ -257,7 +257,7 @@ CUresult cuModuleLoadDataEx(CUmodule *module, const void *image, unsigned n, int
     *(void **)&set_regions = dlsym(kernels, "quern_regions");
     tell_regions();
   }
-  counts.modules++;
+  counts.modules++, loaded = 1;
   return *module = &counts, CUDA_SUCCESS;
 }
 CUresult cuModuleUnload(CUmodule module) { return counts.modules--, module == &counts ? CUDA_SUCCESS : INVALID_VALUE; }
