@@ -46,7 +46,8 @@ class OnCpu:
         needed = memory.cache_bytes + memory.activation_bytes
         if have is not None and needed > have:
             raise DeviceError(
-                f"{bundle.path}: caches and activations need {needed >> 20} MiB, but this machine has {have >> 20} MiB. "
+                f"{bundle.path}: caches and activations need {needed >> 20} MiB, but this machine has "
+                f"{have >> 20} MiB. "
                 "Rebuild the bundle with a shorter context (python -m compiler build --context)."
             )
 

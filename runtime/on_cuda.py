@@ -1,6 +1,6 @@
-"""A bundle whose functions run on an NVIDIA GPU: its library's flat interface (compiler/codegen/cuda/model.h) by ctypes.
+"""A bundle whose functions run on an NVIDIA GPU: the flat interface of compiler/codegen/cuda/model.h by ctypes.
 
-Weights are copied to the GPU once, caches and activations live there. A call takes 8 bytes and a token id to the GPU and
+Weights are copied to the GPU once, caches and activations live there. A call takes a position and ids to the GPU and
 logits back, straight into the pinned memory that the caller reads; hidden states of a prompt never leave it.
 """
 
@@ -284,8 +284,8 @@ def _error(where: str, code: int, name: str, text: str) -> UserError:
         return DeviceError(f"{where}: cannot run here: {text}. Rebuild the bundle for this machine's target.")
     if code == NO_MEMORY:
         return DeviceError(
-            f"{where}: {text}. Close what else uses the GPU, or rebuild the bundle with a shorter context or fewer bits "
-            "(python -m compiler build --context, --bits)."
+            f"{where}: {text}. Close what else uses the GPU, or rebuild the bundle with a shorter context or fewer "
+            "bits (python -m compiler build --context, --bits)."
         )
     if code == REFUSED:
         return DeviceError(f"{where}: {text}. Rebuild the bundle with this release of quern, or update the driver.")

@@ -64,7 +64,7 @@ class Session:
         graphs: bool = True,
         timed: bool = False,
     ) -> None:
-        """`tiles` False leaves AMX alone, `graphs` False CUDA graphs, where bundle and machine have them. `timed` notes a GPU's time.
+        """`tiles` False leaves AMX alone, `graphs` False CUDA graphs; `timed` has the GPU's clock note every call.
 
         machine: an on_cpu.OnCpu or on_cuda.OnCuda, which has the functions and their buffers.
         """
@@ -77,6 +77,7 @@ class Session:
             from .on_cuda import OnCuda
 
             self.machine = OnCuda(bundle, threads, graphs, timed)
+        self.tiles: bool = self.machine.tiles  # whether prompts go through AMX
         self._span, self._calls = self.machine.span, self.machine.calls
         self._decode = self._calls["decode"]
         self._planner = Planner(self._sizes("prefill_"))
@@ -90,11 +91,6 @@ class Session:
     def threads(self) -> int:
         """CPU threads that work."""
         return int(self.machine.threads)
-
-    @property
-    def tiles(self) -> bool:
-        """Whether prompts go through AMX tiles."""
-        return bool(self.machine.tiles)
 
     @property
     def context(self) -> int:

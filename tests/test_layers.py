@@ -68,8 +68,8 @@ LAW: dict[str, set[str]] = {
         "compiler.pipeline", "numpy", "targets", "tvm",
     },
     "compiler.measure.gpu_forecast": {
-        "compiler.graph", "compiler.measure", "compiler.models", "compiler.passes", "compiler.pipeline", "numpy", "rich",
-        "targets",
+        "compiler.graph", "compiler.measure", "compiler.models", "compiler.passes", "compiler.pipeline", "numpy",
+        "rich", "targets",
     },
     "compiler.measure.forecast_report": {"compiler.measure", "rich", "targets"},
     "compiler.report": {"jinja2"},

@@ -61,8 +61,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     more.add_argument("--plot", type=Path, metavar="FILE", help="with --growth: draw it, .svg or .png")
     more.add_argument(
         "--cost", choices=("time", "model"), default="time",
-        help="with --shape: 'model' forecasts a device that is not at hand: instructions under qemu and modelled cycles, or "
-        "for a GPU bytes and launches (default: time)",
+        help="with --shape: 'model' forecasts a device that is not at hand from instructions under qemu and modelled "
+        "cycles, or for a GPU from bytes and launches (default: time)",
     )  # fmt: skip
     more.add_argument("--record", type=Path, metavar="FILE", help="append the results as JSON lines")
     more.add_argument("--json", action="store_true", help="print JSON to stdout")

@@ -4,10 +4,10 @@
     prefill  seconds of a chunk = the larger of multiplications / (efficiency * peak) and bytes / (share * bandwidth),
              + launches * gap
 with share, gap and efficiency of SHARE, GAP_S and EFFICIENCY for low, expected and high. Nothing of it was measured by
-quern on such a board. Published figures that the expected share can be held against: Llama-2-7B at 4 bits with MLC reads
-61 of an Orin Nano's 68 GB/s (16 tokens/s) and 178 of an AGX Orin's 205 GB/s (46.9); TinyLlama with llama.cpp reads 4.5 of
-a Nano's 16.5 GB/s (6.7). Arithmetic of a token is left out: the kernels' instructions hide behind their loads where the
-bandwidth is as small as here, or the forecast is too good.
+quern on such a board. Published figures that the expected share can be held against: Llama-2-7B at 4 bits with MLC
+reads 61 of an Orin Nano's 68 GB/s (16 tokens/s) and 178 of an AGX Orin's 205 GB/s (46.9); TinyLlama with llama.cpp
+reads 4.5 of a Nano's 16.5 GB/s (6.7). Arithmetic of a token is left out: the kernels' instructions hide behind their
+loads where the bandwidth is as small as here, or the forecast is too good.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ SHARE = (0.5, 0.8, 0.92)  # of the stated bandwidth: low, expected, high
 GAP_S = (10e-6, 3e-6, 1e-6)  # between two kernels: launched one by one on a slow CPU, a graph's usual, its best
 EFFICIENCY = (0.1, 0.3, 0.6)  # of the peak in a prompt's matrix products
 CHUNK = 128  # prompt tokens a call
-# Multiply-adds of a multiprocessor in a clock, on the units that the default activations use. sm_53: 128 lanes of half2.
-# sm_72: int8 tensor cores, 22 TOPS of AGX Xavier / (2 * 8 * 1.377 GHz). sm_87: 2048, as GA10x doubles it (20 dense TOPS
-# of Orin Nano / (2 * 8 * 0.625 GHz)). sm_90: 1979 dense TOPS of H100 SXM / (2 * 132 * 1.83 GHz).
+# Multiply-adds of a multiprocessor in a clock, on the units that the default activations use. sm_53: 128 lanes of
+# half2. sm_72: int8 tensor cores, 22 TOPS of AGX Xavier / (2 * 8 * 1.377 GHz). sm_87: 20 dense TOPS of Orin Nano /
+# (2 * 8 * 0.625 GHz). sm_90: 1979 dense TOPS of H100 SXM / (2 * 132 * 1.83 GHz).
 PEAK_MACS = {53: 256, 72: 1024, 87: 2048, 90: 4096}
 
 

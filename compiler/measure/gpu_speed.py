@@ -21,8 +21,8 @@ COPY_BYTES = 1 << 30  # far beyond any cache
 class GpuSpeed:
     """tokens/s, GB/s (10^9 bytes), bytes of weights that a decoded token reads; `gpu`: bundle_process's words of it.
 
-    decode_plain_tok_s: without CUDA graphs. kernels_ms: a token's kernels by the GPU's own clock. copy_gb_s counts bytes
-    read and bytes written. decode_bandwidth_ratio: weights a second by copy_gb_s.
+    decode_plain_tok_s: without CUDA graphs. kernels_ms: a token's kernels by the GPU's own clock. copy_gb_s counts
+    bytes read and bytes written. decode_bandwidth_ratio: weights a second by copy_gb_s.
     """
 
     prefill_tok_s: Spread
@@ -53,7 +53,7 @@ def flops_per_token(manifest: Manifest) -> int:
 
 
 def measure(path: Path, prompt: int, steps: int, rounds: int, context: int) -> GpuSpeed:
-    """`rounds` times: prefill `prompt` tokens, decode `steps` from position `context` on with and without graphs, copy."""
+    """`rounds` times: prefill `prompt` tokens, decode `steps` after `context` with and without graphs, copy."""
     found: dict[str, list[float]] = {}
 
     def note(name: str, value: float) -> None:

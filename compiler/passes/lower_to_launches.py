@@ -77,7 +77,9 @@ class Launches:
             lines.append(f"\n{plan.name}: {plan.takes} -> rows of {plan.row_bytes} bytes at {plan.result_at}")
             for step in plan.steps:
                 where = [self.parameters[p.at] if p.parameter else f"+{p.at}" for p in step.arguments]
-                lines.append(f"  {step.launch.function}<<<{step.launch.grid}, {step.launch.block}>>>({', '.join(where)})")
+                lines.append(
+                    f"  {step.launch.function}<<<{step.launch.grid}, {step.launch.block}>>>({', '.join(where)})"
+                )
         return "\n".join(lines) + "\n"
 
 
@@ -112,9 +114,7 @@ class _Function:
 def lower_to_launches(mod: tvm.IRModule, target: Target) -> Launches:
     """quern.OP(args) -> launches of its CUDA kernel. Raises UnsupportedError where the target has no kernel for one."""
     made = _Lowering(target)
-    functions = [
-        made.function(var.name_hint, f) for var, f in mod.functions_items() if isinstance(f, relax.Function)
-    ]
+    functions = [made.function(var.name_hint, f) for var, f in mod.functions_items() if isinstance(f, relax.Function)]
     functions.sort(key=lambda f: f.name)
     ids = max((f.tokens for f in functions if f.takes == "ids"), default=0)
     front = _up(HEADER + 4 * ids)

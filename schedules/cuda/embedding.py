@@ -1,5 +1,4 @@
-"""Rows of an embedding table, one a token, dense or in its codes: what schedules/embedding.py and embedding_quantized.py
-compute, to the bit.
+"""Rows of an embedding table, one a token, dense or in its codes, to the bit of what the CPU's kernels make.
 
   quern.embedding  quern.embedding_quantized  quern.embedding_quantized_offset  quern.embedding_quantized_table
 A row in codes lies as on the CPU: its low plane, then its high plane, a byte's fields d / (fields a byte) inputs apart.

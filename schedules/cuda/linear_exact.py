@@ -88,7 +88,9 @@ def lower_exact(request: Request) -> CudaKernel:
 def lower_dense(request: Request) -> CudaKernel:
     """Weights as the checkpoint has them."""
     (m, k), (n, _), dtype = request.args[0].shape, request.args[1].shape, request.args[1].dtype
-    kind = {"float16": "f16", "uint16": "bf16", "float32": "f32"}[dtype] + "_residual" * request.op.endswith("_residual")
+    kind = {"float16": "f16", "uint16": "bf16", "float32": "f32"}[dtype] + "_residual" * request.op.endswith(
+        "_residual"
+    )
     name, tokens = f"linear_dense_{kind}_m{m}_n{n}_k{k}", min(m, TOKENS)
     loop = f"  const {ELEMENTS[dtype]}* weights = weight + int64_t(row) * {k};\n"
     if dtype == "float32" or k % 8:
@@ -115,6 +117,8 @@ def lower_dense(request: Request) -> CudaKernel:
 
 
 LOWERS = {
-    f"quern.linear_exact{affine}{tail}": lower_exact for affine in ("", "_offset", "_table") for tail in ("", "_residual")
+    f"quern.linear_exact{affine}{tail}": lower_exact
+    for affine in ("", "_offset", "_table")
+    for tail in ("", "_residual")
 }
 LOWERS |= {f"quern.linear_dense{tail}": lower_dense for tail in ("", "_residual")}

@@ -54,12 +54,12 @@ def _append(kind: str, heads: int, kv_heads: int, d: int, capacity: int, value_r
   const bool some = largest >= {literal(SMALLEST)};
   const float inverse = some ? 127.0f / largest : 0.0f;
   if (lane == 0) (key ? k_scale : v_scale)[kv * {capacity} + position] = some ? largest / 127.0f : 0.0f;
+  const int64_t block = int64_t(kv) * {capacity // 16} + position / 16;
+  const int64_t pair = int64_t(kv) * {capacity // 2} + position / 2;
   for (int i = lane; i < {d}; i += 32) {{
     const int8_t code = int8_t(round_to_int(mine(i) * inverse));
-    if (key)
-      k_cache[((int64_t(kv) * {capacity // 16} + position / 16) * {d // 2} + i / 2) * 32 + position % 16 * 2 + i % 2] = code;
-    else
-      v_cache[(int64_t(kv) * {capacity // 2} + position / 2) * {value_row} + 2 * i + position % 2] = code;
+    if (key) k_cache[(block * {d // 2} + i / 2) * 32 + position % 16 * 2 + i % 2] = code;
+    else v_cache[pair * {value_row} + 2 * i + position % 2] = code;
   }}"""
 
 
@@ -102,8 +102,9 @@ extern "C" __global__ void {name}({", ".join(arguments)}, float* out) {{
     for (int i = lane; i < {d}; i += 32) out[(int64_t(t) * {heads} + head) * {d} + i] = mine(i);
     return;
   }}
-  const int kv = key ? head - {heads} : head - {heads + kv_heads};{_append(kind, heads, kv_heads, d, capacity, 
-                                                                          caches[1].shape[2])}
+  const int kv = key ? head - {heads} : head - {heads + kv_heads};{
+        _append(kind, heads, kv_heads, d, capacity, caches[1].shape[2])
+    }
 }}
 """
     grid = (-(-all_heads // WARPS), m, 1)

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from compiler.__main__ import main
+from compiler.cli import card
 from compiler.codegen import carried, elf
 from runtime.bundle import read_manifest
 from tests.end_to_end import commands, gpu
@@ -53,7 +55,7 @@ def said_by(bundle: Path, sessions: Sessions) -> list[int]:
 
 
 def test_the_gpu_tells_the_cpus_story_by_graphs(small: Built, expected: list[int], tmp_path: Path) -> None:
-    """Prompt in a padded chunk, head, then single tokens: the first without a graph, the second captured, then replays."""
+    """Prompt in a padded chunk, head, then single tokens: one without a graph, one captured, then replays."""
     said, counts = small.generate(PROMPT, STEPS, tmp_path / "counts")
     assert said["tokens"] == expected
     memory = read_manifest(small.bundle).memory
@@ -146,8 +148,9 @@ def test_a_machine_without_a_driver(small: Built, tmp_path: Path) -> None:
     )
     done = commands.run("runtime", "info", small.bundle, env=missing)
     assert done.stdout.endswith(f"runs here:    no: {why}\n")
-    assert "gpu:          NVIDIA sm_90 or later, driver of CUDA 11.8 or later; machine code for sm_90, and PTX 7.8\n" in (
-        done.stdout
+    assert (
+        "gpu:          NVIDIA sm_90 or later, driver of CUDA 11.8 or later; machine code for sm_90, and PTX 7.8\n"
+        in (done.stdout)
     )
     done = small.run("info", emulated=False)
     assert done.stdout.endswith("runs here:    yes\n")
@@ -163,7 +166,9 @@ def test_threads_belong_to_the_cpu(small: Built) -> None:
 def test_bench_measures_what_a_card_would_do(small: Built, tmp_path: Path) -> None:
     work = ("--prompt-tokens", 16, "--decode-tokens", 3, "--context", 4, "--rounds", 1, "--json")
     counts = tmp_path / "counts"
-    done = commands.run("compiler", "bench", small.bundle, *work, env=small.environment(False, counts=counts, memory=64 * MIB))
+    done = commands.run(
+        "compiler", "bench", small.bundle, *work, env=small.environment(False, counts=counts, memory=64 * MIB)
+    )
     assert (done.returncode, done.stderr) == (0, "")
     record = json.loads(done.stdout)
     assert (record["device"], record["sm"], record["driver"], record["code"]) == ("Mock GPU", 90, "12.4", "cubin")
@@ -176,16 +181,47 @@ def test_bench_measures_what_a_card_would_do(small: Built, tmp_path: Path) -> No
     assert json.loads(counts.read_text())["graph_launches"] > 0
 
 
+def test_numerics_of_a_card(
+    small: Built, bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`card` on the mock, with the bundles that are here already: emulated kernels pass, and a newer target waits."""
+    ready = {"gpu": small.bundle, "cpu": bundles(STORIES260K, activations="exact", chunks=(16,))}
+    start = card._python
+
+    def instead(module: str, verb: str, *arguments: str) -> str:
+        if verb == "build":
+            out = Path(arguments[arguments.index("--out") + 1])
+            out.symlink_to(ready[out.name])
+            return ""
+        return start(module, verb, *arguments)
+
+    monkeypatch.setattr(card, "_python", instead)
+    monkeypatch.setattr(card, "TOKENS", 20)  # a chunk of 16, and single tokens
+    for name, value in small.environment(arch=90).items():
+        monkeypatch.setenv(name, value)
+    record = tmp_path / "card.jsonl"
+    options = ["card", "--model", str(STORIES260K), "--shapes", "", "--activations", "exact", "--record", str(record)]
+    assert main([*options, "--targets", "cuda-sm90"]) == 0
+    monkeypatch.setenv("QUERN_MOCK_ARCH", "87")
+    assert main([*options, "--targets", "cuda-sm90"]) == 0
+    out, err = capsys.readouterr()
+    assert (out, err) == (record.read_text(), "")
+    numerics, skipped = map(json.loads, out.splitlines())
+    assert (numerics["device"], numerics["sm"], numerics["check"]) == ("Mock GPU", 90, "numerics")
+    assert numerics["good"] is True and 0 < numerics["worst"] < numerics["bound"] and numerics["same_tokens"] == 1
+    assert (skipped["target"], skipped["check"], skipped["why"]) == ("cuda-sm90", "skipped", "this GPU is sm_87")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", CUDA_TARGETS)
 def test_what_a_bundle_is_made_of(target: str, tmp_path: Path) -> None:
-    """No device source, PTX of the version and architecture that the target states, and next to nothing beside weights."""
+    """No device source, PTX of the version and architecture that the target states, little beside the weights."""
     built = gpu.build(STORIES260K, tmp_path / "out", target, activations="exact", chunks=(16,), self_contained=True)
     sealed, library = read_manifest(built.bundle), (built.bundle / "model.so").read_bytes()
     assert not [word for word in SOURCE_WORDS if word in library]
     assert sealed.target.gpu is not None
-    assert re.findall(rb"^\.version (\S+)$", library, re.M) == [sealed.target.gpu.ptx.encode()]
-    assert re.findall(rb"^\.target (\S+)$", library, re.M) == [sealed.target.gpu.arch.encode()]
+    assert re.findall(rb"^\.version (\S+)$", library, re.MULTILINE) == [sealed.target.gpu.ptx.encode()]
+    assert re.findall(rb"^\.target (\S+)$", library, re.MULTILINE) == [sealed.target.gpu.arch.encode()]
     assert library.count(b"\x7fELF") == 1 + sealed.target.gpu.cubin
     found = elf.read(built.bundle / "model.so")
     assert (found.arch, found.unversioned) == (sealed.target.arch, ())
@@ -201,9 +237,17 @@ def test_what_a_bundle_is_made_of(target: str, tmp_path: Path) -> None:
 @pytest.mark.board
 def test_a_board_walks_the_same_launches(board: Any, tmp_path: Path) -> None:
     """The host side as aarch64 code under qemu, from a bare Python. The mock's kernels do nothing there."""
-    built = gpu.build(STORIES260K, tmp_path / "out", "jetson-nano", activations="exact", chunks=(16,), self_contained=True)
+    built = gpu.build(
+        STORIES260K, tmp_path / "out", "jetson-nano", activations="exact", chunks=(16,), self_contained=True
+    )
     options = ["--max-new-tokens", "6", "--ignore-eos", "--json"]
-    settings = {"arch": 53, "driver": 10020, "integrated": 1, "memory": 64 * MIB, "counts": tmp_path / "counts"}
+    settings: dict[str, Any] = {
+        "arch": 53,
+        "driver": 10020,
+        "integrated": 1,
+        "memory": 64 * MIB,
+        "counts": tmp_path / "counts",
+    }
     environment = mock.environment(triple="aarch64-linux-gnu.2.27", **settings)
     done = board.run([built.bundle / "run", PROMPT, *options], env={"PYTHONPATH": "", **environment}, cwd=tmp_path)
     assert json.loads(done.stdout)["tokens"] == [0] * 6  # logits of zeros

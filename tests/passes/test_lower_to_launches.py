@@ -16,6 +16,7 @@ from compiler.graph.weights import Linear, Table
 from compiler.passes import lower_to_launches as lowering
 from compiler.passes.lower_to_launches import ALIGNMENT, HEADER, Launches, Place, lower_to_launches
 from compiler.quant.ir import WeightType
+from schedules.cuda.kernel import lowerings
 from schedules.kernel import Request, TensorSpec, Unsupported
 
 SM90 = targets.load("cuda-sm90")
@@ -78,7 +79,7 @@ def test_arrays_that_live_together_lie_apart(given_arrays: list[tuple[int, int, 
     arrays = [lowering._Array(nbytes, min(a, b), max(a, b)) for nbytes, a, b in given_arrays]
     end = lowering._place(lowering._Function("decode", arrays=arrays), 0, ALIGNMENT)
     for i, one in enumerate(arrays):
-        assert one.at % ALIGNMENT == 0 and ALIGNMENT <= one.at and one.at + one.nbytes <= end
+        assert one.at % ALIGNMENT == 0 and one.at >= ALIGNMENT and one.at + one.nbytes <= end
         for other in arrays[:i]:
             together = one.first <= other.last and other.first <= one.last
             assert not together or one.at + one.nbytes <= other.at or other.at + other.nbytes <= one.at
@@ -86,7 +87,7 @@ def test_arrays_that_live_together_lie_apart(given_arrays: list[tuple[int, int, 
 
 
 def test_temporaries_of_a_kernel_have_a_place_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = lowering.lowerings()
+    table = lowerings()
 
     def with_scratch(request: Request) -> object:
         kernel = table["quern.add"](request)
@@ -101,7 +102,7 @@ def test_temporaries_of_a_kernel_have_a_place_of_their_own(monkeypatch: pytest.M
 
 
 def test_what_the_gpu_has_no_kernel_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = lowering.lowerings()
+    table = lowerings()
     monkeypatch.setattr(lowering, "lowerings", lambda: {op: f for op, f in table.items() if op != "quern.add"})
     with pytest.raises(UnsupportedError) as caught:
         made()

@@ -75,9 +75,10 @@ def test_the_raspberry_pi_4() -> None:
          "features, vector_bits, cores, clock_mhz, l1d_kib_per_core, l2_kib."),
         ("tier = 3", "tier = 3\nteir = 3", "unknown key 'teir'. Did you mean 'tier'? Keys in the top of the file: "
          "inherits, description, tier."),
-        ("[system]", "[board]\nx = 1\n[system]", "unknown key 'board'. Keys in the top of the file: inherits, description, "
-         "tier."),
-        ("[system]", '[gpu]\ngpu_arch = "sm_87"\n[system]', "gpu.ptx is missing: a [gpu] table is whole, or not there."),
+        ("[system]", "[board]\nx = 1\n[system]", "unknown key 'board'. Keys in the top of the file: inherits, "
+         "description, tier."),
+        ("[system]", '[gpu]\ngpu_arch = "sm_87"\n[system]',
+         "gpu.ptx is missing: a [gpu] table is whole, or not there."),
         ("[system]", '[gpu]\ngpu_arch = "87"\nptx = "7.4"\ncubin = true\nmultiprocessors = 8\ngpu_clock_mhz = 625\n'
          "gpu_read_mb_per_s = 68000\n[system]",
          "gpu_arch is '87' and ptx '7.4', but they must look like \"sm_53\" and \"6.5\"."),

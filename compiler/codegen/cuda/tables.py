@@ -23,7 +23,9 @@ def source(launches: Launches, code: DeviceCode, gpu: Gpu) -> str:
     """A C file that defines what model.h declares `extern`."""
     kernels = sorted({step.launch.function for plan in launches.functions for step in plan.steps})
     numbers = {name: i for i, name in enumerate(kernels)}
-    steps, places, functions = [], [], []
+    steps: list[str] = []
+    places: list[str] = []
+    functions = []
     for plan in launches.functions:
         functions.append(_function(plan, len(steps)))
         for step in plan.steps:
@@ -48,8 +50,8 @@ def source(launches: Launches, code: DeviceCode, gpu: Gpu) -> str:
             _table("const uint64_t quern_places", places),
             _table("const quern_function quern_functions", functions),
             _table("const char *const quern_parameters", parameters),
-            f"const quern_model quern_this = {{{gpu.sm}, {driver_version(gpu)}, {launches.arena_bytes}u, {HEADER}, ptx, "
-            f"cubin, {len(code.ptx) + 1}, {len(cubin)}, {counts}}};",
+            f"const quern_model quern_this = {{{gpu.sm}, {driver_version(gpu)}, {launches.arena_bytes}u, {HEADER}, "
+            f"ptx, cubin, {len(code.ptx) + 1}, {len(cubin)}, {counts}}};",
             "",
         ]
     )

@@ -1,7 +1,4 @@
-"""The plain CUDA kernels in the emulator against numpy, all in one compile; and what ptxas says of them, by architecture.
-
-The kernels are those that the lowering takes for a request, so a faster one of another file must pass here as well.
-"""
+"""The plain CUDA kernels in the emulator against numpy, all in one compile; and what ptxas says of them."""
 
 from __future__ import annotations
 
@@ -151,7 +148,12 @@ def linear_cases() -> Iterator[Case]:
         args = [x, *weight_arguments(w), *([residual] if tail else [])]
         yield case(f"linear_exact{kind(grid, offset)}{tail}", args, (m, n), close(want, bound), f"{grid} {m}x{n}x{k}",
                    **coded(grid, group))  # fmt: skip
-    for m, n, k, dtype in ((1, 9, 256, "float16"), (3, 9, 100, "float16"), (11, 3, 264, "uint16"), (2, 5, 33, "float32")):
+    for m, n, k, dtype in (
+        (1, 9, 256, "float16"),
+        (3, 9, 100, "float16"),
+        (11, 3, 264, "uint16"),
+        (2, 5, 33, "float32"),
+    ):
         x, w32 = normal(m, k), normal(n, k)
         stored = (w32.view(np.uint32) >> 16).astype(np.uint16) if dtype == "uint16" else w32.astype(dtype)
         real = (stored.astype(np.uint32) << 16).view(F32) if dtype == "uint16" else stored.astype(F32)
@@ -159,8 +161,9 @@ def linear_cases() -> Iterator[Case]:
         bound = (k / 32 + 12) * EPS32 * (np.abs(x) @ np.abs(real).T)
         yield case("linear_dense", [x, stored], (m, n), close(want, bound), f"{dtype} {m}x{n}x{k}")
         base = normal(m, n)
-        yield case("linear_dense_residual", [x, stored, base], (m, n), close(want + base, bound + EPS32 * np.abs(want + base)),
-                   f"{dtype} {m}x{n}x{k}")  # fmt: skip
+        bound = bound + EPS32 * np.abs(want + base)
+        name = f"{dtype} {m}x{n}x{k}"
+        yield case("linear_dense_residual", [x, stored, base], (m, n), close(want + base, bound), name)
 
 
 ROPES = [  # m, heads, kv_heads, d, start, valid, cache, norm
@@ -189,8 +192,8 @@ def rope_cases() -> Iterator[Case]:
         args = [qkv, table, np.array([start, valid], np.int32), *weights, *caches]
         positions = start + np.arange(valid)
         want = [oracle(part, table, positions) for part in (q, k)]
-        yield case(op, args, (m, heads * d), _rope_check(want[0], want[1], v, positions, [c.copy() for c in caches], valid),
-                   f"{cache_type} d{d} {norm}", **attrs)  # fmt: skip
+        check = _rope_check(want[0], want[1], v, positions, [c.copy() for c in caches], valid)
+        yield case(op, args, (m, heads * d), check, f"{cache_type} d{d} {norm}", **attrs)
 
 
 def _normed(part: np.ndarray, w: np.ndarray, norm: str, d: int) -> np.ndarray:
@@ -233,7 +236,8 @@ def _rope_check(
 
 def attention_cases() -> Iterator[Case]:
     for m, heads, kv_heads, d, start, valid, dtype, window, cap in (
-        (1, 4, 2, 16, 40, 1, "float16", 0, 0.0), (5, 3, 1, 12, 20, 4, "float32", 7, 0.0), (2, 2, 2, 8, 0, 2, "float32", 0, 5.0),
+        (1, 4, 2, 16, 40, 1, "float16", 0, 0.0), (5, 3, 1, 12, 20, 4, "float32", 7, 0.0),
+        (2, 2, 2, 8, 0, 2, "float32", 0, 5.0),
     ):  # fmt: skip
         q, k, v = normal(m, heads * d), normal(kv_heads, 48, d).astype(dtype), normal(kv_heads, 48, d).astype(dtype)
         want = np.full((m, heads * d), np.nan)
@@ -247,7 +251,14 @@ def attention_cases() -> Iterator[Case]:
                 values = v[h // (heads // kv_heads), low : start + t + 1].astype(np.float64)
                 want[t, h * d : (h + 1) * d] = weights @ values / weights.sum()
         bound = (48 + d) * EPS32 * 8 * np.abs(v.astype(F32)).max()
-        attrs = {"heads": heads, "kv_heads": kv_heads, "head_dim": d, "scale": d**-0.5, "softcap": cap, "window": window}
+        attrs = {
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "head_dim": d,
+            "scale": d**-0.5,
+            "softcap": cap,
+            "window": window,
+        }
         args = [q, block_keys(k), v, np.array([start, valid], np.int32)]
         yield case("attention", args, q.shape, _rows_check(want, bound, valid), f"{dtype} w{window} cap{cap}", **attrs)
 
@@ -296,7 +307,10 @@ def test_every_operator_has_a_plain_kernel() -> None:
     from compiler.graph.ops import SIGNATURES
 
     without = {op for op in SIGNATURES if f"quern.{op}" not in LOWERS}
-    assert {op.partition("_int8")[0].partition("_half")[0] for op in without if "quantize" not in op} <= {"linear", "attention"}
+    assert {op.partition("_int8")[0].partition("_half")[0] for op in without if "quantize" not in op} <= {
+        "linear",
+        "attention",
+    }
 
 
 assert CONTEXT >= 48
