@@ -123,6 +123,23 @@ QUERN_INLINE int32_t dp4a_unsigned(uint32_t a, int32_t b, int32_t c) {  // a uns
 #endif
 }
 
+// c + the products of two signed 16-bit numbers with two signed bytes, the low two of b (HALF 0) or the high two (1).
+template <int HALF>
+QUERN_INLINE int32_t dp2a(int32_t a, uint32_t b, int32_t c) {
+#if __CUDA_ARCH__ >= 610
+  int32_t y;
+  if constexpr (HALF == 0) {
+    asm("dp2a.lo.s32.s32 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
+  } else {
+    asm("dp2a.hi.s32.s32 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
+  }
+  return y;
+#else  // a byte is widened once for all that multiply it; a product of 16 bits is one XMAD
+  c += static_cast<int16_t>(a) * static_cast<int8_t>(b >> 16 * HALF);
+  return c + static_cast<int16_t>(a >> 16) * static_cast<int8_t>(b >> (16 * HALF + 8));
+#endif
+}
+
 // ---- global memory. Addresses are multiples of the type's size: 1, 2, 4, 8 or 16 bytes.
 #if __CUDA_ARCH__ >= 700
 #define QUERN_STREAM "ld.global.nc.L1::no_allocate"
