@@ -15,17 +15,17 @@ from compiler.codegen import nvrtc
 from compiler.codegen.cuda import device_code
 from compiler.quant.grids import GRIDS
 from compiler.quant.reference import dequantize
-from schedules.cuda import attention_plain, elementwise, embedding, linear_exact, rms_norm, rope
+from schedules.cuda import elementwise, embedding, linear_exact, rms_norm, rope
 from schedules.cuda.kernel import CudaKernel
 from schedules.kernel import Request, TensorSpec
 from tests.emulator import cuda
 from tests.schedules.kernels import EPS32, spec
 from tests.schedules.test_linear_grids import weight, weight_arguments
-from tests.schedules.test_rope import CONTEXT, angles, block_keys, oracle, unpack
+from tests.schedules.test_rope import angles, block_keys, oracle, unpack
 
 LOWERS = {
     op: lower
-    for module in (elementwise, embedding, linear_exact, rms_norm, rope, attention_plain)
+    for module in (elementwise, embedding, linear_exact, rms_norm, rope)
     for op, lower in module.LOWERS.items()
 }
 GPUS = ("jetson-nano", "jetson-xavier", "jetson-orin", "cuda-sm90")
@@ -234,44 +234,8 @@ def _rope_check(
     return check
 
 
-def attention_cases() -> Iterator[Case]:
-    for m, heads, kv_heads, d, start, valid, dtype, window, cap in (
-        (1, 4, 2, 16, 40, 1, "float16", 0, 0.0), (5, 3, 1, 12, 20, 4, "float32", 7, 0.0),
-        (2, 2, 2, 8, 0, 2, "float32", 0, 5.0),
-    ):  # fmt: skip
-        q, k, v = normal(m, heads * d), normal(kv_heads, 48, d).astype(dtype), normal(kv_heads, 48, d).astype(dtype)
-        want = np.full((m, heads * d), np.nan)
-        for t in range(valid):
-            low = max(0, start + t - window + 1) if window else 0
-            for h in range(heads):
-                seen = k[h // (heads // kv_heads), low : start + t + 1].astype(np.float64)
-                score = seen @ q[t, h * d : (h + 1) * d] / np.sqrt(d)
-                score = cap * np.tanh(score / cap) if cap else score
-                weights = np.exp(score - score.max())
-                values = v[h // (heads // kv_heads), low : start + t + 1].astype(np.float64)
-                want[t, h * d : (h + 1) * d] = weights @ values / weights.sum()
-        bound = (48 + d) * EPS32 * 8 * np.abs(v.astype(F32)).max()
-        attrs = {
-            "heads": heads,
-            "kv_heads": kv_heads,
-            "head_dim": d,
-            "scale": d**-0.5,
-            "softcap": cap,
-            "window": window,
-        }
-        args = [q, block_keys(k), v, np.array([start, valid], np.int32)]
-        yield case("attention", args, q.shape, _rows_check(want, bound, valid), f"{dtype} w{window} cap{cap}", **attrs)
-
-
-def _rows_check(want: np.ndarray, bound: float, valid: int) -> Callable[[tuple[np.ndarray, ...]], None]:
-    def check(arrays: tuple[np.ndarray, ...]) -> None:
-        assert np.abs(arrays[-1][:valid] - want[:valid]).max() <= bound
-
-    return check
-
-
 CASES = [
-    *elementwise_cases(), *norm_cases(), *embedding_cases(), *linear_cases(), *rope_cases(), *attention_cases(),
+    *elementwise_cases(), *norm_cases(), *embedding_cases(), *linear_cases(), *rope_cases(),
 ]  # fmt: skip
 
 
@@ -300,17 +264,3 @@ def test_registers(name: str) -> None:
     assert set(used) == {launch.function for case in CASES for launch in case.kernel.launches}
     assert not {name: r.spill_bytes for name, r in used.items() if r.spill_bytes}
     assert not {name: r.registers for name, r in used.items() if r.registers > REGISTERS}
-
-
-def test_every_operator_has_a_plain_kernel() -> None:
-    """But those of other engineers' files: quantisation and the integer and half-precision layers on top of it."""
-    from compiler.graph.ops import SIGNATURES
-
-    without = {op for op in SIGNATURES if f"quern.{op}" not in LOWERS}
-    assert {op.partition("_int8")[0].partition("_half")[0] for op in without if "quantize" not in op} <= {
-        "linear",
-        "attention",
-    }
-
-
-assert CONTEXT >= 48
