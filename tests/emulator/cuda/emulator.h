@@ -38,7 +38,7 @@ void quern_warp_sync();
 void* quern_dynamic_shared();
 void quern_check(const void* address, int bytes, int alignment, int write, const char* what);
 void quern_fail(const char* what, const char* why);
-void quern_async_copy(void* to, const void* from, int bytes);
+void quern_async_copy(void* to, const void* from, int size, int bytes);
 void quern_async_commit();
 void quern_async_wait(int groups);
 }
@@ -207,7 +207,12 @@ QUERN_INLINE uint8_t* dynamic_shared() { return static_cast<uint8_t*>(quern_dyna
 QUERN_INLINE void __syncthreads() { quern_block_sync(); }
 QUERN_INLINE void block_sync() { quern_block_sync(); }
 QUERN_INLINE void warp_sync() { quern_warp_sync(); }
-QUERN_INLINE void async_copy16(void* to, const void* from, int bytes = 16) { quern_async_copy(to, from, bytes); }
+template <int BYTES>
+QUERN_INLINE void async_copy(void* to, const void* from) {
+  static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "async_copy: 4, 8 or 16 bytes");
+  quern_async_copy(to, from, BYTES, BYTES);
+}
+QUERN_INLINE void async_copy16(void* to, const void* from, int bytes = 16) { quern_async_copy(to, from, 16, bytes); }
 QUERN_INLINE void async_commit() { quern_async_commit(); }
 template <int GROUPS>
 QUERN_INLINE void async_wait() { quern_async_wait(GROUPS); }
