@@ -272,7 +272,7 @@ def default_knobs(call: Call) -> dict[str, int]:
     filling = [(t, r) for t, r in useful if -(-call.m // t) * -(-call.n // r) >= gpu.multiprocessors]
     tokens, rows = (filling or useful[-1:])[0]
     stages = 3 if 3 * stage_bytes(call, tokens, rows) <= SHARED else 2
-    return {"tokens": tokens, "rows": rows, "warps": 4 if rows >= 64 else 2, "stages": stages}
+    return {"tokens": tokens, "rows": rows, "warps": rows // 16, "stages": stages}
 
 
 def lower(request: Request) -> CudaKernel:

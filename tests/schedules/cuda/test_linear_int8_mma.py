@@ -6,7 +6,7 @@ import pytest
 import targets
 from compiler.codegen import nvrtc
 from compiler.quant.grids import GRIDS
-from schedules.cuda import linear_int8_mma
+from schedules.cuda import linear_int8_mma, linear_int8_wmma
 from tests.schedules.cuda.linears import lowered, run
 from tests.schedules.test_linear_grids import exact_terms, spans, weight
 
@@ -18,13 +18,15 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)))
-def test_exact(case):
+@pytest.mark.parametrize("mod,name", [(linear_int8_mma, "jetson-orin"), (linear_int8_wmma, "jetson-xavier")])
+def test_exact(case, mod, name):
+    ORIN = targets.load(name)
     grid, offset, m, n, k, group = case
     w = weight(grid, offset, n, k, group, whole=True)
     values = np.random.default_rng(1).integers(-127, 128, (m, k))
     act = spans(w, values)
     residual = np.random.default_rng(3).integers(-1000, 1000, (m, n)).astype(np.float32)
-    kernel = lowered(linear_int8_mma.lower, act, w, ORIN, residual=residual)
+    kernel = lowered(mod.lower, act, w, ORIN, residual=residual)
     got = run(kernel, act, w, residual)
     want = exact_terms(w, act[0], act[2]).sum(-1)
     if GRIDS[grid].values is not None:
@@ -34,13 +36,13 @@ def test_exact(case):
         assert np.array_equal(got, want + residual)
 
 
-@pytest.mark.parametrize("name", ["jetson-orin", "cuda-sm90"])
+@pytest.mark.parametrize("name", ["jetson-orin", "cuda-sm90", "jetson-xavier"])
 @pytest.mark.parametrize("case", [("int4", False, 128, 2048, 2048, 128), ("int4", False, 128, 2048, 2048, 32), ("nf4", False, 64, 2048, 2048, 64), ("int8", False, 128, 2048, 2048, 128), ("int4", True, 16, 2048, 2048, 128)], ids=lambda c: "-".join(map(str, c)))
 def test_budget(case, name):
     grid, offset, m, n, k, group = case
     w = weight(grid, offset, n, k, group)
     act = spans(w, np.zeros((m, k)))
     t = targets.load(name)
-    kernel = lowered(linear_int8_mma.lower, act, w, t)
+    kernel = lowered((linear_int8_wmma if 'xavier' in name else linear_int8_mma).lower, act, w, t)
     code = nvrtc.compile(kernel.source, t.gpu)
     print(name, case, kernel.launches[0].grid, kernel.launches[0].shared_bytes, code.functions)
