@@ -57,7 +57,7 @@ class DeviceCode:
 
 
 @cache
-def compile(source: str, gpu: Gpu) -> DeviceCode:  # noqa: A001: its name everywhere in quern
+def compile(source: str, gpu: Gpu) -> DeviceCode:  # noqa: A001 (as in re.compile)
     """PTX of the version that `gpu` states, machine code where it wants that; the same bytes for the same source.
 
     Raises NvrtcError (a wheel is missing) and DeviceCodeError (the source is wrong).
@@ -82,7 +82,7 @@ def _wheel_file(wheel: tuple[str, str, str]) -> Path:
     try:
         found = metadata.distribution(name)
     except metadata.PackageNotFoundError:
-        raise NvrtcError(f"CUDA targets need the Python package {name} {version}, which is missing. {install}.") from None
+        raise NvrtcError(f"CUDA targets need {name} {version} (a Python package). {install}.") from None
     if found.version != version:
         raise NvrtcError(f"CUDA targets need {name} {version}, but {found.version} is installed. {install}.")
     path = Path(str(found.locate_file(file)))

@@ -208,16 +208,36 @@ QUERN_INLINE uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(y);
 }
 
-// Copies of 16 bytes from global to shared memory that run beside the computation (sm_80 on; plain copies before).
-// The copies of a thread since its last commit are a group; async_wait<N> returns when all but its last N groups are
-// there, for this thread: others see them after a block_sync().
-QUERN_INLINE void async_copy16(void* to, const void* from) {
+// Copies from global to shared memory that run beside the computation (sm_80 on; plain copies before). BYTES is 4, 8 or
+// 16, and both addresses are multiples of it. The copies of a thread since its last commit are a group; async_wait<N>
+// returns when all but its last N groups are there, for this thread: others see them after a block_sync().
+template <int BYTES>
+struct QuernPiece;
+template <>
+struct QuernPiece<4> {
+  typedef uint32_t Type;
+};
+template <>
+struct QuernPiece<8> {
+  typedef uint2 Type;
+};
+template <>
+struct QuernPiece<16> {
+  typedef uint4 Type;
+};
+template <int BYTES>
+QUERN_INLINE void async_copy(void* to, const void* from) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+  if (BYTES == 16)  // past the first-level cache
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from), "n"(BYTES) : "memory");
 #else
-  *static_cast<uint4*>(to) = load_constant(static_cast<const uint4*>(from));
+  typedef typename QuernPiece<BYTES>::Type Piece;
+  *static_cast<Piece*>(to) = load_constant(static_cast<const Piece*>(from));
 #endif
 }
+QUERN_INLINE void async_copy16(void* to, const void* from) { async_copy<16>(to, from); }
 // The same, but only the first `bytes` (0 to 16) are read; the rest becomes 0. With 0 bytes nothing is read.
 QUERN_INLINE void async_copy16(void* to, const void* from, int bytes) {
 #if __CUDA_ARCH__ >= 800

@@ -28,9 +28,11 @@ ALIGNED = 256  # what cuMemAlloc promises
 FUNCTION = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\s*\([^)]*\)\s*)?(\w+)\s*\(")
 POISON = 0xA5
 COMMON = ("-std=c++17", "-fPIC", "-g0", "-fno-sanitize=undefined", "-fno-exceptions", "-fno-rtti", "-ffp-contract=off")
+WATCHED = ("-O1", "-fno-vectorize", "-fno-slp-vectorize", "-Xclang", "-fsanitize=thread")
 ENTRIES = """
 template <class... Parameters, size_t... I>
-__attribute__((no_sanitize("thread"))) static void quern_call(void (*f)(Parameters...), void** a, std::index_sequence<I...>) {
+__attribute__((no_sanitize("thread")))
+static void quern_call(void (*f)(Parameters...), void** a, std::index_sequence<I...>) {
   static_assert((std::is_pointer_v<Parameters> && ...), "kernels take pointers only");
   f(*static_cast<Parameters*>(a[I])...);
 }
@@ -75,8 +77,8 @@ def _build(scratch: Path, source: str, sm: int) -> Path:
     entries = "".join(f'{{"{name}", [](void** a) {{ quern_call({name}, a); }}}}, ' for name in names)
     text, made = scratch / "kernel.cpp", scratch / "kernel.so"
     text.write_text(source + ENTRIES % entries)
-    flags = [*COMMON, f"-DQUERN_EMULATED_SM={sm}", f"-I{HEADER.parent}", f"-I{HERE}", "-O1", "-fno-vectorize"]
-    _zig("c++", *flags, "-fno-slp-vectorize", "-Xclang", "-fsanitize=thread", "-c", str(text), "-o", str(scratch / "kernel.o"))
+    flags = [*COMMON, f"-DQUERN_EMULATED_SM={sm}", f"-I{HEADER.parent}", f"-I{HERE}", *WATCHED]
+    _zig("c++", *flags, "-c", str(text), "-o", str(scratch / "kernel.o"))
     _zig("cc", "-shared", "-o", str(made), str(scratch / "kernel.o"), str(_engine()))  # "c++" would build a libc++
     return made
 
@@ -94,8 +96,9 @@ def _engine() -> Path:
 
 def _zig(*arguments: str) -> None:
     native = targets.load("native")
-    level = ["-mcpu=x86_64_v3"] if native.arch == "x86_64" else []
-    command = [sys.executable, "-m", "ziglang", arguments[0], "-target", native.zig_triple, *level, *arguments[1:]]
+    command = [sys.executable, "-m", "ziglang", arguments[0], "-target", native.zig_triple, *arguments[1:]]
+    if native.arch == "x86_64" and "-c" in arguments:  # not when linking: zig would build a runtime of its own for it
+        command.append("-mcpu=x86_64_v3")
     done = subprocess.run(command, env=link.zig_environment(), capture_output=True, text=True, check=False)
     if done.returncode:
         raise EmulationError(f"the kernel's source does not compile:\n{done.stderr}")

@@ -38,7 +38,7 @@ void quern_warp_sync();
 void* quern_dynamic_shared();
 void quern_check(const void* address, int bytes, int alignment, int write, const char* what);
 void quern_fail(const char* what, const char* why);
-void quern_async_copy(void* to, const void* from, int bytes);
+void quern_async_copy(void* to, const void* from, int size, int bytes);
 void quern_async_commit();
 void quern_async_wait(int groups);
 }
@@ -213,7 +213,12 @@ QUERN_INLINE uint8_t* dynamic_shared() { return static_cast<uint8_t*>(quern_dyna
 QUERN_INLINE void __syncthreads() { quern_block_sync(); }
 QUERN_INLINE void block_sync() { quern_block_sync(); }
 QUERN_INLINE void warp_sync() { quern_warp_sync(); }
-QUERN_INLINE void async_copy16(void* to, const void* from, int bytes = 16) { quern_async_copy(to, from, bytes); }
+template <int BYTES>
+QUERN_INLINE void async_copy(void* to, const void* from) {
+  static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "async_copy: 4, 8 or 16 bytes");
+  quern_async_copy(to, from, BYTES, BYTES);
+}
+QUERN_INLINE void async_copy16(void* to, const void* from, int bytes = 16) { quern_async_copy(to, from, 16, bytes); }
 QUERN_INLINE void async_commit() { quern_async_commit(); }
 template <int GROUPS>
 QUERN_INLINE void async_wait() { quern_async_wait(GROUPS); }
@@ -379,9 +384,11 @@ static T bits_of(uint32_t word) {
   std::memcpy(&value, &word, sizeof(T));
   return value;
 }
-static void check_matrix(const void* p, size_t stride_bytes, const char* what) {
-  if (reinterpret_cast<uintptr_t>(p) % 32) quern_fail(what, "the matrix starts at no multiple of 32 bytes");
-  if (stride_bytes % 16) quern_fail(what, "the stride is no multiple of 16 bytes");
+// Rows start at multiples of what a lane holds of a matrix: 8 bytes of int8, 32 of fp16, fp32 and int32 (PTX ISA,
+// wmma.load); strides may be odd multiples of 16 bytes all the same (CUDA C++ guide, 7.24).
+static void check_matrix(const void* p, size_t stride_bytes, int element, const char* what) {
+  if (reinterpret_cast<uintptr_t>(p) % (element == 1 ? 8 : 32)) quern_fail(what, "the matrix starts at a wrong multiple");
+  if (stride_bytes % (element == 1 ? 8 : 16)) quern_fail(what, "the stride is a wrong multiple");
 }
 // a or b: 256 elements of 1 or 2 bytes over 32 lanes: 8 of a lane (fp16 fragments hold each twice, so do these).
 template <class T, int REGISTERS>
@@ -396,7 +403,7 @@ static void load_fragment(uint32_t (&r)[REGISTERS], const T* p, int stride, bool
     std::memcpy(&bits, from, sizeof(T));
     r[i / PER_WORD] |= bits << (8 * sizeof(T) * (i % PER_WORD));
   }
-  check_matrix(p, stride * sizeof(T), what);
+  check_matrix(p, stride * sizeof(T), sizeof(T), what);
 }
 template <class T, class C, int REGISTERS>
 struct Wmma {
@@ -444,7 +451,7 @@ static void load_accumulator(C (&c)[8], const C* p, int stride, const char* what
     quern_check(from, sizeof(C), sizeof(C), 0, what);
     c[i] = *from;
   }
-  check_matrix(p, stride * sizeof(C), what);
+  check_matrix(p, stride * sizeof(C), sizeof(C), what);
 }
 // A real load is a warp's: nobody passes before all have come.
 static void together(const char* what) {
@@ -469,7 +476,7 @@ QUERN_INLINE void wmma_load_c(float (&c)[8], const float* p, int stride) {
   quern::together("wmma_load_c");
 }
 QUERN_INLINE void wmma_store(float* p, const float (&c)[8], int stride) {
-  quern::check_matrix(p, stride * sizeof(float), "wmma_store");
+  quern::check_matrix(p, stride * sizeof(float), 4, "wmma_store");
   for (int i = 0; i < 8; ++i) {
     int place = quern::dealt(8 * quern_thread.lane + i);
     float* to = p + place / 16 * stride + place % 16;

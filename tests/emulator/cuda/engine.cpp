@@ -69,7 +69,7 @@ enum State { RUNS, AT_BARRIER, AT_WARP, ENDED };
 struct Copy {
   char* to;
   const char* from;
-  int bytes, group;
+  int size, bytes, group;  // size: written, bytes: read; the rest becomes 0
 };
 struct Fiber {
   void* stack_pointer;
@@ -226,6 +226,15 @@ void touch(Shadow* shadow, size_t offset, size_t bytes, bool write, const char* 
   }
 }
 
+// What is known of the bytes at p, or null where that is not the block's shared memory.
+Shadow* shadow_of(const void* p, size_t bytes) {
+  if (inside(p, bytes, dynamic_start, dynamic_bytes))
+    return dynamic_shadow.items + (static_cast<const char*>(p) - dynamic_start);
+  if (inside(p, bytes, __start_quern_shared, static_bytes))
+    return static_shadow.items + (static_cast<const char*>(p) - __start_quern_shared);
+  return nullptr;
+}
+
 void check(const void* p, size_t bytes, bool write, const char* what) {
   if (current < 0 || performing) return;
   if (inside(p, bytes, stacks + current * STACK, STACK) || inside(p, bytes, &quern_thread, sizeof quern_thread)) return;
@@ -338,20 +347,15 @@ void quern_check(const void* address, int bytes, int alignment, int write, const
   check(address, bytes, write, what);
 }
 void quern_fail(const char* what, const char* why) { fail("%s: %s", what, why); }
-void quern_async_copy(void* to, const void* from, int bytes) {
+void quern_async_copy(void* to, const void* from, int size, int bytes) {
   Fiber& f = fibers[current];
-  quern_check(to, 16, 16, 1, "async_copy16 to");
-  if (bytes < 0 || bytes > 16) fail("async_copy16 of %d bytes", bytes);
-  if (bytes) quern_check(from, bytes, 16, 0, "async_copy16 from");
-  char* target = static_cast<char*>(to);
-  if (inside(to, 16, dynamic_start, dynamic_bytes)) {
-    for (int i = 0; i < 16; ++i) dynamic_shadow[target - dynamic_start + i].pending = true;
-  } else if (inside(to, 16, __start_quern_shared, static_bytes)) {
-    for (int i = 0; i < 16; ++i) static_shadow[target - __start_quern_shared + i].pending = true;
-  } else {
-    fail("async_copy16 to what is not shared memory");
-  }
-  f.copies.push(Copy{target, static_cast<const char*>(from), bytes, f.group});
+  quern_check(to, size, size, 1, "async_copy to");
+  if (bytes < 0 || bytes > size) fail("async_copy of %d bytes", bytes);
+  if (bytes) quern_check(from, bytes, size, 0, "async_copy from");
+  Shadow* shadow = shadow_of(to, size);
+  if (!shadow) fail("async_copy to what is not shared memory");
+  for (int i = 0; i < size; ++i) shadow[i].pending = true;
+  f.copies.push(Copy{static_cast<char*>(to), static_cast<const char*>(from), size, bytes, f.group});
 }
 void quern_async_commit() { ++fibers[current].group; }
 void quern_async_wait(int groups) {  // copies land as late as they may
@@ -359,13 +363,12 @@ void quern_async_wait(int groups) {  // copies land as late as they may
   size_t done = 0;
   for (; done < f.copies.count && f.copies[done].group < f.group - groups; ++done) {
     const Copy c = f.copies[done];
-    Shadow* shadow = inside(c.to, 16, dynamic_start, dynamic_bytes) ? &dynamic_shadow[c.to - dynamic_start]
-                                                                    : &static_shadow[c.to - __start_quern_shared];
-    for (int i = 0; i < 16; ++i) {
+    Shadow* shadow = shadow_of(c.to, c.size);
+    for (int i = 0; i < c.size; ++i) {
       shadow[i].pending = false;
       shadow[i].written = Touch{block_epoch, warps[current / 32].epoch, current};
     }
-    std::memset(c.to, 0, 16);
+    std::memset(c.to, 0, c.size);
     std::memcpy(c.to, c.from, c.bytes);
   }
   f.copies.drop(done);
