@@ -207,8 +207,8 @@ BUDGETS = {"token": 128, "tile": 136, "wmma": 176, "mma": 184}
 
 
 @pytest.mark.parametrize("target", ALL, ids=lambda t: t.name)
-@pytest.mark.parametrize("m", [1, 16, 128])
-@pytest.mark.parametrize(("grid", "group"), [("int4", 128), ("int4", 32), ("int8", 128)])
+@pytest.mark.parametrize("m", [1, pytest.param(16, marks=pytest.mark.slow), 128])
+@pytest.mark.parametrize(("grid", "group"), [("int4", 32), ("int8", 128)])
 def test_registers(target: Target, m: int, grid: str, group: int) -> None:
     made = big(m, target, grid, group)
     check_resources(made.code, BUDGETS[family_of(made)])
