@@ -14,6 +14,7 @@ from compiler.__main__ import main
 from compiler.cli import card
 from compiler.codegen import carried, elf
 from runtime.bundle import read_manifest
+from runtime.tokenizer import Tokenizer
 from tests.end_to_end import commands, gpu
 from tests.end_to_end.bundles import Bundles, Sessions, all_logits, greedy
 from tests.end_to_end.gpu import Built
@@ -27,6 +28,9 @@ CUDA_TARGETS = ("jetson-nano", "jetson-xavier", "jetson-orin", "cuda-sm90")
 SOURCE_WORDS = (b"__global__", b"quern.cuh", b"threadIdx", b"blockIdx", b"__syncthreads", b"asm volatile")
 # Both paths are fp32; sums of k = 172 terms differ in order. Seen: 2e-5 of logits up to 20.
 EXACT_BOUND = 2e-4
+# fp32 sums in another order move an activation or a key over the edge of its rounding now and then: as much as a chunk
+# differs from single tokens on the CPU (tests/end_to_end/test_chunks.py allows 0.14 of the demo model's logits).
+INT8_BOUND = 0.14
 
 
 @pytest.fixture(scope="session")
@@ -48,10 +52,8 @@ def launches_of(built: Built) -> dict[str, int]:
     return {part.partition(":")[0]: part.count("<<<") for part in script.split("\n\n")[1:]}
 
 
-def said_by(bundle: Path, sessions: Sessions) -> list[int]:
-    from runtime.tokenizer import Tokenizer
-
-    return greedy(sessions(bundle), Tokenizer(bundle / "tokenizer.json").encode(PROMPT), STEPS)[0]
+def said_by(bundle: Path, sessions: Sessions, prompt: str = PROMPT, steps: int = STEPS) -> list[int]:
+    return greedy(sessions(bundle), Tokenizer(bundle / "tokenizer.json").encode(prompt), steps)[0]
 
 
 def test_the_gpu_tells_the_cpus_story_by_graphs(small: Built, expected: list[int], tmp_path: Path) -> None:
@@ -258,15 +260,29 @@ def test_a_board_walks_the_same_launches(board: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_demo_model_on_the_exact_path(bundles: Bundles, sessions: Sessions, tmp_path: Path) -> None:
-    built = gpu.build(DEMO, tmp_path / "out", "cuda-sm90", activations="exact", chunks=(16,))
-    said, _ = built.generate(PROMPT, STEPS, tmp_path / "counts")
-    assert said["tokens"] == said_by(bundles(DEMO, activations="exact"), sessions)
+@pytest.mark.parametrize("activations", ["exact", "int8"])
+def test_the_demo_model_tells_the_cpus_story(
+    activations: str, bundles: Bundles, sessions: Sessions, tmp_path: Path
+) -> None:
+    """Token by token: the prompt is too short for a chunk. Integer sums are exact on both sides."""
+    prompt, steps = "Once upon a", 10
+    built = gpu.build(DEMO, tmp_path / "out", "cuda-sm90", activations=activations, chunks=(16,))
+    said, counts = built.generate(prompt, steps, tmp_path / "counts")
+    assert counts["launches"] == launches_of(built)["decode"] * (3 + steps - 1)
+    assert said["tokens"] == said_by(bundles(DEMO, activations=activations), sessions, prompt, steps)
 
 
 @pytest.mark.slow
-def test_the_demo_model_with_int8_activations(demo: Path, sessions: Sessions, tmp_path: Path) -> None:
-    """Integer sums are exact on both sides; what is left is the order of fp32 sums and what it moves over an edge."""
-    built = gpu.build(DEMO, tmp_path / "out", "cuda-sm90", chunks=(16,))
-    said, _ = built.generate(PROMPT, STEPS, tmp_path / "counts")
-    assert said["tokens"] == said_by(demo, sessions)
+@pytest.mark.parametrize("target", ["cuda-sm53", "cuda-sm72", "cuda-sm87", "cuda-sm90"])
+def test_rounded_activations_on_every_architecture(
+    target: str, bundles: Bundles, sessions: Sessions, tmp_path: Path
+) -> None:
+    """Prompt chunks and single tokens, 4-bit weights, an int8 cache: what the CPU's integer kernels give."""
+    settings: dict[str, Any] = {"activations": "int8", "bits": 4, "kv_cache": "int8", "chunks": (16,)}
+    built = gpu.build(STORIES260K, tmp_path / "out", target, **settings)
+    ids = np.arange(3, 3 + 35) % 512
+    np.save(tmp_path / "ids.npy", ids)
+    done = built.run("logits", "--ids", tmp_path / "ids.npy", "--out", tmp_path / "logits.npy")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    want = all_logits(sessions(bundles(STORIES260K, **settings)), ids.tolist())
+    assert np.abs(np.load(tmp_path / "logits.npy") - want).max() < INT8_BOUND
