@@ -215,17 +215,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) @NAME@(@PARAMETERS@) {
   for (int a = 0; a < AHEAD; ++a)
     if (part + a * SPLIT < TILES) fetch(ahead[a], my_codes, my_scale, my_zero, my_offset, part + a * SPLIT, lane);
 
-  for (int i = threadIdx.x; i < TOKENS * SPANS; i += THREADS) {
-    int from = min(token + i / SPANS, M - 1) * SPANS + i % SPANS;
+  for (unsigned i = threadIdx.x; i < TOKENS * SPANS; i += THREADS) {
+    int from = min(token + int(i / SPANS), M - 1) * SPANS + i % SPANS;
     staged_scale[i] = load_constant(ascale + from) * UNIT;
     staged_sum[i] = static_cast<int32_t>(load_constant(reinterpret_cast<const uint32_t*>(asum) + from));
   }
   const Inputs* activations = reinterpret_cast<const Inputs*>(q);
   if (STAGED)
-    for (int i = threadIdx.x; i < TOKENS * POSITIONS; i += THREADS) {
-      int t = i / POSITIONS, unit = i % POSITIONS, slot = unit / RUN;
+    for (unsigned i = threadIdx.x; i < TOKENS * POSITIONS; i += THREADS) {
+      unsigned t = i / POSITIONS, unit = i % POSITIONS, slot = unit / RUN;
       staged[t * POSITIONS + position(slot / 32, unit % RUN, slot % 32)] =
-          load_constant(activations + static_cast<int64_t>(min(token + t, M - 1)) * POSITIONS + unit);
+          load_constant(activations + static_cast<int64_t>(min(token + int(t), M - 1)) * POSITIONS + unit);
     }
   block_sync();
 
