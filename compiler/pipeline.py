@@ -22,6 +22,7 @@ from compiler.graph.weights import Linear, Table
 from compiler.models import Model
 from compiler.passes.fuse_quantize import FuseQuantize
 from compiler.passes.fuse_residual import FuseResidual
+from compiler.passes.half_activations import HalfActivations
 from compiler.passes.lower_to_launches import lower_to_launches
 from compiler.passes.lower_to_schedules import Decision, lower_to_schedules
 from compiler.passes.quantize_activations import QuantizeActivations
@@ -39,6 +40,7 @@ from schedules.kernel import Packing
 from targets import Gpu, Target
 
 LIBRARY, WEIGHTS = "model.so", "weights.bin"
+DP4A_SM = 61  # the first architecture with dp4a: PTX ISA manual
 CHUNKS = (16, 128)  # prompt tokens a call; the runtime cuts a prompt into these
 
 
@@ -67,13 +69,26 @@ class Request:
 
     @property
     def head(self) -> int:
-        """Bits of a head that the checkpoint left dense: 8 with int8 activations, untouched on the exact path."""
-        return self.head_bits or (8 if self.activations == "int8" else 16)
+        """Bits of a head that the checkpoint left dense: 8 with rounded activations, untouched on the exact path."""
+        return self.head_bits or (16 if self.activations == "exact" else 8)
 
     @property
     def cache(self) -> str:
-        """Element type of keys and values: float16 with int8 activations, float32 on the exact path, or as asked."""
-        return self.kv_cache or ("float16" if self.activations == "int8" else "float32")
+        """Element type of keys and values: float16 with rounded activations, float32 on the exact path, or as asked."""
+        return self.kv_cache or ("float32" if self.activations == "exact" else "float16")
+
+
+def default_activations(target: Target) -> str:
+    """What is fast and keeps a model's text: int8, or float16 on GPUs that cannot multiply bytes (before sm_61)."""
+    return "float16" if target.gpu is not None and target.gpu.sm < DP4A_SM else "int8"
+
+
+def _refuse_half_without_gpu(request: Request) -> None:
+    if request.activations == "float16" and request.target.gpu is None:
+        raise UnsupportedError(
+            f"{request.target.name}: --activations float16 is for targets with a GPU, and this one computes on its CPU. "
+            f"Leave --activations out, or give int8 or exact."
+        )
 
 
 @dataclass(frozen=True)
@@ -105,6 +120,7 @@ class Inputs:
 def build(model_dir: Path, request: Request, report: Reporter) -> manifest.Manifest:
     """Compile the checkpoint in `model_dir`. Raises UserError; then nothing is left at or beside `request.out`."""
     bundle.check_place(request.out)
+    _refuse_half_without_gpu(request)
     with report.stage("import") as stage:
         inputs = import_checkpoint(model_dir, request)
         stage.note = (
@@ -288,8 +304,12 @@ def _manifest_target(target: Target) -> manifest.Target:
 def fuse(mod: tvm.IRModule, request: Request) -> tvm.IRModule:
     """@graph to @fused: activation quantisation as asked for, then every fusion."""
     _checked(mod, "graph", request)
-    passes: list[Any] = [QuantizeActivations(), FuseQuantize()] if request.activations == "int8" else []
-    for rewrite in [*passes, FuseResidual()]:
+    passes: dict[str, list[Any]] = {
+        "exact": [],
+        "int8": [QuantizeActivations(), FuseQuantize()],
+        "float16": [HalfActivations()],
+    }
+    for rewrite in [*passes[request.activations], FuseResidual()]:
         mod = rewrite(mod)
         verify(mod, "fused")
     _checked(mod, "fused", request)

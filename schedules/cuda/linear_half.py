@@ -111,7 +111,7 @@ def layer_of(request: Request) -> Layer:
 def default_knobs(layer: Layer) -> dict[str, int]:
     """As many rows a block as still fill the chip: its activations are read and rounded once for all of them."""
     wanted = BLOCKS_WANTED * layer.gpu.multiprocessors
-    rows = next((r for r in (32, 16) if padded_rows(layer.n) // r >= wanted), 8)
+    rows = 16 if padded_rows(layer.n) // 16 >= wanted else 8
     return {"rows": rows, "threads": MOST_THREADS}
 
 
@@ -146,7 +146,7 @@ def space(request: Request) -> Space:
         raise NotSuited
     workload: dict[str, int | str] = {"m": 1, "n": layer.n, "k": layer.places.k, "bits": layer.bits}
     workload |= {"group": layer.places.group, "kind": layer.kind}
-    tried = {"rows": (8, 16, 32), "threads": (64, 128, 256)}
+    tried = {"rows": (8, 16), "threads": (64, 128, 256)}
     macs = layer.n * layer.places.k
     schedule = f"cuda.linear_half.{layer.gpu.arch}"
     return Space.around(default_knobs(layer), tried, schedule=schedule, workload=workload, macs=macs)

@@ -63,8 +63,9 @@ QUERN_INLINE void run(const float* x, const uint32_t* codes, const Scale* scale,
   fill_table(table);
   if constexpr (AFFINE == 2) block_sync();
   float sums[ROWS] = {};
+  const int end = opaque(CHUNKS);
 #pragma unroll 1
-  for (int chunk = thread; chunk < CHUNKS; chunk += THREADS) {
+  for (int chunk = thread; chunk < end; chunk += THREADS) {
     Half2 activations[CHUNK / 2];
     float back, by_half[HALVES];
     load_activations(x, chunk, activations, back, by_half);

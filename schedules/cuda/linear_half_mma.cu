@@ -39,8 +39,9 @@ QUERN_INLINE void run(const Half* rounded, const float* back, const float* sums,
     if (s * STEP < STORED) stage(rounded, codes, token, row, s * STEP, activations[s], words[s]);
     async_commit();
   }
+  const int end = opaque(STORED);
 #pragma unroll 1
-  for (int step = 0, slot = 0; step < STORED; step += STEP, slot = slot + 1 < STAGES ? slot + 1 : 0) {
+  for (int step = 0, slot = 0; step < end; step += STEP, slot = slot + 1 < STAGES ? slot + 1 : 0) {
     float2 scales[PARTS][WIDE], leasts[PARTS][WIDE];
     uint32_t zeros[PARTS][WIDE];
 #pragma unroll

@@ -19,8 +19,9 @@ QUERN_INLINE void run(const Half* rounded, const float* back, const float* sums,
   float totals[TALL][WIDE][8] = {};
   Ahead ahead;
   read_ahead(rounded, codes, scale, zero, offset, token, row, 0, ahead);
+  const int end = opaque(STORED);
 #pragma unroll 1
-  for (int step = 0; step < STORED; step += STEP) {
+  for (int step = 0; step < end; step += STEP) {
     block_sync();
     put(ahead, table, activations, weights, scales, leasts);
     block_sync();

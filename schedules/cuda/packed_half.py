@@ -1,6 +1,6 @@
 """The layout that fp16 linear layers share, one token and many, on all chips.
 
-W u32[n64, stored * bits / 32]        rows of codes of 4 or 8 bits, the narrower of the two that holds them
+W u8[n64, stored * bits / 8]          rows of codes of 4 or 8 bits, the narrower of the two that holds them
 S f16|f32[n64/8, groups, 8]           scale of 8 rows for a group of inputs: one 128-bit load of fp16
 Z u8[n64/8, groups, 8]                zero point, or F f32[n64/8, groups, 8], the offset
 n64 = n rounded up to 64 with scale 0. A group's inputs are padded to `width`: 16, or a multiple of 32.
@@ -94,10 +94,10 @@ def padded_rows(n: int) -> int:
 
 def weight_packings(first: int, n: int, places: Places, scale: str, affine: str) -> dict[int, Packing]:
     """Layouts of codes, scale, and zero or offset, which are the arguments from `first` on."""
-    words = TensorSpec((padded_rows(n), places.stored * places.bits // 32), "uint32")
+    rows = TensorSpec((padded_rows(n), places.stored * places.bits // 8), "uint8")
     name = f"half_w{places.bits}_g{places.group}"
     found = {
-        first: Packing(name, words, partial(_pack_codes, places=places), ROW_PAD),
+        first: Packing(name, rows, partial(_pack_codes, places=places), ROW_PAD),
         first + 1: _by_group("s", n, places, scale),
     }
     if affine != "table":
@@ -120,7 +120,7 @@ def _pack_codes(codes: np.ndarray, *, places: Places) -> np.ndarray:
     fields = placed.reshape(len(placed), -1, places.chunk)[:, :, places.order]
     if places.bits == 4:
         fields = fields[..., 0::2] | fields[..., 1::2] << 4
-    return np.ascontiguousarray(fields).reshape(len(placed), -1).view("<u4")
+    return np.ascontiguousarray(fields).reshape(len(placed), -1)
 
 
 def _pack_groups(array: np.ndarray, *, dtype: str) -> np.ndarray:
@@ -131,14 +131,13 @@ def _pack_groups(array: np.ndarray, *, dtype: str) -> np.ndarray:
     return np.ascontiguousarray(padded.reshape(-1, ROWS, groups).transpose(0, 2, 1))
 
 
-def unpack_codes(words: np.ndarray, n: int, places: Places) -> np.ndarray:
+def unpack_codes(packed: np.ndarray, n: int, places: Places) -> np.ndarray:
     """W -> codes u8[n, k]: proves that packing loses nothing."""
-    packed = words.view(np.uint8)
     fields = np.stack([packed & 15, packed >> 4], -1) if places.bits == 4 else packed
-    fields = fields.reshape(len(words), -1, places.chunk)
+    fields = fields.reshape(len(packed), -1, places.chunk)
     placed = np.empty_like(fields)
     placed[:, :, places.order] = fields
     codes = np.zeros((n, places.k), np.uint8)
-    rows = placed.reshape(len(words), -1)[:n]
+    rows = placed.reshape(len(packed), -1)[:n]
     codes[:, places.source[places.source >= 0]] = rows[:, places.source >= 0]
     return codes

@@ -89,6 +89,12 @@ QUERN_INLINE int32_t round_to_int(float x) {  // nearest, ties to even
 QUERN_INLINE uint32_t float_bits(float x) { return __float_as_uint(x); }
 QUERN_INLINE float bits_float(uint32_t x) { return __uint_as_float(x); }
 
+// x, which the compiler then knows nothing of: it unrolls loops of known length in spite of `#pragma unroll 1`.
+QUERN_INLINE int32_t opaque(int32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // ---- integers
 template <int TABLE>
 QUERN_INLINE uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {  // TABLE: 0xF0 for a, 0xCC for b, 0xAA for c
