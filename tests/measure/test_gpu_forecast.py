@@ -19,7 +19,7 @@ def test_a_shape_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
     assert (found["cost"], found["target"], found["bits"], found["context"]) == ("model", "jetson-orin", 4, 128)
     macs = LAYERS * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * FFN)
     assert found["macs_per_prompt_token"] == macs
-    # Codes of 4 bits and, a group of 128 inputs, a scale of 2 bytes and a zero: kernels may pad, but by no more than 3 %.
+    # Codes of 4 bits; a scale of 2 bytes and a zero for 128 inputs. Kernels may pad, but by no more than 3 %.
     codes = (macs + VOCAB * HIDDEN) * (0.5 + 3 / 128)
     assert codes <= found["weight_bytes_per_token"] <= 1.03 * codes
     assert found["cache_bytes_per_token"] == LAYERS * 2 * HIDDEN * 2
