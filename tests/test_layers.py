@@ -44,6 +44,9 @@ LAW: dict[str, set[str]] = {
     },
     "compiler.codegen": {"numpy", "runtime.manifest", "targets", "tvm"},
     "compiler.codegen.chat_format": {"jinja2", "runtime.manifest"},
+    "compiler.codegen.cuda": {
+        "compiler.codegen", "compiler.passes.lower_to_launches", "schedules.cuda.kernel", "targets",
+    },
     "compiler.codegen.tokenizer_files": {"tokenizers"},
     "compiler.deploy": {"asyncssh", "compiler.progress", "runtime"},
     "compiler.measure": {
@@ -63,6 +66,10 @@ LAW: dict[str, set[str]] = {
     "compiler.measure.forecast": {
         "compiler.codegen", "compiler.graph", "compiler.measure", "compiler.models", "compiler.passes",
         "compiler.pipeline", "numpy", "targets", "tvm",
+    },
+    "compiler.measure.gpu_forecast": {
+        "compiler.graph", "compiler.measure", "compiler.models", "compiler.passes", "compiler.pipeline", "numpy",
+        "rich", "targets",
     },
     "compiler.measure.forecast_report": {"compiler.measure", "rich", "targets"},
     "compiler.report": {"jinja2"},

@@ -89,6 +89,12 @@ QUERN_INLINE int32_t round_to_int(float x) {  // nearest, ties to even
 QUERN_INLINE uint32_t float_bits(float x) { return __float_as_uint(x); }
 QUERN_INLINE float bits_float(uint32_t x) { return __uint_as_float(x); }
 
+// x, which the compiler then knows nothing of: it unrolls loops of known length in spite of `#pragma unroll 1`.
+QUERN_INLINE int32_t opaque(int32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // ---- integers
 template <int TABLE>
 QUERN_INLINE uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {  // TABLE: 0xF0 for a, 0xCC for b, 0xAA for c
@@ -120,6 +126,23 @@ QUERN_INLINE int32_t dp4a_unsigned(uint32_t a, int32_t b, int32_t c) {  // a uns
 #else
   for (int i = 0; i < 32; i += 8) c += static_cast<uint8_t>(a >> i) * static_cast<int8_t>(b >> i);
   return c;
+#endif
+}
+
+// c + the products of two signed 16-bit numbers with two signed bytes, the low two of b (HALF 0) or the high two (1).
+template <int HALF>
+QUERN_INLINE int32_t dp2a(int32_t a, uint32_t b, int32_t c) {
+#if __CUDA_ARCH__ >= 610
+  int32_t y;
+  if constexpr (HALF == 0) {
+    asm("dp2a.lo.s32.s32 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
+  } else {
+    asm("dp2a.hi.s32.s32 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
+  }
+  return y;
+#else  // a byte is widened once for all that multiply it; a product of 16 bits is one XMAD
+  c += static_cast<int16_t>(a) * static_cast<int8_t>(b >> 16 * HALF);
+  return c + static_cast<int16_t>(a >> 16) * static_cast<int8_t>(b >> (16 * HALF + 8));
 #endif
 }
 

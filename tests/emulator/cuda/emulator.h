@@ -178,6 +178,12 @@ QUERN_INLINE int32_t dp4a_unsigned(uint32_t a, int32_t b, int32_t c) {
   for (int i = 0; i < 32; i += 8) c += static_cast<uint8_t>(a >> i) * static_cast<int8_t>(b >> i);
   return c;
 }
+QUERN_INLINE int32_t opaque(int32_t x) { return x; }
+template <int HALF>
+QUERN_INLINE int32_t dp2a(int32_t a, uint32_t b, int32_t c) {
+  for (int i = 0; i < 2; ++i) c += static_cast<int16_t>(a >> 16 * i) * static_cast<int8_t>(b >> (16 * HALF + 8 * i));
+  return c;
+}
 QUERN_INLINE int32_t __float2int_rn(float x) { return round_to_int(x); }
 QUERN_INLINE uint32_t __float_as_uint(float x) { return float_bits(x); }
 QUERN_INLINE float __uint_as_float(uint32_t x) { return bits_float(x); }
