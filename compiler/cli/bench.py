@@ -185,7 +185,13 @@ def built(setup: Setup, target: Target, quiet: bool) -> Iterator[Path]:
     source = shapes.RandomSource(setup.shape, setup.bits, setup.group_size, setup.head_bits)
     with tempfile.TemporaryDirectory(prefix="quern-bench-") as folder:
         context = min(config.integer("max_position_embeddings", 1, 1 << 30), max(setup.positions, 2048))
-        request = pipeline.Request(Path(folder) / "bundle", target, head_bits=setup.head_bits, context=context)
+        request = pipeline.Request(
+            Path(folder) / "bundle",
+            target,
+            activations=pipeline.default_activations(target),
+            head_bits=setup.head_bits,
+            context=context,
+        )
         model = models.build(config, source.describe, pipeline.model_options(request))
         inputs = pipeline.Inputs(setup.shape, "random", model, source, None)
         pipeline.compile_inputs(inputs, request, Reporter(quiet=quiet))

@@ -79,23 +79,21 @@ def _numerics(model: Path, target: str, activations: str, folder: Path) -> dict[
 
     folder.mkdir()
     given = [] if activations == "default" else ["--activations", activations]
-    _python(
-        "compiler", "build", "--model", str(model), "--target", target, "--out", str(folder / "gpu"), "--quiet", *given
-    )
+    build = ["build", "--model", str(model), "--quiet"]
+    _python("compiler", *build, "--target", target, "--out", str(folder / "gpu"), *given)
     manifest = read_manifest(folder / "gpu")
-    used = str(manifest.quantization["activations"])
+    used, head, cache = (str(manifest.quantization[key]) for key in ("activations", "head_bits", "kv_cache"))
     on_cpu = used if used in ("exact", "int8") else "exact"  # half precision is nearest to none
-    _python(
-        "compiler", "build", "--model", str(model), "--activations", on_cpu, "--out", str(folder / "cpu"), "--quiet"
-    )
+    same = ["--activations", on_cpu, "--head-bits", head, "--kv-cache", cache]
+    _python("compiler", *build, "--out", str(folder / "cpu"), *same)
     count = min(TOKENS, manifest.model.context)
     np.save(folder / "ids.npy", np.random.default_rng(0).integers(0, manifest.model.vocab_size, count))
     want, got = (_logits(folder, side) for side in ("cpu", "gpu"))
-    worst, same = float(np.abs(got - want).max()), float((got.argmax(1) == want.argmax(1)).mean())
+    worst, agree = float(np.abs(got - want).max()), float((got.argmax(1) == want.argmax(1)).mean())
     return {
         "check": "numerics", "target": target, "activations": used, "tokens": count, "worst": worst,
-        "largest": float(np.abs(want).max()), "bound": BOUNDS[used], "same_tokens": same,
-        "good": worst <= BOUNDS[used] and same >= SAME,
+        "largest": float(np.abs(want).max()), "bound": BOUNDS[used], "same_tokens": agree,
+        "good": worst <= BOUNDS[used] and agree >= SAME,
     }  # fmt: skip
 
 

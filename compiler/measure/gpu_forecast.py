@@ -96,7 +96,10 @@ def report(shape: str, bits: int, group_size: int, head_bits: int, context: int,
     room = min(limit, max(2048, context + CHUNK))
     if context + CHUNK > room:
         raise UserError(f"--context is {context}, but {shape} has {limit} positions: leave {CHUNK} for the prompt.")
-    request = pipeline.Request(Path(), target, head_bits=head_bits, context=room, chunks=(CHUNK,))
+    activations = pipeline.default_activations(target)
+    request = pipeline.Request(
+        Path(), target, activations=activations, head_bits=head_bits, context=room, chunks=(CHUNK,)
+    )
     model = models.build(shapes.config(shape), source.describe, pipeline.model_options(request))
     launches = lower_to_launches(pipeline.fuse(model.graph.module(), request), target)
     sizes = {w.name: w.type.n * w.type.k for w in model.weights if isinstance(w, Linear)}

@@ -10,12 +10,13 @@ Where an input stands in k is free as long as both operands agree: lane t of fou
 unpacked order, without bank conflicts by the strides chosen below, and ldmatrix would read no fewer bytes. The parts
 of a span beyond a multiple of 32 inputs multiply zeros.
 
-A warp's 32 tokens x 8 rows x 128 inputs: 8 mma (each 4096 multiply-adds: 8 clocks of a quarter of an sm_87
-multiprocessor, 4 of sm_90's), 4 loads of codes with 12 operations to unpack, and 8 x 4 operations of scaling with 2 loads;
-a span's activations are read once for all columns. At groups of 128: 58 instructions to 64 clocks on sm_87, so half to three
-quarters of the peak are in reach; at groups of 32 scaling quadruples and a quarter is left. Shared memory fits 48 KB, which
-every device has without asking. From the second-level cache a block reads (tokens + rows / 2) bytes an input for
-tokens * rows multiply-adds: at 64 x 128, 32 bytes a clock on sm_87. Nothing of this has been timed.
+A warp's 32 tokens x 32 rows x 128 inputs: 32 mma (each 4096 multiply-adds: 8 clocks of a quarter of an sm_87
+multiprocessor, 256 in all), 16 words of codes with 48 operations to unpack, 32 x 4 operations of scaling, and a span's
+activations, read once for all columns: about 390 instructions of PTX, and 100 more for the copies of 8 warps. An
+instruction a clock: half of the peak of sm_87 is in reach, at groups of 32 a fifth. sm_90 has four times the tensor cores
+for these instructions' clocks and is bound by scaling alone. Shared memory fits 48 KB, which every device has without
+asking. From the second-level cache a block reads (tokens + rows / 2) bytes an input for tokens * rows multiply-adds: at
+64 x 128, 32 bytes a clock of sm_87 at its peak. Nothing of this has been timed.
 """
 
 from __future__ import annotations
@@ -67,36 +68,36 @@ struct Pointers {
 
 // Starts the copies of the spans of one step.
 QUERN_INLINE void copy(Stage& stage, const Pointers& p, int first_span, int first_token, int first_block) {
-  const int spans = min(STAGE_SPANS, SPANS - first_span);
-  for (int i = threadIdx.x; i < BM * STAGE_SPANS * (WIDTH / PIECE); i += THREADS) {
-    const int piece = i % (WIDTH / PIECE), span = i / (WIDTH / PIECE) % STAGE_SPANS;
-    const int token = i / (WIDTH / PIECE * STAGE_SPANS);
+  const unsigned spans = min(STAGE_SPANS, SPANS - first_span);
+  for (unsigned i = threadIdx.x; i < BM * STAGE_SPANS * (WIDTH / PIECE); i += THREADS) {
+    const unsigned piece = i % (WIDTH / PIECE), span = i / (WIDTH / PIECE) % STAGE_SPANS;
+    const unsigned token = i / (WIDTH / PIECE * STAGE_SPANS);
     if (span < spans)
       async_copy<PIECE>(
           stage.tokens + token * A_STRIDE + span * K_STEPS * 32 + piece * PIECE,
-          p.q + (static_cast<int64_t>(min(first_token + token, M - 1)) * SPANS + first_span + span) * WIDTH + piece * PIECE);
+          p.q + (static_cast<int64_t>(min(first_token + int(token), M - 1)) * SPANS + first_span + span) * WIDTH + piece * PIECE);
   }
-  for (int i = threadIdx.x; i < BLOCKS * UNITS * STAGE_SPANS; i += THREADS) {
+  for (unsigned i = threadIdx.x; i < BLOCKS * UNITS * STAGE_SPANS; i += THREADS) {
     // Neighbouring threads take neighbouring lanes of the layout: the same step of the runs beside each other.
-    const int run = i % (RUNS_IN_SPAN * STAGE_SPANS), step = i / (RUNS_IN_SPAN * STAGE_SPANS) % RUN;
-    const int block = i / (UNITS * STAGE_SPANS), span = run / RUNS_IN_SPAN;
-    const int slot = first_span * RUNS_IN_SPAN + run, tile = slot / 32;
-    const int place = tile * 32 * RUN + step * (tile == TILES - 1 ? LAST_LANES : 32) + slot % 32;
+    const unsigned run = i % (RUNS_IN_SPAN * STAGE_SPANS), step = i / (RUNS_IN_SPAN * STAGE_SPANS) % RUN;
+    const unsigned block = i / (UNITS * STAGE_SPANS), span = run / RUNS_IN_SPAN;
+    const unsigned slot = first_span * RUNS_IN_SPAN + run, tile = slot / 32;
+    const unsigned place = tile * 32 * RUN + step * (tile == TILES - 1 ? LAST_LANES : 32) + slot % 32;
     if (span < spans)
       async_copy<16>(stage.codes + block * W_STRIDE + span * K_STEPS * STEP_UNITS + run % RUNS_IN_SPAN * RUN + step,
-                     p.codes + static_cast<int64_t>(min(first_block + block, ROW_BLOCKS - 1)) * POSITIONS + place);
+                     p.codes + static_cast<int64_t>(min(first_block + int(block), ROW_BLOCKS - 1)) * POSITIONS + place);
   }
-  for (int i = threadIdx.x; i < BLOCKS * STAGE_SPANS; i += THREADS) {
-    const int span = i % STAGE_SPANS;
-    const int from = min(first_block + i / STAGE_SPANS, ROW_BLOCKS - 1) * SPANS + first_span + span;
+  for (unsigned i = threadIdx.x; i < BLOCKS * STAGE_SPANS; i += THREADS) {
+    const unsigned span = i % STAGE_SPANS;
+    const unsigned from = min(first_block + int(i / STAGE_SPANS), ROW_BLOCKS - 1) * SPANS + first_span + span;
     if (span < spans) {
       async_copy<sizeof(Scales)>(stage.scale + i, p.scale + from);
       if (ZERO) async_copy<4>(stage.zero + i, p.zero + from);
       if (OFFSET) async_copy<16>(stage.offset + i, p.offset + from);
     }
   }
-  for (int i = threadIdx.x; i < BM * STAGE_SPANS; i += THREADS) {
-    const int span = i % STAGE_SPANS, from = min(first_token + i / STAGE_SPANS, M - 1) * SPANS + first_span + span;
+  for (unsigned i = threadIdx.x; i < BM * STAGE_SPANS; i += THREADS) {
+    const unsigned span = i % STAGE_SPANS, from = min(first_token + int(i / STAGE_SPANS), M - 1) * SPANS + first_span + span;
     if (span < spans) {
       async_copy<4>(stage.token_scale + i, p.ascale + from);
       async_copy<4>(stage.token_sum + i, p.asum + from);
@@ -141,11 +142,16 @@ QUERN_INLINE void multiply(float (&acc)[MT][NT][4], const Stage& stage, int span
 #pragma unroll
   for (int nt = 0; nt < NT; ++nt) {
     const int column = warp_n * WN + nt * 8;  // first of 8 rows
+    const int block = (column / ROWS + quad / 2) * STAGE_SPANS + span, row = quad % 2 * 2;  // of 2 rows of the lane
+    const Scales scales = stage.scale[block];
+    const uint32_t zeros = ZERO ? stage.zero[block] : 0;
     int32_t c[MT][4];
 #pragma unroll
-    for (int mt = 0; mt < MT; ++mt)
+    for (int i = 0; i < 4; ++i) {
+      const int32_t minus_zero = ZERO ? -zero_of(zeros, row + i % 2) : -STORED_ZERO;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) c[mt][i] = MAGIC;
+      for (int mt = 0; mt < MT; ++mt) c[mt][i] = TABLE ? MAGIC : MAGIC + minus_zero * sum[mt][i / 2];
+    }
 #pragma unroll
     for (int k = 0; k < K_STEPS; ++k) {
       uint32_t b[2];
@@ -153,25 +159,17 @@ QUERN_INLINE void multiply(float (&acc)[MT][NT][4], const Stage& stage, int span
 #pragma unroll
       for (int mt = 0; mt < MT; ++mt) mma_16x8x32(c[mt], a[mt][k], b);
     }
-    const int block = (column / ROWS + quad / 2) * STAGE_SPANS + span, row = quad % 2 * 2;  // of 2 rows of the lane
-    const Scales scales = stage.scale[block];
-    const uint32_t zeros = ZERO ? stage.zero[block] : 0;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float scale = scale_of(scales, row + i);
-      const int32_t zero = ZERO ? zero_of(zeros, row + i) : STORED_ZERO;
-      const float offset = OFFSET ? scale_of(stage.offset[OFFSET ? block : 0], row + i) : 0.0f;
+    for (int i = 0; i < 4; ++i) {
+      const float scale = scale_of(scales, row + i % 2);
+      const float offset = OFFSET ? scale_of(stage.offset[OFFSET ? block : 0], row + i % 2) : 0.0f;
 #pragma unroll
-      for (int mt = 0; mt < MT; ++mt)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          int32_t total = c[mt][2 * half + i];
-          if (!TABLE) total -= zero * sum[mt][half];
-          const float centred = bits_float(static_cast<uint32_t>(total)) - MAGIC_VALUE;
-          float& to = acc[mt][nt][2 * half + i];
-          to = fmaf(centred, scale * by[mt][half], to);
-          if (OFFSET) to = fmaf(offset, static_cast<float>(sum[mt][half]) * by[mt][half], to);
-        }
+      for (int mt = 0; mt < MT; ++mt) {
+        const float centred = bits_float(static_cast<uint32_t>(c[mt][i])) - MAGIC_VALUE;
+        float& to = acc[mt][nt][i];
+        to = fmaf(centred, scale * by[mt][i / 2], to);
+        if (OFFSET) to = fmaf(offset, static_cast<float>(sum[mt][i / 2]) * by[mt][i / 2], to);
+      }
     }
   }
 }

@@ -48,6 +48,8 @@ def _restore_threads(monkeypatch: pytest.MonkeyPatch) -> None:
          f"{'aarch64' if NATIVE.arch == 'x86_64' else 'x86-64'}: candidates are timed on this machine, and it cannot "
          f"run them: it is built for {'aarch64 (aarch64)' if NATIVE.arch == 'x86_64' else 'x86_64 (x86-64)'}, but this "
          f"machine is {NATIVE.arch}. Run tune on such a device and copy its folder of tuning_logs/ here."),
+        (["--target", "jetson-orin", "--shapes", "a72-count"],
+         "jetson-orin: tune measures the kernels of CPUs, and this target computes on a GPU."),
     ],
     ids=str,
 )  # fmt: skip
