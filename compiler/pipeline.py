@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,16 @@ import tvm
 from compiler import models
 from compiler.checkpoint import Checkpoint, open_checkpoint
 from compiler.codegen import bundle, carried, chat_format, link, tokenizer_files, weights_file
-from compiler.codegen.build import Compiled, compile_module
+from compiler.codegen.build import compile_module
+from compiler.codegen.cuda import device_code, library, tables
 from compiler.errors import CheckpointError, ConfigError, UnsupportedError
 from compiler.graph.weights import Linear, Table
 from compiler.models import Model
 from compiler.passes.fuse_quantize import FuseQuantize
 from compiler.passes.fuse_residual import FuseResidual
-from compiler.passes.lower_to_schedules import Lowered, lower_to_schedules
+from compiler.passes.half_activations import HalfActivations
+from compiler.passes.lower_to_launches import lower_to_launches
+from compiler.passes.lower_to_schedules import Decision, lower_to_schedules
 from compiler.passes.quantize_activations import QuantizeActivations
 from compiler.passes.verify import verify
 from compiler.progress import Reporter
@@ -32,9 +36,11 @@ from compiler.quantize import rtn
 from compiler.tune import records
 from compiler.weights import packed
 from runtime import manifest
-from targets import Target
+from schedules.kernel import Packing
+from targets import Gpu, Target
 
 LIBRARY, WEIGHTS = "model.so", "weights.bin"
+DP4A_SM = 61  # the first architecture with dp4a: PTX ISA manual
 CHUNKS = (16, 128)  # prompt tokens a call; the runtime cuts a prompt into these
 
 
@@ -63,13 +69,40 @@ class Request:
 
     @property
     def head(self) -> int:
-        """Bits of a head that the checkpoint left dense: 8 with int8 activations, untouched on the exact path."""
-        return self.head_bits or (8 if self.activations == "int8" else 16)
+        """Bits of a head that the checkpoint left dense: 8 with rounded activations, untouched on the exact path."""
+        return self.head_bits or (16 if self.activations == "exact" else 8)
 
     @property
     def cache(self) -> str:
-        """Element type of keys and values: float16 with int8 activations, float32 on the exact path, or as asked."""
-        return self.kv_cache or ("float16" if self.activations == "int8" else "float32")
+        """Element type of keys and values: float16 with rounded activations, float32 on the exact path, or as asked."""
+        return self.kv_cache or ("float32" if self.activations == "exact" else "float16")
+
+
+def default_activations(target: Target) -> str:
+    """What is fast and keeps a model's text: int8, or float16 on GPUs that cannot multiply bytes (before sm_61)."""
+    return "float16" if target.gpu is not None and target.gpu.sm < DP4A_SM else "int8"
+
+
+def _refuse_half_without_gpu(request: Request) -> None:
+    if request.activations == "float16" and request.target.gpu is None:
+        raise UnsupportedError(
+            f"{request.target.name}: --activations float16 is for targets with a GPU, and this one computes on its "
+            f"CPU. Leave --activations out, or give int8 or exact."
+        )
+
+
+@dataclass(frozen=True)
+class Code:
+    """The compiled functions. packings: layouts of weights by name; link: writes the library to a path.
+
+    tuned, tiled: as in passes.lower_to_schedules.Lowered.
+    """
+
+    packings: Mapping[str, Packing]
+    activation_bytes: int
+    link: Callable[[Path], None]
+    tuned: Mapping[str, Decision] = field(default_factory=dict)
+    tiled: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -87,6 +120,7 @@ class Inputs:
 def build(model_dir: Path, request: Request, report: Reporter) -> manifest.Manifest:
     """Compile the checkpoint in `model_dir`. Raises UserError; then nothing is left at or beside `request.out`."""
     bundle.check_place(request.out)
+    _refuse_half_without_gpu(request)
     with report.stage("import") as stage:
         inputs = import_checkpoint(model_dir, request)
         stage.note = (
@@ -190,10 +224,40 @@ def compile_inputs(inputs: Inputs, request: Request, report: Reporter) -> manife
     libraries = None
     if request.self_contained:  # first: a compile is long, and a download may fail
         with report.stage("carry") as stage:
-            libraries = carried.fetch(target.arch, request.offline)
+            libraries = carried.fetch(target.arch, request.offline, tvm=target.gpu is None)
             stage.bytes = sum(map(len, libraries.values()))
     with report.stage("fuse"):
         mod = fuse(model.graph.module(), request)
+    code = _for_cpu(mod, request, report) if target.gpu is None else _for_gpu(mod, target.gpu, request, report)
+    with bundle.staged(request.out) as folder:
+        with report.stage("link") as stage:
+            code.link(folder / LIBRARY)
+            stage.bytes = (folder / LIBRARY).stat().st_size
+            stage.note = f"{target.zig_triple}"
+        with report.stage("pack") as stage:
+            stage.total(len(model.weights))
+            pieces = packed(model.weights, inputs.source, code.packings, stage.advance)
+            alignment = weights_file.ALIGNMENT if target.gpu is None else weights_file.GPU_ALIGNMENT
+            weights, digest = weights_file.write(folder / WEIGHTS, pieces, alignment)
+            stage.bytes = digest.bytes
+        with report.stage("seal") as stage:
+            chat, note = None, ""
+            if inputs.tokenizer is not None:
+                tokenizer_files.copy(inputs.tokenizer, folder)
+                chat, note = chat_format.derive(inputs.tokenizer, inputs.path)
+            if libraries is not None:
+                carried.write(libraries, folder)
+            digests = bundle.digests(folder, {WEIGHTS: digest})
+            made = _manifest(inputs, request, code, weights, chat, digests)
+            manifest.dump(made, folder / manifest.FILE_NAME)
+            stage.note = note
+    report.line(f"{request.out}: needs {made.memory.planned_peak_bytes / (1 << 20):.1f} MiB to run")
+    return made
+
+
+def _for_cpu(mod: tvm.IRModule, request: Request, report: Reporter) -> Code:
+    """@fused to a Relax virtual machine with scheduled kernels."""
+    target = request.target
     with report.stage("schedule") as stage:
         tuned = records.Tuned.of(request.tuning_logs, target)
         lowered = lower_to_schedules(mod, target, tuned)
@@ -205,36 +269,48 @@ def compile_inputs(inputs: Inputs, request: Request, report: Reporter) -> manife
     with report.stage("codegen"):
         compiled = compile_module(lowered.mod, target)
         _dump(request.dump_ir, "4_code.s", lambda: compiled.executable.mod.imports[0].inspect_source("asm"))
-    with bundle.staged(request.out) as folder:
-        with report.stage("link") as stage:
-            link.export(compiled.executable, folder / LIBRARY, target)
-            stage.bytes = (folder / LIBRARY).stat().st_size
-            stage.note = f"{target.zig_triple}"
-        with report.stage("pack") as stage:
-            stage.total(len(model.weights))
-            pieces = packed(model.weights, inputs.source, lowered.packings, stage.advance)
-            weights, digest = weights_file.write(folder / WEIGHTS, pieces)
-            stage.bytes = digest.bytes
-        with report.stage("seal") as stage:
-            chat, note = None, ""
-            if inputs.tokenizer is not None:
-                tokenizer_files.copy(inputs.tokenizer, folder)
-                chat, note = chat_format.derive(inputs.tokenizer, inputs.path)
-            if libraries is not None:
-                carried.write(libraries, folder)
-            digests = bundle.digests(folder, {WEIGHTS: digest})
-            made = _manifest(inputs, request, lowered, compiled, weights, chat, digests)
-            manifest.dump(made, folder / manifest.FILE_NAME)
-            stage.note = note
-    report.line(f"{request.out}: needs {made.memory.planned_peak_bytes / (1 << 20):.1f} MiB to run")
-    return made
+    export = partial(link.export, compiled.executable, target=target)
+    return Code(lowered.packings, compiled.activation_bytes, export, lowered.tuned, lowered.tiled)
+
+
+def _for_gpu(mod: tvm.IRModule, gpu: Gpu, request: Request, report: Reporter) -> Code:
+    """@fused to lists of launches, device code, and the C runtime that walks them."""
+    target = request.target
+    with report.stage("schedule") as stage:
+        launches = lower_to_launches(mod, target)
+        _dump(request.dump_ir, "3_launches.txt", launches.script)
+        decode = next(len(f.steps) for f in launches.functions if f.name == "decode")
+        stage.note = f"{len(launches.kernels)} kernels for {target.name} ({gpu.arch}), {decode} launches a token"
+    with report.stage("codegen") as stage:
+        source = device_code.unit(launches.kernels.values())
+        _dump(request.dump_ir, "4_code.cu", lambda: source)
+        compiled = device_code.compile_unit(source, gpu)
+        _dump(request.dump_ir, "4_code.ptx", compiled.ptx.decode)
+        stage.bytes = len(compiled.ptx) + len(compiled.cubin or b"")
+        stage.note = f"PTX {gpu.ptx}" + (f" and machine code for {gpu.arch}" if compiled.cubin else "")
+    text = tables.source(launches, compiled, gpu)
+    return Code(launches.packings, launches.arena_bytes, partial(library.build, text, target=target))
+
+
+def _manifest_target(target: Target) -> manifest.Target:
+    """What the device must have. Where a GPU computes, the host code runs on any CPU of the architecture."""
+    here = (target.name, target.arch, target.triple, target.mcpu)
+    if target.gpu is None:
+        return manifest.Target(*here, target.plain.cpuinfo, target.glibc)
+    major, minor = divmod(tables.driver_version(target.gpu), 1000)
+    gpu = manifest.Gpu(target.gpu.arch, target.gpu.ptx, target.gpu.cubin, f"{major}.{minor // 10}")
+    return manifest.Target(*here, (), target.glibc, gpu)
 
 
 def fuse(mod: tvm.IRModule, request: Request) -> tvm.IRModule:
     """@graph to @fused: activation quantisation as asked for, then every fusion."""
     _checked(mod, "graph", request)
-    passes: list[Any] = [QuantizeActivations(), FuseQuantize()] if request.activations == "int8" else []
-    for rewrite in [*passes, FuseResidual()]:
+    passes: dict[str, list[Any]] = {
+        "exact": [],
+        "int8": [QuantizeActivations(), FuseQuantize()],
+        "float16": [HalfActivations()],
+    }
+    for rewrite in [*passes[request.activations], FuseResidual()]:
         mod = rewrite(mod)
         verify(mod, "fused")
     _checked(mod, "fused", request)
@@ -256,8 +332,7 @@ def _dump(folder: Path | None, name: str, text: Any) -> None:
 def _manifest(
     inputs: Inputs,
     request: Request,
-    lowered: Lowered,
-    compiled: Compiled,
+    code: Code,
     weights: manifest.Weights,
     chat: manifest.ChatFormat | None,
     files: dict[str, manifest.FileDigest],
@@ -282,22 +357,20 @@ def _manifest(
             "head_bits": linears[-1].bits,
             "kv_cache": model.caches[0].dtype if model.caches else None,
         },
-        target=manifest.Target(
-            target.name, target.arch, target.triple, target.mcpu, target.plain.cpuinfo, target.glibc
-        ),
+        target=_manifest_target(target),
         tvm=manifest.TvmVersions(version("apache-tvm"), version("apache-tvm-ffi")),
-        tuning={name: manifest.TunedKernel(d.record, dict(d.knobs)) for name, d in sorted(lowered.tuned.items())},
+        tuning={name: manifest.TunedKernel(d.record, dict(d.knobs)) for name, d in sorted(code.tuned.items())},
         library=LIBRARY,
         functions={
             f.name: manifest.Function(
-                f.tokens, f.inputs, manifest.TensorType("float32", f.shape), lowered.tiled.get(f.name)
+                f.tokens, f.inputs, manifest.TensorType("float32", f.shape), code.tiled.get(f.name)
             )
             for f in model.graph.functions
         },
         caches=tuple(caches),
         weights=weights,
         memory=manifest.Memory(
-            weight_bytes, cache_bytes, compiled.activation_bytes, weight_bytes + cache_bytes + compiled.activation_bytes
+            weight_bytes, cache_bytes, code.activation_bytes, weight_bytes + cache_bytes + code.activation_bytes
         ),
         tokens=manifest.Tokens(model.bos, model.eos),
         chat=chat,

@@ -136,6 +136,7 @@ def _verb(
 
 def _running_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--threads", type=int, help="kernel threads (default: physical cores we may use)")
+    verb.add_argument("--no-cuda-graphs", action="store_true", help="on a GPU: launch kernels one by one in every call")
     verb.add_argument("--no-verify-weights", action="store_true", help="do not check the digest of the weights file")
 
 
@@ -162,15 +163,18 @@ def _open(options: argparse.Namespace, prepare: Callable[[Manifest], T]) -> tupl
     made = []
 
     def meanwhile(found: Manifest) -> None:
-        from . import session, tvm_libs  # noqa: F401
+        from . import session  # noqa: F401
 
         made.append(prepare(found))
-        tvm_libs.load(found.tvm, options.threads)
+        if found.target.gpu is None:
+            from . import tvm_libs
+
+            tvm_libs.load(found.tvm, options.threads)
 
     bundle = open_bundle(options.bundle, not options.no_verify_weights, meanwhile)
     from .session import Session
 
-    return bundle, Session(bundle, options.threads), made[0]
+    return bundle, Session(bundle, options.threads, graphs=not options.no_cuda_graphs), made[0]
 
 
 def _for_text(options: argparse.Namespace, found: Manifest) -> tuple[Sampler, StopStrings]:

@@ -144,19 +144,19 @@ def mapped(mapping: mmap.mmap, offset: int, shape: Sequence[int], dtype: str) ->
     return np.frombuffer(mapping, np.dtype(_NUMPY_NAMES.get(dtype, dtype)), count, offset).reshape(shape)
 
 
-def at(address: int, shape: Sequence[int], dtype: str, owner: object) -> Array:
-    """A read-only view of memory that lives as long as `owner`."""
+def at(address: int, shape: Sequence[int], dtype: str, owner: object, writable: bool = False) -> Array:
+    """A view, read-only unless asked, of memory that lives as long as `owner`."""
     if not NUMPY:
-        return _untyped(Plain(address, shape, dtype, owner, writable=False))
-    return np.asarray(_Interface(address, tuple(shape), np.dtype(dtype).str, owner))
+        return _untyped(Plain(address, shape, dtype, owner, writable))
+    return np.asarray(_Interface(address, tuple(shape), np.dtype(dtype).str, owner, writable))
 
 
 class _Interface:
     """What numpy asks a stranger's memory for; views hold this object, and with it the owner."""
 
-    def __init__(self, address: int, shape: tuple[int, ...], kind: str, owner: object) -> None:
+    def __init__(self, address: int, shape: tuple[int, ...], kind: str, owner: object, writable: bool) -> None:
         self._owner = owner
-        self.__array_interface__ = {"data": (address, True), "shape": shape, "typestr": kind, "version": 3}
+        self.__array_interface__ = {"data": (address, not writable), "shape": shape, "typestr": kind, "version": 3}
 
 
 def layout(given: Union[Array, Plain]) -> Layout:

@@ -30,6 +30,7 @@ class Bundle:
     path: Path
     manifest: Manifest
     weights: Mapping[str, Array]
+    mapping: Optional[mmap.mmap] = None
 
     @property
     def library(self) -> Path:
@@ -80,7 +81,7 @@ def open_bundle(
             if name != found.weights.file:
                 _check_digest(path / name, digest)
         meanwhile(found)
-    return Bundle(path, found, _arrays(mapping, found))
+    return Bundle(path, found, _arrays(mapping, found), mapping)
 
 
 def _check_size(path: Path, digest: FileDigest) -> None:

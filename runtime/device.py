@@ -113,6 +113,10 @@ def refusals(target: Target) -> list[str]:
             f"it needs glibc {target.glibc} or later, but this machine has "
             f"{'no glibc' if have is None else 'glibc ' + have}"
         )
+    if target.gpu is not None:
+        from . import cuda_driver
+
+        found += cuda_driver.refusals(target.gpu)
     return found
 
 

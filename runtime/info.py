@@ -8,7 +8,7 @@ from typing import Any
 
 from . import device
 from .bundle import read_manifest
-from .manifest import Manifest
+from .manifest import Gpu, Manifest
 
 
 def as_json(path: Path) -> dict[str, Any]:
@@ -31,6 +31,7 @@ def as_text(path: Path) -> str:
         "quantisation": ", ".join(f"{k} {v}" for k, v in manifest.quantization.items() if v is not None),
         "target": f"{target.name}: {target.triple}, {target.cpu}, glibc {target.glibc}"
         + (f", {' '.join(target.features)}" if target.features else ""),
+        **({} if target.gpu is None else {"gpu": _gpu(target.gpu)}),
         "tvm": f"{manifest.tvm.version}, ffi {manifest.tvm.ffi_version}",
         "tuning": _tuning(manifest),
         "memory": _memory(manifest),
@@ -40,6 +41,11 @@ def as_text(path: Path) -> str:
         "runs here": "no: " + "; ".join(refusals) if refusals else "yes",
     }
     return "".join(f"{name + ':':<14}{value}\n" for name, value in rows.items())
+
+
+def _gpu(gpu: Gpu) -> str:
+    code = f"machine code for {gpu.arch}, and PTX {gpu.ptx}" if gpu.cubin else f"PTX {gpu.ptx} for {gpu.arch}"
+    return f"NVIDIA {gpu.arch} or later, driver of CUDA {gpu.driver} or later; {code}"
 
 
 def _tuning(manifest: Manifest) -> str:

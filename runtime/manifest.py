@@ -37,8 +37,24 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Gpu:
+    """An NVIDIA GPU that the functions run on: `arch` "sm_87" or any later one, which compiles the PTX.
+
+    driver: the oldest CUDA version whose driver takes the code, like "11.4"; cubin: there is machine code for `arch`.
+    """
+
+    arch: str
+    ptx: str
+    cubin: bool
+    driver: str
+
+
+@dataclass(frozen=True)
 class Target:
-    """The machine: `features` are spelt as /proc/cpuinfo spells them, `glibc` is the oldest version that works."""
+    """The machine: `features` are spelt as /proc/cpuinfo spells them, `glibc` is the oldest version that works.
+
+    gpu: None where the functions run on the CPU.
+    """
 
     name: str
     arch: str
@@ -46,6 +62,7 @@ class Target:
     cpu: str
     features: tuple[str, ...]
     glibc: str
+    gpu: Optional[Gpu] = None
 
 
 @dataclass(frozen=True)
@@ -242,6 +259,8 @@ def dumps(manifest: Manifest) -> str:
     data = {"format": FORMAT, "version": VERSION, "abi": ABI, **asdict(manifest)}
     for part in ("files", "functions"):
         data[part] = {name: {k: v for k, v in entry.items() if v is not None} for name, entry in data[part].items()}
+    if manifest.target.gpu is None:
+        del data["target"]["gpu"]
     data["sha256"] = _digest_of_keys(data)
     return json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
@@ -308,9 +327,9 @@ def _decode(kind: Any, value: Any, where: str, key: str) -> Any:
         return tuple(_decode(kinds[i], item, where, f"{key}[{i}]") for i, item in enumerate(value))
     if origin is dict and isinstance(value, dict):
         return {name: _decode(args[1], v, where, f"{key}.{name}") for name, v in value.items()}
-    if kind in (str, int) and isinstance(value, kind) and not isinstance(value, bool):
+    if kind in (str, int, bool) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
-    names = {str: "a string", int: "an integer", tuple: "a list", dict: "an object"}
+    names = {str: "a string", int: "an integer", bool: "true or false", tuple: "a list", dict: "an object"}
     raise _mismatch(where, key, value, names[origin or kind])
 
 

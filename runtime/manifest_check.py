@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 from .errors import ManifestError
-from .manifest import FILE_NAME, FileDigest, Function, Manifest, digest_of_chunks
+from .manifest import FILE_NAME, FileDigest, Function, Gpu, Manifest, digest_of_chunks
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1, "int16": 2, "int32": 4}
 ARCHES = ("x86_64", "aarch64")
@@ -89,9 +89,19 @@ class Checker:
         ):
             if not re.match(r"[0-9]{1,4}\.[0-9]{1,4}(\.|$)", text):
                 self.fail(f"{key} is {text!r}, but must begin like 2.28")
+        if target.gpu is not None:
+            self.gpu(target.gpu)
         for feature in target.features:
             if not re.fullmatch(r"[a-z0-9_.]+", feature):
                 self.fail(f"target.features has {feature!r}, which /proc/cpuinfo cannot contain")
+
+    def gpu(self, gpu: Gpu) -> None:
+        """An architecture and versions that can be compared."""
+        if not re.fullmatch(r"sm_[1-9][0-9]{1,2}", gpu.arch):
+            self.fail(f"target.gpu.arch is {gpu.arch!r}, but must look like sm_87")
+        for key, text in (("ptx", gpu.ptx), ("driver", gpu.driver)):
+            if not re.fullmatch(r"[0-9]{1,3}\.[0-9]{1,2}", text):
+                self.fail(f"target.gpu.{key} is {text!r}, but must look like 11.4")
 
     def tuning(self) -> None:
         """Kernels and knobs with names of identifiers, and the record that each comes from."""

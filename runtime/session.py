@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Optional, Union
 
-from . import arrays, device
+from . import arrays
 from .arrays import Array, np
 from .bundle import Bundle
-from .errors import ContextFullError, DeviceError, InputError
-from .manifest import Function as Signature
-from .vm import Function, Tensor, Vm
+from .errors import ContextFullError, InputError
 
 Ids = Union[Sequence[int], Array]
 
@@ -52,64 +50,47 @@ class Planner:
         return chunks
 
 
-class _Call(NamedTuple):
-    """A bound function and the buffer its caller fills: ids i32[tokens] for steps, hidden f32[tokens, d] for heads."""
-
-    run: Function
-    buffer: Array
-
-
 class Session:
     """A model that is being run. Not for several threads at once: use it from the thread that made it.
 
     Logits come as read-only float32 views of the runtime's own memory, valid as long as they are held.
     """
 
-    def __init__(self, bundle: Bundle, threads: Optional[int] = None, tiles: bool = True) -> None:
-        """`tiles` False leaves AMX alone, even where the bundle and the machine have it."""
+    def __init__(
+        self,
+        bundle: Bundle,
+        threads: Optional[int] = None,
+        tiles: bool = True,
+        graphs: bool = True,
+        timed: bool = False,
+    ) -> None:
+        """`tiles` False leaves AMX alone, `graphs` False CUDA graphs; `timed` has the GPU's clock note every call.
+
+        machine: an on_cpu.OnCpu or on_cuda.OnCuda, which has the functions and their buffers.
+        """
         self.manifest = bundle.manifest
-        self._check_memory(str(bundle.path))
-        wanted = tiles and any(f.tiled for f in self.manifest.functions.values())
-        self.tiles = wanted and device.allow_tiles()  # asked before the first thread of the pool exists
-        self._vm = Vm(bundle.library, self.manifest.tvm, threads)
-        self._span = arrays.zeros((2,), "int32")  # first position, number of valid tokens
-        self._caches = {c.name: arrays.zeros(c.shape, c.dtype) for c in self.manifest.caches}
-        shared = {**bundle.weights, **self._caches, "span": self._span}
-        self._tensors = {name: self._vm.tensor(array) for name, array in shared.items()}
-        self._calls = {name: self._bind(name, f) for name, f in self.manifest.functions.items()}
+        if self.manifest.target.gpu is None:
+            from .on_cpu import OnCpu
+
+            self.machine: Any = OnCpu(bundle, threads, tiles)
+        else:
+            from .on_cuda import OnCuda
+
+            self.machine = OnCuda(bundle, threads, graphs, timed)
+        self.tiles: bool = self.machine.tiles  # whether prompts go through AMX
+        self._span, self._calls = self.machine.span, self.machine.calls
         self._decode = self._calls["decode"]
         self._planner = Planner(self._sizes("prefill_"))
         self._heads = sorted(self._sizes("head_"))
         self.position = 0
 
-    def _check_memory(self, where: str) -> None:
-        """Weights can be read again from the file, but caches and activations need real memory."""
-        memory, have = self.manifest.memory, device.memory_bytes()
-        needed = memory.cache_bytes + memory.activation_bytes
-        if have is not None and needed > have:
-            raise DeviceError(
-                f"{where}: caches and activations need {needed >> 20} MiB, but this machine has {have >> 20} MiB. "
-                "Rebuild the bundle with a shorter context (python -m compiler build --context)."
-            )
-
     def _sizes(self, prefix: str) -> list[int]:
         return [f.tokens for name, f in self.manifest.functions.items() if name.startswith(prefix)]
 
-    def _bind(self, name: str, signature: Signature) -> _Call:
-        """Buffers of the function's own, and the shared arrays, in the order that its signature states."""
-        if name.startswith("head_"):
-            hidden = next(f.output.shape[1] for n, f in self.manifest.functions.items() if n.startswith("prefill_"))
-            own, buffer = "hidden", arrays.zeros((signature.tokens, hidden), "float32")
-        else:
-            own, buffer = "ids", arrays.zeros((signature.tokens,), "int32")
-        tensors: dict[str, Tensor] = {**self._tensors, own: self._vm.tensor(buffer)}
-        code = signature.tiled if self.tiles and signature.tiled else name
-        return _Call(self._vm.function(code, [tensors[i] for i in signature.inputs]), buffer)
-
     @property
     def threads(self) -> int:
-        """Threads that the kernels use."""
-        return self._vm.threads
+        """CPU threads that work."""
+        return int(self.machine.threads)
 
     @property
     def context(self) -> int:

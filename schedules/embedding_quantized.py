@@ -53,9 +53,10 @@ def packings(request: Request, storage: Storage) -> dict[int, Packing]:
     """Codes share bytes; a zero takes one."""
     (vocab, d), affine = request.args[1].shape, affine_of(request.op)
     spec = TensorSpec((vocab, row_bytes(d, storage)), "uint8")
-    found = {1: Packing(f"rows_{storage.name}", spec, partial(_pack, storage=storage))}
+    found = {1: Packing(f"rows_{storage.name}", spec, partial(_pack, storage=storage), rows=1)}
     if affine == "zero":
-        found[3] = Packing("rows_zero", TensorSpec(request.args[3].shape, "uint8"), lambda zero: zero.astype(np.uint8))
+        zeros = TensorSpec(request.args[3].shape, "uint8")
+        found[3] = Packing("rows_zero", zeros, lambda zero: zero.astype(np.uint8), rows=1)
     return found
 
 

@@ -5,6 +5,6 @@
 from __future__ import annotations
 
 from targets.files import load, names
-from targets.target import Target, TargetError
+from targets.target import Gpu, Target, TargetError
 
-__all__ = ["Target", "TargetError", "load", "names"]
+__all__ = ["Gpu", "Target", "TargetError", "load", "names"]

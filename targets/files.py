@@ -39,7 +39,7 @@ KEYS: dict[str, dict[str, type]] = {  # table -> key -> type; "" is the top of t
     },
     "memory": {"dram_read_mb_per_s": int, "storage_read_mb_per_s": int},
 }
-OPTIONAL = {*KEYS["gpu"], "inherits", "clock_mhz", "l1d_kib_per_core", "l2_kib", "dram_read_mb_per_s", "storage_read_mb_per_s"}
+OPTIONAL = {*KEYS["gpu"], *KEYS["memory"], "inherits", "clock_mhz", "l1d_kib_per_core", "l2_kib"}
 
 
 def names(folder: Path = FOLDER) -> list[str]:

@@ -19,7 +19,8 @@ class Gpu:
     """An NVIDIA GPU that shares a target with the CPU that feeds it.
 
     arch: "sm_53"; ptx: the newest PTX version that the oldest supported driver reads ("6.5"); cubin: True where machine
-    code of CUDA 11.8 loads on every supported driver, else the driver compiles the PTX; read_mb_per_s: of the GPU's memory.
+    code of CUDA 11.8 loads on every supported driver, else the driver compiles the PTX; read_mb_per_s: of the GPU's
+    memory.
     """
 
     arch: str

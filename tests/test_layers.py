@@ -48,6 +48,9 @@ LAW: dict[str, set[str]] = {
     "compiler.board": {"compiler.codegen.link", "runtime"},
     "compiler.codegen": {"numpy", "runtime.manifest", "runtime.manifest_check", "targets", "tvm"},
     "compiler.codegen.chat_format": {"jinja2", "runtime.manifest"},
+    "compiler.codegen.cuda": {
+        "compiler.codegen", "compiler.passes.lower_to_launches", "schedules.cuda.kernel", "targets",
+    },
     "compiler.codegen.tokenizer_files": {"tokenizers"},
     "compiler.deploy": {"asyncssh", "compiler.progress", "runtime"},
     "compiler.measure": {
@@ -67,6 +70,10 @@ LAW: dict[str, set[str]] = {
     "compiler.measure.shape_forecast": {
         "compiler.codegen", "compiler.graph", "compiler.measure", "compiler.models", "compiler.passes",
         "compiler.pipeline", "numpy", "targets", "tvm",
+    },
+    "compiler.measure.gpu_forecast": {
+        "compiler.graph", "compiler.measure", "compiler.models", "compiler.passes", "compiler.pipeline", "numpy",
+        "rich", "targets",
     },
     "compiler.measure.forecast_report": {"compiler.measure", "rich", "targets"},
     "compiler.measure.bundle_cost": {

@@ -16,6 +16,7 @@ from compiler.cli.deploy import connection_arguments, require_asyncssh
 
 if TYPE_CHECKING:
     from compiler.measure.compare import Row, Workload
+    from compiler.measure.gpu_speed import GpuSpeed
     from compiler.measure.growth import Point, Setup
     from compiler.measure.peers import Peer, PeerModel, Side
     from compiler.measure.speed import Speed, Spread
@@ -69,7 +70,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     more.add_argument("--plot", type=Path, metavar="FILE", help="with --growth: draw it, .svg or .png")
     more.add_argument(
         "--cost", choices=("time", "model"), default="time",
-        help="with --shape: 'model' counts instructions under qemu and models cycles instead of timing (default: time)",
+        help="with --shape: 'model' forecasts a device that is not at hand from instructions under qemu and modelled "
+        "cycles, or for a GPU from bytes and launches (default: time)",
     )  # fmt: skip
     more.add_argument("--record", type=Path, metavar="FILE", help="append the results as JSON lines")
     more.add_argument("--json", action="store_true", help="print JSON to stdout")
@@ -109,9 +111,9 @@ def run(options: argparse.Namespace) -> int:
         return _on_device(options)
     target = targets.load(options.target)
     if options.cost == "model":
-        from compiler.measure import forecast_report
+        from compiler.measure import forecast_report, gpu_forecast
 
-        forecast_report.show(options, target)
+        (forecast_report if target.gpu is None else gpu_forecast).show(options, target)
         return 0
     if options.growth is not None:
         return _grow(options, target)
@@ -252,7 +254,13 @@ def built(setup: Setup, target: Target, quiet: bool) -> Iterator[Path]:
     source = shapes.RandomSource(setup.shape, setup.bits, setup.group_size, setup.head_bits)
     with tempfile.TemporaryDirectory(prefix="quern-bench-") as folder:
         context = min(config.integer("max_position_embeddings", 1, 1 << 30), max(setup.positions, 2048))
-        request = pipeline.Request(Path(folder) / "bundle", target, head_bits=setup.head_bits, context=context)
+        request = pipeline.Request(
+            Path(folder) / "bundle",
+            target,
+            activations=pipeline.default_activations(target),
+            head_bits=setup.head_bits,
+            context=context,
+        )
         model = models.build(config, source.describe, pipeline.model_options(request))
         inputs = pipeline.Inputs(setup.shape, "random", model, source, None)
         pipeline.compile_inputs(inputs, request, Reporter(quiet=quiet))
@@ -264,6 +272,8 @@ def _alone(
 ) -> list[dict[str, object]]:
     from compiler.measure import speed
 
+    if _on_gpu(path):
+        return _alone_on_gpu(options, path, work)
     measured = speed.measure(
         path, target, work.prompt_tokens, work.decode_tokens, work.rounds, threads, work.context
     )  # fmt: skip
@@ -276,6 +286,21 @@ def _alone(
     if not options.json:
         _print_alone(measured, work)
     return [record]
+
+
+def _on_gpu(path: Path) -> bool:
+    from runtime.bundle import read_manifest
+
+    return read_manifest(path).target.gpu is not None
+
+
+def _alone_on_gpu(options: argparse.Namespace, path: Path, work: Workload) -> list[dict[str, object]]:
+    from compiler.measure import gpu_speed
+
+    measured = gpu_speed.measure(path, work.prompt_tokens, work.decode_tokens, work.rounds, work.context)
+    if not options.json:
+        _print_gpu(measured, work)
+    return [{**measured.record(), **asdict(work), **_where(options)}]
 
 
 def _where(options: argparse.Namespace) -> dict[str, object]:
@@ -406,6 +431,27 @@ def _print_alone(speed: Speed, work: Workload) -> None:
         f"{speed.weight_bytes_per_token / 1e6:.1f} MB of weights a token, {speed.threads} threads, "
         f"at most {speed.peak_rss_mib:.0f} MiB"
     )
+
+
+def _print_gpu(speed: GpuSpeed, work: Workload) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "median", "min", "max", box=None, pad_edge=False)
+    table.add_row(f"prefill, {work.prompt_tokens} tokens (tokens/s)", *_cells(speed.prefill_tok_s))
+    table.add_row(f"decode after {work.context} (tokens/s)", *_cells(speed.decode_tok_s))
+    table.add_row("the same without CUDA graphs", *_cells(speed.decode_plain_tok_s))
+    table.add_row("a token's kernels (ms)", *_cells(speed.kernels_ms))
+    table.add_row("copy within the GPU (GB/s)", *_cells(speed.copy_gb_s))
+    table.add_row("decode / copy", *_cells(speed.decode_bandwidth_ratio))
+    console, gpu = Console(highlight=False), speed.gpu
+    console.print(table)
+    console.print(
+        f"{gpu['device']} (sm_{gpu['sm']}), driver of CUDA {gpu['driver']}, code: {gpu['code']}, "
+        f"{speed.weight_bytes_per_token / 1e6:.1f} MB of weights a token, prefill {speed.prefill_tflop_s:.3g} TFLOP/s"
+    )
+    if gpu["note"]:
+        console.print(str(gpu["note"]))
 
 
 def _print_rows(rows: Sequence[Row], work: Workload, perplexities: Sequence[float | None]) -> None:

@@ -37,9 +37,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--activations",
-        choices=("int8", "exact"),
-        default="int8",
-        help="int8: fast; exact: fp32 activations (default: int8)",
+        choices=("int8", "float16", "exact"),
+        help="int8: fast; float16: fast on GPUs without dp4a, for GPUs only; exact: fp32 activations (default: int8, "
+        "float16 for jetson-nano)",
     )
     parser.add_argument(
         "--bits", type=int, choices=(4, 8), help="quantise dense linear layers to this, round to nearest"
@@ -98,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
     request = pipeline.Request(
         out=options.out,
         target=target,
-        activations=options.activations,
+        activations=options.activations or pipeline.default_activations(target),
         bits=options.bits,
         group_size=options.group_size,
         head_bits=options.head_bits,

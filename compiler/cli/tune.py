@@ -216,6 +216,8 @@ def _require(target: Target) -> None:
     from compiler.errors import UserError
     from runtime import device, manifest
 
+    if target.gpu is not None:
+        raise UserError(f"{target.name}: tune measures the kernels of CPUs, and this target computes on a GPU.")
     machine = manifest.Target(target.name, target.arch, target.triple, target.mcpu, target.cpuinfo, target.glibc)
     if refusals := device.refusals(machine):
         why = "; ".join(refusals)

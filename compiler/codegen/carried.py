@@ -117,9 +117,10 @@ PARTS = {
 }
 
 
-def fetch(arch: str, offline: bool = False) -> dict[str, bytes]:
+def fetch(arch: str, offline: bool = False, tvm: bool = True) -> dict[str, bytes]:
     """Name in the bundle -> content, for everything but `run` and the runtime. Raises CarryError.
 
+    tvm: False leaves TVM's libraries out, which a bundle for a GPU does without.
     From the cache, else from the installed wheel if its file is the pinned one, else from PyPI unless `offline`.
     """
     if arch not in PARTS:
@@ -127,8 +128,9 @@ def fetch(arch: str, offline: bool = False) -> dict[str, bytes]:
             f"--self-contained: the wheels that a bundle carries exist for {' and '.join(PARTS)}, not for {arch}. "
             f"Leave --self-contained out."
         )
-    found = {part.name: _here(part) for part in PARTS[arch]}
-    missing = [part for part in PARTS[arch] if found[part.name] is None]
+    parts = [part for part in PARTS[arch] if tvm or not part.name.startswith("libtvm_")]
+    found = {part.name: _here(part) for part in parts}
+    missing = [part for part in parts if found[part.name] is None]
     if missing and offline:
         raise CarryError(
             f"--self-contained: {', '.join(part.name for part in missing)} for {arch} must be fetched "

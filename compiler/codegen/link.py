@@ -21,7 +21,7 @@ from targets import Target
 FLAGS = ("-shared", "-s", "-Wl,--build-id=none")
 # What TVM's code may leave to the runtime libraries, which are loaded before it with RTLD_GLOBAL.
 RUNTIME_PREFIXES = ("TVMFFI", "TVMBackend")
-LIBRARIES = {"libc.so.6", "libm.so.6", "libpthread.so.0", "ld-linux-aarch64.so.1", "ld-linux-x86-64.so.2"}
+LIBRARIES = {"libc.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2", "ld-linux-aarch64.so.1", "ld-linux-x86-64.so.2"}
 
 
 class LinkError(UserError):
@@ -35,23 +35,19 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quern"
 
 
-def link(objects: list[Path], out: Path, target: Target) -> None:
+def link(objects: list[Path], out: Path, target: Target, libraries: tuple[str, ...] = ()) -> None:
     """A shared library at `out`, checked. An older file there is replaced at once, never left half-written.
 
-    Raises LinkError.
+    libraries: of glibc, by the names that -l takes. Raises LinkError.
     """
     assert objects, "nothing to link"
-    if importlib.util.find_spec("ziglang") is None:
-        raise LinkError(
-            f"{out}: cannot link, because the Python package 'ziglang' is not installed. "
-            f"It is one of quern's dependencies: run 'make venv', or '{sys.executable} -m pip install ziglang'."
-        )
+    require_zig(out)
     # When this is interrupted, zig may write on for a moment: then the folder goes with the one it is in.
     beside, prefix = out.parent.resolve(), f".{out.name}."
     with tempfile.TemporaryDirectory(dir=beside, prefix=prefix, ignore_cleanup_errors=True) as scratch:
         made = Path(scratch) / out.name
         command = [sys.executable, "-m", "ziglang", "cc", "-target", target.zig_triple, *FLAGS, "-o", str(made)]
-        command += [str(path.resolve()) for path in objects]
+        command += [*(str(path.resolve()) for path in objects), *(f"-l{name}" for name in libraries)]
         done = subprocess.run(command, env=zig_environment(), cwd=scratch, capture_output=True, text=True, check=False)
         if done.returncode or not made.is_file():
             raise LinkError(
@@ -60,6 +56,15 @@ def link(objects: list[Path], out: Path, target: Target) -> None:
             )
         check(made, target, shown=out)
         made.replace(out)
+
+
+def require_zig(out: Path) -> None:
+    """Raise LinkError when there is nothing to make `out` with."""
+    if importlib.util.find_spec("ziglang") is None:
+        raise LinkError(
+            f"{out}: cannot link, because the Python package 'ziglang' is not installed. "
+            f"It is one of quern's dependencies: run 'make venv', or '{sys.executable} -m pip install ziglang'."
+        )
 
 
 def export(executable: Any, out: Path, target: Target) -> None:

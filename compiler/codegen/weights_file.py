@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from runtime.manifest import CHUNK_BYTES, FileDigest, Weight, Weights, digest_of_chunks
 
 ALIGNMENT = 64  # bytes: a cache line, and one AVX-512 load
+GPU_ALIGNMENT = 256  # what a GPU's own allocator gives
 NAMES = {"uint16": "bfloat16"}  # numpy has no bfloat16
 CHUNKS_AHEAD = 3  # full chunks that wait for their digest or for the disk
 
@@ -32,22 +33,22 @@ class Piece:
     data: NDArray[np.generic]
 
 
-def write(path: Path, pieces: Iterable[Piece]) -> tuple[Weights, FileDigest]:
+def write(path: Path, pieces: Iterable[Piece], alignment: int = ALIGNMENT) -> tuple[Weights, FileDigest]:
     """Write the pieces, those of a weight one behind the other; the results say where each weight lies."""
     tensors: list[Weight] = []
     with _File(path) as file:
         for piece in pieces:
             if not tensors or tensors[-1].name != piece.name:
                 _check_full(tensors, file.size)
-                file.append(np.zeros(-file.size % ALIGNMENT, np.uint8))
+                file.append(np.zeros(-file.size % alignment, np.uint8))
                 nbytes = int(np.prod(piece.shape)) * np.dtype(piece.dtype).itemsize
                 dtype = NAMES.get(piece.dtype, piece.dtype)
                 tensors.append(Weight(piece.name, dtype, tuple(piece.shape), file.size, nbytes))
             file.append(np.ascontiguousarray(piece.data).reshape(-1).view(np.uint8))
         _check_full(tensors, file.size)
-        file.append(np.zeros(-file.size % ALIGNMENT, np.uint8))
+        file.append(np.zeros(-file.size % alignment, np.uint8))
         digest = file.finish()
-    return Weights(path.name, ALIGNMENT, tuple(tensors)), digest
+    return Weights(path.name, alignment, tuple(tensors)), digest
 
 
 def _check_full(tensors: list[Weight], end: int) -> None:

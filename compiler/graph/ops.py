@@ -72,6 +72,7 @@ SIGNATURES: dict[str, Signature] = {
     "gather": Signature(("x", "permutation")),
     **_linears("exact", ("x",)),
     **_linears("int8", ("q", "ascale", "asum")),
+    **_linears("half", ("x",)),
     "linear_dense": Signature(("x", "weight")),
     "linear_dense_residual": Signature(("x", "weight", "residual")),
 }

@@ -21,14 +21,13 @@ from runtime.bundle import Bundle, open_bundle
 from runtime.device import peak_rss_mib
 from runtime.errors import UserError
 from runtime.session import Session
-from runtime.vm import Vm
 
 
 class Measured:
     """One session; each method is a verb, its keywords the request, its result the answer. Times are in seconds."""
 
     def __init__(self, bundle: Bundle, threads: int | None) -> None:
-        self._bundle, self._session = bundle, Session(bundle, threads)
+        self._bundle, self._session = bundle, Session(bundle, threads, timed=True)
         self._timed = Timed(self._session)
         self._plain: Session | None = None
         self._readers: list[Callable[[], object]] = []
@@ -37,6 +36,35 @@ class Measured:
     def about(self) -> dict[str, Any]:
         """Threads, positions in all, and whether prompts go through AMX tiles."""
         return {"threads": self._session.threads, "context": self._session.context, "tiles": self._session.tiles}
+
+    def gpu(self) -> dict[str, Any]:
+        """The card, its driver, and how the model runs on it; asked after a few calls."""
+        info = self._session.machine.info
+        return {
+            "device": info.name.decode(),
+            "sm": 10 * info.major + info.minor,
+            "multiprocessors": info.multiprocessors,
+            "driver": f"{info.driver // 1000}.{info.driver % 1000 // 10}",
+            "code": "cubin" if info.cubin else "ptx",
+            "graphs": bool(info.graphs),
+            "note": info.note.decode(errors="replace"),
+            "gpu_memory_mib": round((info.total_bytes - info.free_bytes) / (1 << 20)),
+        }
+
+    def graphs(self, on: bool) -> dict[str, Any]:
+        """Replay calls as CUDA graphs, or launch kernel by kernel."""
+        self._session.machine.replay(on)
+        return {}
+
+    def copy(self, nbytes: int) -> dict[str, Any]:
+        """GB/s (10^9 bytes) read and written by a copy of that size, or of what there is room for, on the GPU."""
+        room = max(1 << 20, int(self._session.machine.info.free_bytes) // 4)
+        return {"gb_s": self._session.machine.copy_gb_s(min(nbytes, room))}
+
+    def kernels(self, context: int) -> dict[str, Any]:
+        """Seconds on the GPU of the kernels of one token after `context` others."""
+        self.decode(context, 1)
+        return {"seconds": self._session.machine.milliseconds() / 1000}
 
     def memory(self) -> dict[str, Any]:
         """The most that this process ever held."""
@@ -58,6 +86,8 @@ class Measured:
 
     def reader(self, library: str, names: list[str], nbytes: int) -> dict[str, Any]:
         """Load the functions that only read (read_bandwidth.py wrote them) and run each once, as warming up."""
+        from runtime.vm import Vm
+
         manifest = self._bundle.manifest
         data = np.asarray(np.memmap(self._bundle.path / manifest.weights.file, np.uint8, mode="r"))
         vm = Vm(Path(library), manifest.tvm, self._session.threads)

@@ -50,7 +50,7 @@ def requests(mod: tvm.IRModule, target: Target) -> dict[str, list[Request]]:
     for var, function in mod.functions_items():
         if isinstance(function, relax.Function):
             calls = (ops.match(b.value) for block in function.body.blocks for b in block.bindings)
-            asked = {_key(r): r for r in (_request(op, target) for op in calls if op is not None)}
+            asked = {key_of(r): r for r in (request_of(op, target) for op in calls if op is not None)}
             found[var.name_hint] = list(asked.values())
     return found
 
@@ -70,8 +70,8 @@ def lower_to_schedules(mod: tvm.IRModule, target: Target, decide: Decide = lambd
     tuned: dict[str, Decision] = {}
 
     def kernel_for(op: Op, device: Target) -> Kernel:
-        request = _request(op, device)
-        key = _key(request)
+        request = request_of(op, device)
+        key = key_of(request)
         if key not in kernels:
             try:
                 decision = decide(request)
@@ -130,7 +130,8 @@ def _with_copies(mod: tvm.IRModule, names: Mapping[str, str]) -> tvm.IRModule:
     return tvm.IRModule(functions)
 
 
-def _request(op: Op, target: Target) -> Request:
+def request_of(op: Op, target: Target) -> Request:
+    """What an operator call asks of the schedules of this target."""
     written = len(op.signature.inplace)
     fresh = op.results[: len(op.results) - written]
     return Request(
@@ -143,7 +144,8 @@ def _request(op: Op, target: Target) -> Request:
     )
 
 
-def _key(request: Request) -> tuple[object, ...]:
+def key_of(request: Request) -> tuple[object, ...]:
+    """Equal for requests that are answered alike on one target."""
     return (request.target.features, request.op, request.args, request.outs, tuple(request.attrs.items()))
 
 

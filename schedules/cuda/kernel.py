@@ -1,7 +1,7 @@
 """What a CUDA schedule file offers: operator name -> launches of CUDA functions. Files are found by walking the folder.
 
-As in `schedules/kernel.py`, every file has `LOWERS: dict[str, Lower]`, and may have a `RANK` and `SPACES`; a `Lower` gets
-the same `Request` and gives a `CudaKernel`, or raises `Unsupported` or `NotSuited`.
+As in `schedules/kernel.py`, every file has `LOWERS: dict[str, Lower]`, and may have a `RANK` and `SPACES`; a `Lower`
+gets the same `Request` and gives a `CudaKernel`, or raises `Unsupported` or `NotSuited`.
 
 Shapes are static, so a launch is data: the host walks a table, and nothing of a token is decided on the CPU.
 """
@@ -73,7 +73,7 @@ def _first_suited(op: str, families: list[Lower]) -> Lower:
         for family in families:
             try:
                 return family(request)
-            except NotSuited:
+            except NotSuited:  # noqa: PERF203 two or three families
                 continue
         raise Unsupported(f"{op}: no CUDA kernel is meant for {request.args} on {request.target.name}")
 

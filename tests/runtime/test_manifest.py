@@ -79,6 +79,13 @@ def test_reads_what_it_writes() -> None:
     assert {k: v for k, v in json.loads(text).items() if k != "sha256"} == example()
 
 
+def test_a_gpu_is_kept() -> None:
+    gpu = {"arch": "sm_53", "ptx": "6.5", "cubin": False, "driver": "10.2"}
+    manifest = mf.loads(signed(changed("target/gpu", gpu)))
+    assert manifest.target.gpu == mf.Gpu(**gpu)
+    assert json.loads(mf.dumps(manifest))["target"]["gpu"] == gpu
+
+
 def test_null_chat_and_no_prefill_are_fine() -> None:
     data = changed("chat", None)
     data["functions"] = {"decode": data["functions"]["decode"]}
@@ -109,6 +116,12 @@ def test_refuses_what_another_release_wrote(path: str, value: Any, message: str)
     ("quantization/bits", [4], "quantization.bits is [4], but a string, number, true, false or null is needed"),
     ("target/arch", "riscv64", "target.arch is 'riscv64', but must be one of x86_64, aarch64"),
     ("target/glibc", "new", "target.glibc is 'new', but must begin like 2.28"),
+    ("target/gpu", {"arch": "87", "ptx": "7.4", "cubin": True, "driver": "11.4"},
+     "target.gpu.arch is '87', but must look like sm_87"),
+    ("target/gpu", {"arch": "sm_87", "ptx": "7.4", "cubin": True, "driver": "new"},
+     "target.gpu.driver is 'new', but must look like 11.4"),
+    ("target/gpu", {"arch": "sm_87", "ptx": "7.4", "cubin": 1, "driver": "11.4"},
+     "target.gpu.cubin is 1, but true or false is needed"),
     ("target/features", ["a b"], "target.features has 'a b', which /proc/cpuinfo cannot contain"),
     ("tuning/linear_m1/record", "XY", "tuning.linear_m1.record is 'XY', but must be 16 lower-case hex digits"),
     ("tuning/linear_m1/knobs", {"un roll": 1}, "tuning has 'un roll', but names are letters, digits and _"),

@@ -75,8 +75,13 @@ def test_the_raspberry_pi_4() -> None:
          "features, vector_bits, cores, clock_mhz, l1d_kib_per_core, l2_kib."),
         ("tier = 3", "tier = 3\nteir = 3", "unknown key 'teir'. Did you mean 'tier'? Keys in the top of the file: "
          "inherits, description, tier."),
-        ("[system]", "[gpu]\nx = 1\n[system]", "unknown key 'gpu'. Keys in the top of the file: inherits, description, "
-         "tier."),
+        ("[system]", "[board]\nx = 1\n[system]", "unknown key 'board'. Keys in the top of the file: inherits, "
+         "description, tier."),
+        ("[system]", '[gpu]\ngpu_arch = "sm_87"\n[system]',
+         "gpu.ptx is missing: a [gpu] table is whole, or not there."),
+        ("[system]", '[gpu]\ngpu_arch = "87"\nptx = "7.4"\ncubin = true\nmultiprocessors = 8\ngpu_clock_mhz = 625\n'
+         "gpu_read_mb_per_s = 68000\n[system]",
+         "gpu_arch is '87' and ptx '7.4', but they must look like \"sm_53\" and \"6.5\"."),
         ("cores = 4", 'cores = "4"', "cpu.cores is '4', a string, but it must be an integer."),
         ("cores = 4", "cores = true", "cpu.cores is True, a boolean, but it must be an integer."),
         ("cores = 4", "cores = 0", "cpu.cores is 0, but it must be at least 1."),
@@ -121,8 +126,9 @@ def test_an_unknown_name() -> None:
     with pytest.raises(targets.TargetError) as caught:
         targets.load("rpi-4")
     assert str(caught.value) == (
-        "There is no target 'rpi-4'. Did you mean 'rpi4'? Known targets: native, aarch64, riscv64-v, rpi3, rpi4, "
-        "rpi5, sapphire-rapids, snapdragon-8gen2, x86-64."
+        "There is no target 'rpi-4'. Did you mean 'rpi4'? Known targets: native, aarch64, cuda-sm53, cuda-sm72, "
+        "cuda-sm87, cuda-sm90, jetson-nano, jetson-orin, jetson-xavier, riscv64-v, rpi3, rpi4, rpi5, "
+        "sapphire-rapids, snapdragon-8gen2, x86-64."
     )
 
 

@@ -56,6 +56,8 @@ def _restore_threads(monkeypatch: pytest.MonkeyPatch) -> None:
          "--rpc: 'pi' is not HOST:PORT. Give the address of `python -m tvm.exec.rpc_tracker`."),
         ([*SHAPE, "--ssh=-pi"],
          "'-pi' is no device. Write user@host or user@host:folder, such as pi@raspberrypi:story."),
+        (["--target", "jetson-orin", "--shapes", "a72-count"],
+         "jetson-orin: tune measures the kernels of CPUs, and this target computes on a GPU."),
     ],
     ids=str,
 )  # fmt: skip

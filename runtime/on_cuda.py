@@ -1,0 +1,292 @@
+"""A bundle whose functions run on an NVIDIA GPU: the flat interface of compiler/codegen/cuda/model.h by ctypes.
+
+Weights are copied to the GPU once, caches and activations live there. A call takes a position and ids to the GPU and
+logits back, straight into the pinned memory that the caller reads; hidden states of a prompt never leave it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import mmap
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Optional
+
+from . import arrays, cuda_driver
+from .bundle import Bundle
+from .errors import DeviceError, InputError, UserError, VmError
+from .manifest_check import nbytes
+
+ABI = 1
+PARAMETER = 1 << 63  # in an offset: bytes into the caches, not into the weights
+NO_DRIVER, OLD_DRIVER, WRONG_DEVICE, NO_MEMORY, REFUSED, FAILED = range(1, 7)
+GRAPHS, TIMED, PTX_ONLY = 1, 2, 4
+HEADER = 256  # bytes before the ids: the span and nothing else
+CACHE_ALIGNMENT = 256
+PIECE_BYTES = 64 << 20  # of the mapped weights that may be in memory while they are copied
+
+
+class Info(ctypes.Structure):
+    """quern_info: what the GPU is, and how the model runs on it."""
+
+    _fields_ = (
+        ("name", ctypes.c_char * 128),
+        ("major", ctypes.c_int32),
+        ("minor", ctypes.c_int32),
+        ("multiprocessors", ctypes.c_int32),
+        ("integrated", ctypes.c_int32),
+        ("driver", ctypes.c_int32),
+        ("cubin", ctypes.c_int32),
+        ("graphs", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+        ("total_bytes", ctypes.c_uint64),
+        ("free_bytes", ctypes.c_uint64),
+        ("note", ctypes.c_char * 256),
+    )
+
+
+class Rows:
+    """Hidden states that a prompt's function left on the GPU: rows `first` to `first + count` of its result."""
+
+    def __init__(self, function: int, first: int, count: int) -> None:
+        self.function, self.first, self.count = function, first, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, part: slice) -> Rows:
+        start, stop, _ = part.indices(self.count)
+        return Rows(self.function, self.first + start, max(0, stop - start))
+
+
+class Model:
+    """The library opened on a GPU, with its memory there. It goes when the last view of its memory has gone."""
+
+    def __init__(self, bundle: Bundle, options: int) -> None:
+        self.where, self._model = str(bundle.path), ctypes.c_void_p()
+        self._pinned: list[int] = []
+        self.library = _open_library(bundle)
+        opened = self.library.quern_open(cuda_driver.path().encode(), 0, options, ctypes.byref(self._model))
+        self._raise_for(opened, "quern_open")
+
+    def call(self, name: str, *arguments: object) -> None:
+        """Call a function of the library on this model; raise what it says when it fails."""
+        self._raise_for(getattr(self.library, name)(self._model, *arguments), name)
+
+    def _raise_for(self, code: int, name: str) -> None:
+        if code:
+            raise _error(self.where, code, name, self.library.quern_error().decode(errors="replace"))
+
+    def host(self, nbytes: int) -> int:
+        """Address of pinned memory, which lives as long as this object."""
+        address = ctypes.c_void_p()
+        self.call("quern_host", ctypes.c_uint64(nbytes), ctypes.byref(address))
+        assert address.value is not None
+        self._pinned.append(address.value)
+        return address.value
+
+    @property
+    def info(self) -> Info:
+        """The GPU now."""
+        found = Info()
+        self.call("quern_describe", ctypes.byref(found))
+        return found
+
+    def parameters(self) -> Iterator[str]:
+        """Names of the weights and caches that the code asks for, in its order."""
+        for index in itertools.count():
+            name = self.library.quern_parameter(index)
+            if name is None:
+                return
+            yield name.decode()
+
+    def __del__(self) -> None:
+        if self._model:
+            for address in self._pinned:
+                self.library.quern_host_free(self._model, ctypes.c_void_p(address))
+            self.library.quern_close(self._model)
+
+
+class Hidden:
+    """What a head takes; assigning rows copies them on the GPU."""
+
+    def __init__(self, model: Model, function: int) -> None:
+        self._model, self._function = model, function
+
+    def __setitem__(self, part: slice, rows: Rows) -> None:
+        first, count = ctypes.c_uint32(rows.first), ctypes.c_uint32(len(rows))
+        self._model.call("quern_hand_over", rows.function, first, count, self._function)
+
+
+class _Output:
+    """Owner of a pinned buffer; views of it hold this object. Afterwards the buffer serves another call."""
+
+    def __init__(self, model: Model, free: list[int], address: int) -> None:
+        self._model, self._free, self._address = model, free, address
+
+    def __del__(self) -> None:
+        self._free.append(self._address)
+
+
+class Function:
+    """A function of the library: logits as a read-only view, or the rows that stay on the GPU."""
+
+    def __init__(self, model: Model, name: str, shape: tuple[int, ...], header: Optional[int], keep: bool) -> None:
+        self._model, self.shape, self._keep = model, shape, keep
+        self.index = int(model.library.quern_function_index(name.encode()))
+        if self.index < 0:
+            raise VmError(f"{model.where}: has no function {name!r}. Rebuild the bundle.")
+        self._header = ctypes.c_void_p(header)
+        self._header_bytes = ctypes.c_uint64(0 if header is None else HEADER + 4 * shape[0])
+        self._free: list[int] = []
+
+    def __call__(self) -> Any:
+        """Run it. A view of logits stays valid as long as it is held; rows until the next prompt call."""
+        model = self._model
+        if self._keep:
+            model.call("quern_run", self.index, self._header, self._header_bytes, None)
+            return Rows(self.index, 0, self.shape[0])
+        address = self._free.pop() if self._free else model.host(4 * self.shape[0] * self.shape[1])
+        owner = _Output(model, self._free, address)
+        model.call("quern_run", self.index, self._header, self._header_bytes, ctypes.c_void_p(address))
+        return arrays.at(address, self.shape, "float32", owner)
+
+
+class Call(NamedTuple):
+    """A function and the buffer its caller fills: ids i32[tokens] in pinned memory, or a head's hidden states."""
+
+    run: Function
+    buffer: Any
+
+
+class OnCuda:
+    """`calls` by name; `span` i32[2], first position and number of valid rows, is read by every call.
+
+    graphs: replay a function's launches as a CUDA graph where the driver can; timed: milliseconds() works.
+    """
+
+    threads, tiles = 1, False  # of the CPU: one thread walks the launches
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        threads: Optional[int] = None,
+        graphs: bool = True,
+        timed: bool = False,
+        ptx_only: bool = False,
+    ) -> None:
+        if threads is not None:
+            raise InputError(f"{bundle.path}: runs on a GPU, and threads are the CPU's. Leave --threads out.")
+        self.model = Model(bundle, GRAPHS * graphs | TIMED * timed | PTX_ONLY * ptx_only)
+        _place(self.model, bundle)
+        _upload(self.model, bundle)
+        self.model.call("quern_load")
+        functions = bundle.manifest.functions
+        header = self.model.host(HEADER + 4 * max(f.tokens for f in functions.values()))
+        self.span = arrays.at(header, (2,), "int32", self.model, writable=True)
+        self.calls: dict[str, Call] = {}
+        for name, signature in functions.items():
+            buffer: Any = None
+            if "ids" in signature.inputs:
+                buffer = arrays.at(header + HEADER, (signature.tokens,), "int32", self.model, writable=True)
+            own = header if buffer is not None else None
+            run = Function(self.model, name, signature.output.shape, own, keep=name.startswith("prefill_"))
+            self.calls[name] = Call(run, Hidden(self.model, run.index) if buffer is None else buffer)
+
+    @property
+    def info(self) -> Info:
+        """The GPU now."""
+        return self.model.info
+
+    @property
+    def device(self) -> str:
+        """The GPU's name."""
+        return str(self.info.name.decode(errors="replace"))
+
+    def replay(self, graphs: bool) -> None:
+        """Use CUDA graphs from now on, or do not."""
+        self.model.call("quern_replay", int(graphs))
+
+    def milliseconds(self) -> float:
+        """Time on the GPU of the last call's kernels."""
+        found = ctypes.c_float()
+        self.model.call("quern_milliseconds", ctypes.byref(found))
+        return found.value
+
+    def copy_gb_s(self, nbytes: int, repeats: int = 5) -> float:
+        """GB/s read and written by the fastest copy of `nbytes` within the GPU's memory."""
+        found = ctypes.c_double()
+        self.model.call("quern_copy_speed", ctypes.c_uint64(nbytes), repeats, ctypes.byref(found))
+        return found.value
+
+
+def _place(model: Model, bundle: Bundle) -> None:
+    """GPU memory, and where every parameter of the library lies in it."""
+    found, size = {t.name: t.offset for t in bundle.manifest.weights.tensors}, 0
+    for cache in bundle.manifest.caches:
+        found[cache.name] = size | PARAMETER
+        size += -(-nbytes(cache.dtype, cache.shape) // CACHE_ALIGNMENT) * CACHE_ALIGNMENT
+    offsets = []
+    for name in model.parameters():
+        if name not in found:
+            raise VmError(f"{model.where}: has no array {name!r}, which its code asks for. Rebuild the bundle.")
+        offsets.append(found[name])
+    table = (ctypes.c_uint64 * len(offsets))(*offsets)
+    weights = bundle.manifest.files[bundle.manifest.weights.file].bytes
+    model.call("quern_memory", ctypes.c_uint64(weights), ctypes.c_uint64(size), table)
+
+
+def _upload(model: Model, bundle: Bundle) -> None:
+    """Weight by weight out of the mapped file, whose pages are let go when they have been copied.
+
+    On a board GPU and CPU share the memory: there the page cache must not keep a second copy either.
+    """
+    pending, evict = 0, bool(model.info.integrated)
+    for tensor in bundle.manifest.weights.tensors:
+        address = arrays.layout(bundle.weights[tensor.name]).address
+        for done in range(0, tensor.nbytes, PIECE_BYTES):
+            count = min(PIECE_BYTES, tensor.nbytes - done)
+            place = ctypes.c_uint64(tensor.offset + done)
+            model.call("quern_upload", place, ctypes.c_void_p(address + done), ctypes.c_uint64(count))
+            pending += count
+            if pending >= PIECE_BYTES:
+                _forget(bundle, evict)
+                pending = 0
+    _forget(bundle, evict)
+
+
+def _forget(bundle: Bundle, evict: bool) -> None:
+    if bundle.mapping is None:
+        return
+    bundle.mapping.madvise(mmap.MADV_DONTNEED)
+    if evict:
+        with contextlib.suppress(OSError), (bundle.path / bundle.manifest.weights.file).open("rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _open_library(bundle: Bundle) -> ctypes.CDLL:
+    try:
+        library = ctypes.CDLL(str(bundle.library.resolve()))
+        abi = library.quern_abi()
+    except (OSError, AttributeError) as error:
+        raise VmError(f"{bundle.library}: does not load: {error}. Rebuild the bundle.") from None
+    if abi != ABI:
+        raise VmError(f"{bundle.library}: has interface {abi}, but this runtime knows {ABI}. Rebuild the bundle.")
+    library.quern_error.restype = library.quern_parameter.restype = ctypes.c_char_p
+    library.quern_host_free.restype = library.quern_close.restype = None
+    return library
+
+
+def _error(where: str, code: int, name: str, text: str) -> UserError:
+    if code in (NO_DRIVER, OLD_DRIVER, WRONG_DEVICE):
+        return DeviceError(f"{where}: cannot run here: {text}. Rebuild the bundle for this machine's target.")
+    if code == NO_MEMORY:
+        return DeviceError(
+            f"{where}: {text}. Close what else uses the GPU, or rebuild the bundle with a shorter context or fewer "
+            "bits (python -m compiler build --context, --bits)."
+        )
+    if code == REFUSED:
+        return DeviceError(f"{where}: {text}. Rebuild the bundle with this release of quern, or update the driver.")
+    return VmError(f"{where}: {name}: {text}. The GPU is lost to this process: start again.")

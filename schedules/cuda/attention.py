@@ -1,0 +1,104 @@
+"""What the CUDA attention kernels share: the request taken apart, and the constants of their texts.
+
+  quern.attention, quern.attention_int8: arguments, attributes and cache layouts as schedules.attention, attention_int8
+
+The caches lie as on a CPU. That suits a GPU, too: the 16 keys of a block have an element side by side, so a warp reads
+512 consecutive bytes and a lane gets 8 keys (4 of fp32) of one element by one 128-bit load; as a matrix, such a
+block is what the tensor cores take as B. Values lie by rows, 128 bits a lane again.
+
+All kernels take the position from device memory (`span`), their grids are those of the whole capacity, and blocks with
+nothing to do leave at once: a launch never changes, so that a whole step can be replayed as a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import gcd
+
+from schedules.attention import Scores, largest_divisor, scores_of
+from schedules.cuda.source import Constant, source
+from schedules.kernel import Request
+from schedules.vector import LOG2_E
+from targets.target import Gpu
+
+TEXTS = {"float16": "Half", "float32": "float", "int8": "int8_t"}
+
+
+@dataclass(frozen=True)
+class Call:
+    """An attention operator's call: m rows of `heads` query heads, `group` of them a kv head, each with d elements."""
+
+    gpu: Gpu
+    m: int
+    heads: int
+    kv_heads: int
+    d: int
+    capacity: int
+    cache: str
+    scores: Scores
+
+    @property
+    def group(self) -> int:
+        """Query heads a kv head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def codes(self) -> bool:
+        """Whether the cache is int8."""
+        return self.cache == "int8"
+
+    @property
+    def padded(self) -> int:
+        """Columns of an int8 value."""
+        return -(-self.d // 16) * 16
+
+    @property
+    def span_argument(self) -> int:
+        """Place of `span` among the operator's arguments."""
+        return 5 if self.codes else 3
+
+    @property
+    def shape_name(self) -> str:
+        """Part of a kernel's name."""
+        shape = f"m{self.m}_h{self.heads}_kv{self.kv_heads}_d{self.d}_c{self.capacity}_{self.scores.name}"
+        return f"{self.cache}_{self.gpu.arch.replace('_', '')}_{shape}"
+
+    def text(self, name: str, constants: dict[str, Constant], *files: str) -> str:
+        """Source of the files for this call, with its constants and more."""
+        common: dict[str, Constant] = {
+            "M": self.m,
+            "HEADS": self.heads,
+            "GROUP": self.group,
+            "D": self.d,
+            "PADDED": self.padded,
+            "CAPACITY": self.capacity,
+            "WINDOW": self.scores.window,
+            "SOFTCAP": self.scores.softcap,
+            "LOG2E_CAP": self.scores.softcap * LOG2_E,
+            "QUERY_FACTOR": self.scores.query_factor,
+            "Item": TEXTS[self.cache],
+        }
+        return source(name, common | constants, "attention_shared.cu", *files)
+
+
+def call_of(request: Request) -> Call:
+    """The request taken apart."""
+    gpu = request.target.gpu
+    assert gpu is not None, request.target.name
+    heads, kv_heads, d = (int(request.attrs[key]) for key in ("heads", "kv_heads", "head_dim"))
+    codes = request.op.endswith("_int8")
+    capacity = request.args[3 if codes else 2].shape[1]
+    return Call(gpu, request.args[0].shape[0], heads, kv_heads, d, capacity, request.args[1].dtype,
+                scores_of(request, d))  # fmt: skip
+
+
+def tile_of(call: Call, rows: int) -> dict[str, int]:
+    """What lies in a tile of up to `rows` rows: SHARED query heads of a kv head, for TOKENS tokens each."""
+    shared = largest_divisor(call.group, rows)
+    return {"SHARED": shared, "TOKENS": min(call.m, rows // shared)}
+
+
+def value_columns(call: Call) -> int:
+    """Elements of a value that one load may have: as many as 16 bytes hold and its alignment allows."""
+    item = {"float16": 2, "float32": 4, "int8": 1}[call.cache]
+    return 8 if call.codes else gcd(call.d * item, 16) // item

@@ -1,0 +1,88 @@
+// Keys and values of a block of positions as fp16 in shared memory, for tensor cores. Constants as attention_mma.cu;
+// SWIZZLED: whether halves of a key row change places. PITCH of values: neighbouring rows are 16 bytes apart modulo
+// 128.
+
+constexpr bool CODES = sizeof(Item) == 1;
+constexpr int BLOCKS = BLOCK / 16, STEPS = PADDED / 16, PITCH = PADDED + 8;
+constexpr int KEY_UNITS = CODES ? D : 2 * D;  // 16 bytes each, of the 16 keys of a block
+
+// Place of element e of positions 8 u.. of 16-key block b. Swizzled, the 8 rows that
+// ldmatrix reads at once lie in all 32 banks.
+QUERN_INLINE int key_place(int b, int e, int u) {
+  return (b * PADDED + e) * 16 + (SWIZZLED ? u ^ (e >> 2 & 1) : u) * 8;
+}
+
+QUERN_INLINE Half as_half(Half x) { return x; }
+QUERN_INLINE Half as_half(int8_t x) { return to_half(x); }
+QUERN_INLINE Half2 codes_to_half2(uint32_t words, int low, int high) {
+  return to_half2(static_cast<float>(static_cast<int8_t>(words >> 8 * low)),
+                  static_cast<float>(static_cast<int8_t>(words >> 8 * high)));
+}
+
+// Keys of positions base.. to staged[key_place]. What lies beyond the capacity repeats its last block.
+QUERN_INLINE void stage_keys(const Item* keys, int base, Half* staged) {
+  for (int i = threadIdx.x; i < BLOCKS * KEY_UNITS; i += THREADS) {
+    const int b = i / KEY_UNITS, unit = i % KEY_UNITS;
+    const int from = base + b * 16 < CAPACITY ? base + b * 16 : CAPACITY - 16;
+    const Item* source = keys + int64_t(from) * D + unit * (16 / sizeof(Item));
+    if constexpr (CODES) {  // 8 positions of two elements, in pairs
+      const uint4 x = load_constant(reinterpret_cast<const uint4*>(source));
+      const int e = unit / 2 * 2, u = unit % 2;
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const uint4 y = uint4{codes_to_half2(x.x, j, 2 + j).bits, codes_to_half2(x.y, j, 2 + j).bits,
+                              codes_to_half2(x.z, j, 2 + j).bits, codes_to_half2(x.w, j, 2 + j).bits};
+        *reinterpret_cast<uint4*>(staged + key_place(b, e + j, u)) = y;
+      }
+    } else {
+      async_copy16(staged + key_place(b, unit / 2, unit % 2), source);
+    }
+  }
+}
+
+// Values of positions base..end-1 to staged[p * PITCH + column], zeros where there is none.
+QUERN_INLINE void stage_values(const Item* values, int base, int end, Half* staged) {
+  if constexpr (CODES) {  // two positions side by side
+    for (int i = threadIdx.x; i < BLOCK / 2 * (PADDED / 8); i += THREADS) {
+      const int p = i / (PADDED / 8) * 2, column = i % (PADDED / 8) * 8;
+      uint4 x = uint4{0, 0, 0, 0};
+      if (base + p < end)
+        x = load_constant(reinterpret_cast<const uint4*>(values + int64_t(base + p) * PADDED + 2 * column));
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const uint4 y = uint4{codes_to_half2(x.x, j, 2 + j).bits, codes_to_half2(x.y, j, 2 + j).bits,
+                              codes_to_half2(x.z, j, 2 + j).bits, codes_to_half2(x.w, j, 2 + j).bits};
+        *reinterpret_cast<uint4*>(staged + (p + j) * PITCH + column) = y;  // one past the end has weight 0
+      }
+    }
+  } else if constexpr (D % 8 == 0) {
+    for (int i = threadIdx.x; i < BLOCK * (D / 8); i += THREADS) {
+      const int p = i / (D / 8), column = i % (D / 8) * 8, real = base + p < end ? base + p : end - 1;
+      async_copy16(staged + p * PITCH + column, values + int64_t(real) * D + column, base + p < end ? 16 : 0);
+    }
+  } else {
+    for (int i = threadIdx.x; i < BLOCK * D; i += THREADS) {
+      const int p = i / D, column = i % D;
+      staged[p * PITCH + column] = base + p < end ? as_half(values[int64_t(base + p) * D + column]) : Half{0};
+    }
+  }
+}
+
+// The padding that stage_* leave alone: elements from D on are 0.
+QUERN_INLINE void clear_padding(Half* keys, Half* values) {
+  constexpr int REST = PADDED - D;
+  if constexpr (REST > 0) {
+    for (int i = threadIdx.x; i < BLOCK * REST; i += THREADS) {
+      const int e = D + i % (REST > 0 ? REST : 1), p = i / (REST > 0 ? REST : 1);
+      keys[key_place(p / 16, e, p / 8 % 2) + p % 8] = Half{0};
+      if constexpr (!CODES) values[p * PITCH + e] = Half{0};  // codes come with theirs
+    }
+  }
+}
+
+// A power of two that brings `most` to 1..2, and its inverse, so that fp16 neither overflows nor loses small queries.
+QUERN_INLINE float to_one(float most, float& back) {
+  const uint32_t exponent = float_bits(most) & 0x7f800000u, some = exponent < 0x00800000u ? 0x00800000u : exponent;
+  back = bits_float(some);
+  return bits_float(0x7f000000u - some);
+}

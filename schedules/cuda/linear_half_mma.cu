@@ -1,0 +1,134 @@
+// TOKENS x 64 rows by mma.m16n8k16 (sm_80 on). Weights stay packed in shared memory: a word of a row has just the
+// inputs that a lane's fragments want. Constants as linear_half_shared.cu, TOKENS.
+
+constexpr int THREADS = 128, ROWS = 64, STEP = 64, PITCH = STEP + 8, STAGES = 3;
+constexpr int DOWN = TOKENS >= 64 ? 2 : 1, ACROSS = 4 / DOWN;  // warps
+constexpr int TALL = TOKENS / 16 / DOWN, WIDE = ROWS / 8 / ACROSS;
+constexpr int CHUNKS = STORED / CHUNK, STEP_CHUNKS = STEP / CHUNK, PARTS = STEP / SPAN;
+
+QUERN_INLINE void stage(const Half* rounded, const uint32_t* codes, int token, int row, int step, Half* activations,
+                        uint4* words) {
+#pragma unroll
+  for (int i = threadIdx.x; i < TOKENS * (STEP / 8); i += THREADS) {
+    const int t = i / (STEP / 8), place = step + i % (STEP / 8) * 8;
+    const bool there = token + t < M && place < STORED;
+    async_copy16(activations + t * PITCH + i % (STEP / 8) * 8,
+                 there ? rounded + int64_t(token + t) * STORED + place : rounded, there ? 16 : 0);
+  }
+#pragma unroll
+  for (int i = threadIdx.x; i < ROWS * STEP_CHUNKS; i += THREADS) {
+    const int r = i / STEP_CHUNKS, chunk = step / CHUNK + i % STEP_CHUNKS;
+    const bool there = chunk < CHUNKS;
+    async_copy16(words + i % STEP_CHUNKS * ROWS + r,
+                 there ? codes + (int64_t(row + r) * CHUNKS + chunk) * 4 : codes, there ? 16 : 0);
+  }
+}
+
+QUERN_INLINE void run(const Half* rounded, const float* back, const float* sums, const uint32_t* codes,
+                      const Scale* scale, const uint8_t* zero, const float* offset, const float* residual, float* out) {
+  alignas(16) __shared__ Half activations[STAGES][TOKENS * PITCH];
+  alignas(16) __shared__ uint4 words[STAGES][STEP_CHUNKS * ROWS];
+  __shared__ Half table[16];
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
+  const int token = blockIdx.y * TOKENS, row = blockIdx.x * ROWS;
+  const int own_token = warp / ACROSS * TALL * 16, own_row = warp % ACROSS * WIDE * 8;
+  fill_table(table);
+  float totals[TALL][WIDE][4] = {};
+#pragma unroll
+  for (int s = 0; s < STAGES - 1; ++s) {
+    if (s * STEP < STORED) stage(rounded, codes, token, row, s * STEP, activations[s], words[s]);
+    async_commit();
+  }
+  const int end = opaque(STORED);
+#pragma unroll 1
+  for (int step = 0, slot = 0; step < end; step += STEP, slot = slot + 1 < STAGES ? slot + 1 : 0) {
+    float2 scales[PARTS][WIDE], leasts[PARTS][WIDE];
+    uint32_t zeros[PARTS][WIDE];
+#pragma unroll
+    for (int p = 0; p < PARTS; ++p) {  // under way while the step's copies are waited for
+      int group = (step + p * SPAN) / WIDTH;
+      group = group < GROUPS ? group : GROUPS - 1;  // padding, whose activations are 0
+#pragma unroll
+      for (int j = 0; j < WIDE; ++j) {
+        const int64_t at = (int64_t((row + own_row) / 8 + j) * GROUPS + group) * 8;
+        scales[p][j] = two_scales(scale + at + 2 * t);
+        zeros[p][j] = CENTRE;
+        if constexpr (AFFINE == 0) zeros[p][j] = load_constant(zero + at + g);
+        if constexpr (AFFINE == 1) {
+          const float2 least = two_scales(offset + at + 2 * t);
+          leasts[p][j] = float2{fmaf(scales[p][j].x, static_cast<float>(CENTRE), least.x),
+                                fmaf(scales[p][j].y, static_cast<float>(CENTRE), least.y)};
+        }
+      }
+    }
+    async_wait<STAGES - 2>();
+    block_sync();
+    const int next = slot > 0 ? slot - 1 : STAGES - 1;  // read in the last step, by all
+    if (step + (STAGES - 1) * STEP < STORED)
+      stage(rounded, codes, token, row, step + (STAGES - 1) * STEP, activations[next], words[next]);
+    async_commit();
+    float part[TALL][WIDE][4] = {};
+#pragma unroll
+    for (int c = 0; c < STEP_CHUNKS; ++c) {
+      Half2 weights[WIDE][PAIRS];
+#pragma unroll
+      for (int h = 0; h < HALVES; ++h) {
+        const int place = c * CHUNK + h * 16, p = place / SPAN;
+        if (h == 0 || SPAN == 16) {
+#pragma unroll
+          for (int j = 0; j < WIDE; ++j) {
+            const uint32_t word = reinterpret_cast<const uint32_t*>(words[slot] + c * ROWS + own_row + j * 8 + g)[t];
+            if constexpr (AFFINE == 2) {
+              pairs(word, table, weights[j]);
+            } else {
+              pairs(word, zero_of(zeros[p][j], 0), weights[j]);
+            }
+          }
+        }
+        uint32_t left[TALL][4];
+#pragma unroll
+        for (int i = 0; i < TALL; ++i)
+          load_matrix_x4(left[i], activations[slot] + (own_token + i * 16 + lane % 16) * PITCH + place + lane / 16 * 8);
+#pragma unroll
+        for (int j = 0; j < WIDE; ++j) {
+          const uint32_t right[2] = {weights[j][2 * h].bits, weights[j][2 * h + 1].bits};
+#pragma unroll
+          for (int i = 0; i < TALL; ++i) mma_16x8x16(part[i][j], left[i], right);
+        }
+        if ((place + 16) % SPAN == 0) {
+#pragma unroll
+          for (int i = 0; i < TALL; ++i)
+#pragma unroll
+            for (int j = 0; j < WIDE; ++j)
+#pragma unroll
+              for (int e = 0; e < 4; ++e) {
+                totals[i][j][e] = fmaf(part[i][j][e], e % 2 == 0 ? scales[p][j].x : scales[p][j].y, totals[i][j][e]);
+                part[i][j][e] = 0;
+                if constexpr (AFFINE == 1) {
+                  const int of = token + own_token + i * 16 + e / 2 * 8 + g;
+                  float sum = 0;
+                  if (of < M && step + p * SPAN < STORED)
+                    sum = load_constant(sums + of * (STORED / SPAN) + step / SPAN + p);
+                  totals[i][j][e] = fmaf(sum, e % 2 == 0 ? leasts[p][j].x : leasts[p][j].y, totals[i][j][e]);
+                }
+              }
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < TALL; ++i)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int of = token + own_token + i * 16 + e / 2 * 8 + g;
+      if (of >= M) continue;
+      const float size = load_constant(back + of);
+#pragma unroll
+      for (int j = 0; j < WIDE; ++j) {
+        const int n = row + own_row + j * 8 + 2 * t + e % 2;
+        const float found = totals[i][j][e];
+        const int64_t at = int64_t(of) * N + n;
+        if (n < N) out[at] = RESIDUAL ? fmaf(found, size, residual[at]) : found * size;
+      }
+    }
+}

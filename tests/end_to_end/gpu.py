@@ -1,0 +1,50 @@
+"""CUDA bundles run without a GPU: the driver is a mock, the kernels are emulated."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import targets
+from compiler import pipeline
+from compiler.progress import Reporter
+from tests.emulator import cuda as emulator
+from tests.end_to_end import commands
+from tests.mock import cuda as mock
+
+
+@dataclass(frozen=True)
+class Built:
+    """A bundle, the kernels' source, and the architecture that they were made for."""
+
+    bundle: Path
+    source: str
+    sm: int
+
+    def run(self, verb: str, *arguments: object, emulated: bool = True, **settings: Any) -> commands.Done:
+        """`python -m runtime VERB BUNDLE ARGUMENTS` with a mock GPU; settings are those of tests/mock/libcuda.c."""
+        return commands.run("runtime", verb, self.bundle, *arguments, env=self.environment(emulated, **settings))
+
+    def environment(self, emulated: bool = True, **settings: Any) -> dict[str, str]:
+        """Variables that bring the mock."""
+        kernels = emulator.library(self.source, self.sm) if emulated else None
+        return mock.environment(kernels, **{"arch": self.sm, **settings})
+
+    def generate(self, prompt: str, count: int, counts: Path, *arguments: object, **settings: Any) -> Any:
+        """What `generate --json` says, and what the mock counted."""
+        options = ("--prompt", prompt, "--max-new-tokens", count, "--ignore-eos", "--json", *arguments)
+        done = self.run("generate", *options, counts=counts, **settings)
+        assert (done.returncode, done.stderr) == (0, "")
+        return json.loads(done.stdout), json.loads(counts.read_text())
+
+
+def build(model: Path, out: Path, target: str, **settings: Any) -> Built:
+    """Compile a checkpoint and keep the kernels' source."""
+    request = pipeline.Request(out / "bundle", targets.load(target), dump_ir=out / "ir", **settings)
+    out.mkdir()
+    pipeline.build(model, request, Reporter(quiet=True))
+    gpu = request.target.gpu
+    assert gpu is not None
+    return Built(request.out, (out / "ir" / "4_code.cu").read_text(), gpu.sm)

@@ -1,0 +1,299 @@
+"""CUDA bundles from checkpoint to text, on a mock driver with emulated kernels; and every refusal of the runtime."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from compiler.__main__ import main
+from compiler.cli import card
+from compiler.codegen import carried, elf
+from runtime.bundle import read_manifest
+from runtime.tokenizer import Tokenizer
+from tests.end_to_end import commands, gpu
+from tests.end_to_end.bundles import Bundles, Sessions, all_logits, greedy
+from tests.end_to_end.gpu import Built
+from tests.end_to_end.places import DEMO, STORIES260K
+from tests.mock import cuda as mock
+
+PROMPT, STEPS = "Once upon a time", 12
+MIB = 1 << 20
+CUDA_TARGETS = ("jetson-nano", "jetson-xavier", "jetson-orin", "cuda-sm90")
+# Device source would have these words in it.
+SOURCE_WORDS = (b"__global__", b"quern.cuh", b"threadIdx", b"blockIdx", b"__syncthreads", b"asm volatile")
+# Both paths are fp32; sums of k = 172 terms differ in order. Seen: 2e-5 of logits up to 20.
+EXACT_BOUND = 2e-4
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """A 260 K model for a data-centre card, exact path, prompts in chunks of 16."""
+    out = tmp_path_factory.mktemp("cuda") / "small"
+    return gpu.build(STORIES260K, out, "cuda-sm90", activations="exact", chunks=(16,))
+
+
+@pytest.fixture(scope="session")
+def expected(bundles: Bundles, sessions: Sessions) -> list[int]:
+    """What the CPU's bundle says to the prompt."""
+    return said_by(bundles(STORIES260K, activations="exact", chunks=(16,)), sessions)
+
+
+def launches_of(built: Built) -> dict[str, int]:
+    """Launches of every function."""
+    script = (built.bundle.parent / "ir" / "3_launches.txt").read_text()
+    return {part.partition(":")[0]: part.count("<<<") for part in script.split("\n\n")[1:]}
+
+
+def said_by(bundle: Path, sessions: Sessions, prompt: str = PROMPT, steps: int = STEPS) -> list[int]:
+    return greedy(sessions(bundle), Tokenizer(bundle / "tokenizer.json").encode(prompt), steps)[0]
+
+
+def test_the_gpu_tells_the_cpus_story_by_graphs(small: Built, expected: list[int], tmp_path: Path) -> None:
+    """Prompt in a padded chunk, head, then single tokens: one without a graph, one captured, then replays."""
+    said, counts = small.generate(PROMPT, STEPS, tmp_path / "counts")
+    assert said["tokens"] == expected
+    memory = read_manifest(small.bundle).memory
+    steps = launches_of(small)
+    assert counts["graph_launches"] == STEPS - 2 and counts["captures"] == 1
+    assert counts["launches"] == steps["prefill_16"] + steps["head_1"] + (STEPS - 1) * steps["decode"]
+    assert counts["peak_bytes"] <= memory.planned_peak_bytes + 64 * 1024  # caches and arena on their boundaries
+    assert counts["copies_out"] == STEPS  # logits, straight to where they are read
+    assert memory.weights_bytes - 64 * 1024 <= counts["bytes_in"] <= memory.weights_bytes + 64 * 1024
+    assert {counts[name] for name in ("graphs_alive", "modules_alive", "left", "host_left")} == {0}
+    assert counts["ptx"] == 0  # machine code was taken
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings"),
+    [
+        (("--no-cuda-graphs",), {"graphs": True}),
+        ((), {"graphs": False}),
+        ((), {"refuse": "capture"}),
+        ((), {"refuse": "cubin"}),
+        ((), {"integrated": 1, "arch": 100}),
+    ],
+    ids=["by option", "no graphs in the driver", "capture fails", "machine code refused", "a later board"],
+)
+def test_what_a_driver_lacks_changes_nothing(
+    small: Built, expected: list[int], tmp_path: Path, arguments: tuple[str, ...], settings: dict[str, Any]
+) -> None:
+    said, counts = small.generate(PROMPT, STEPS, tmp_path / "counts", *arguments, **settings)
+    assert said["tokens"] == expected
+    compiled = settings.get("refuse") == "cubin" or "arch" in settings
+    assert (counts["graph_launches"] > 0, counts["ptx"]) == (compiled, int(compiled))
+
+
+def test_logits_of_every_token(small: Built, bundles: Bundles, sessions: Sessions, tmp_path: Path) -> None:
+    """Whole chunks through the large head, and the rest one by one: hidden states go from function to function."""
+    ids = np.arange(3, 3 + 35) % 512
+    np.save(tmp_path / "ids.npy", ids)
+    done = small.run("logits", "--ids", tmp_path / "ids.npy", "--out", tmp_path / "logits.npy")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    want = all_logits(sessions(bundles(STORIES260K, activations="exact", chunks=(16,))), ids.tolist())
+    assert np.abs(np.load(tmp_path / "logits.npy") - want).max() < EXACT_BOUND
+
+
+REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
+    "init": (
+        {"refuse": "init"},
+        "cannot run here: it runs on an NVIDIA GPU, but the NVIDIA driver does not start: CUDA_ERROR_NO_DEVICE (100). "
+        "Rebuild the bundle for this machine's target (python -m compiler targets).",
+    ),
+    "old driver": (
+        {"driver": 10020},
+        "cannot run here: it needs an NVIDIA driver of CUDA 11.8 or later, but this one is of CUDA 10.2. "
+        "Rebuild the bundle for this machine's target (python -m compiler targets).",
+    ),
+    "older GPU": (
+        {"arch": 87},
+        "cannot run here: it is built for sm_90 and later GPUs, but Mock GPU is sm_87. "
+        "Rebuild the bundle for this machine's target (python -m compiler targets).",
+    ),
+    "no memory": (
+        {"memory": MIB},
+        "the caches need 1 MiB of GPU memory, but Mock GPU has 0 MiB free of 1 MiB. Close what else uses the GPU, or "
+        "rebuild the bundle with a shorter context or fewer bits (python -m compiler build --context, --bits).",
+    ),
+    "refused code": (
+        {"refuse": "ptx", "arch": 100},
+        "Mock GPU did not take the code for sm_90: CUDA_ERROR_INVALID_PTX (218): ptxas fatal   : SM version of the "
+        "mock's refusal. Rebuild the bundle with this release of quern, or update the driver.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refusals(small: Built, case: str) -> None:
+    settings, message = REFUSALS[case]
+    done = small.run("generate", "--prompt", PROMPT, emulated=False, **settings)
+    assert commands.message(done.returncode, done.stdout, done.stderr) == f"{small.bundle}: {message}"
+
+
+def test_a_machine_without_a_driver(small: Built, tmp_path: Path) -> None:
+    missing = {"QUERN_LIBCUDA": str(tmp_path / "libcuda.so.1")}
+    done = commands.run("runtime", "generate", small.bundle, "--prompt", PROMPT, env=missing)
+    why = (
+        f"it runs on an NVIDIA GPU, but the NVIDIA driver is not there: {tmp_path}/libcuda.so.1: cannot open shared "
+        f"object file: No such file or directory"
+    )
+    assert commands.message(done.returncode, done.stdout, done.stderr) == (
+        f"{small.bundle}: cannot run here: {why}. "
+        f"Rebuild the bundle for this machine's target (python -m compiler targets)."
+    )
+    done = commands.run("runtime", "info", small.bundle, env=missing)
+    assert done.stdout.endswith(f"runs here:    no: {why}\n")
+    assert (
+        "gpu:          NVIDIA sm_90 or later, driver of CUDA 11.8 or later; machine code for sm_90, and PTX 7.8\n"
+        in (done.stdout)
+    )
+    done = small.run("info", emulated=False)
+    assert done.stdout.endswith("runs here:    yes\n")
+
+
+def test_threads_belong_to_the_cpu(small: Built) -> None:
+    done = small.run("generate", "--prompt", PROMPT, "--threads", 2, emulated=False)
+    assert commands.message(done.returncode, done.stdout, done.stderr) == (
+        f"{small.bundle}: runs on a GPU, and threads are the CPU's. Leave --threads out."
+    )
+
+
+def test_bench_measures_what_a_card_would_do(small: Built, tmp_path: Path) -> None:
+    work = ("--prompt-tokens", 16, "--decode-tokens", 3, "--context", 4, "--rounds", 1, "--json")
+    counts = tmp_path / "counts"
+    done = commands.run(
+        "compiler", "bench", small.bundle, *work, env=small.environment(False, counts=counts, memory=64 * MIB)
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    record = json.loads(done.stdout)
+    assert (record["device"], record["sm"], record["driver"], record["code"]) == ("Mock GPU", 90, "12.4", "cubin")
+    assert record["graphs"] is True and record["note"] == ""
+    for name in ("prefill_tok_s", "decode_tok_s", "decode_plain_tok_s", "copy_gb_s", "prefill_tflop_s"):
+        assert record[name] > 0, name
+    assert record["decode_bandwidth_ratio"] == pytest.approx(
+        record["weight_bytes_per_token"] * record["decode_tok_s"] / 1e9 / record["copy_gb_s"]
+    )
+    assert json.loads(counts.read_text())["graph_launches"] > 0
+
+
+def test_numerics_of_a_card(
+    small: Built, bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`card` on the mock, with the bundles that are here already: emulated kernels pass, and a newer target waits."""
+    ready = {"gpu": small.bundle, "cpu": bundles(STORIES260K, activations="exact", chunks=(16,))}
+    start = card._python
+
+    def instead(module: str, verb: str, *arguments: str) -> str:
+        if verb == "build":
+            out = Path(arguments[arguments.index("--out") + 1])
+            out.symlink_to(ready[out.name])
+            return ""
+        return start(module, verb, *arguments)
+
+    monkeypatch.setattr(card, "_python", instead)
+    monkeypatch.setattr(card, "TOKENS", 20)  # a chunk of 16, and single tokens
+    for name, value in small.environment(arch=90).items():
+        monkeypatch.setenv(name, value)
+    record = tmp_path / "card.jsonl"
+    options = ["card", "--model", str(STORIES260K), "--shapes", "", "--activations", "exact", "--record", str(record)]
+    assert main([*options, "--targets", "cuda-sm90"]) == 0
+    monkeypatch.setenv("QUERN_MOCK_ARCH", "87")
+    assert main([*options, "--targets", "cuda-sm90"]) == 0
+    out, err = capsys.readouterr()
+    assert (out, err) == (record.read_text(), "")
+    numerics, skipped = map(json.loads, out.splitlines())
+    assert (numerics["device"], numerics["sm"], numerics["check"]) == ("Mock GPU", 90, "numerics")
+    assert numerics["good"] is True and 0 < numerics["worst"] < numerics["bound"] and numerics["same_tokens"] == 1
+    assert (skipped["target"], skipped["check"], skipped["why"]) == ("cuda-sm90", "skipped", "this GPU is sm_87")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", CUDA_TARGETS)
+def test_what_a_bundle_is_made_of(target: str, tmp_path: Path) -> None:
+    """No device source, PTX of the version and architecture that the target states, little beside the weights."""
+    built = gpu.build(STORIES260K, tmp_path / "out", target, activations="exact", chunks=(16,), self_contained=True)
+    sealed, library = read_manifest(built.bundle), (built.bundle / "model.so").read_bytes()
+    assert not [word for word in SOURCE_WORDS if word in library]
+    assert sealed.target.gpu is not None
+    assert re.findall(rb"^\.version (\S+)$", library, re.MULTILINE) == [sealed.target.gpu.ptx.encode()]
+    assert re.findall(rb"^\.target (\S+)$", library, re.MULTILINE) == [sealed.target.gpu.arch.encode()]
+    assert library.count(b"\x7fELF") == 1 + sealed.target.gpu.cubin
+    found = elf.read(built.bundle / "model.so")
+    assert (found.arch, found.unversioned) == (sealed.target.arch, ())
+    assert {"libc.so.6", "libdl.so.2"} >= set(found.needed)
+    names = set(sealed.files)
+    assert not [name for name in names if "tvm" in name] and {"tokenizers.abi3.so", "runtime.zip", "run"} <= names
+    without = sum(digest.bytes for name, digest in sealed.files.items() if name != "weights.bin")
+    tokenizer = sum(sealed.files[name].bytes for name in ("tokenizers.abi3.so", "tokenizer.json"))
+    assert without - tokenizer < MIB and without < carried.MAX_BYTES
+
+
+@pytest.mark.slow
+@pytest.mark.board
+def test_a_board_walks_the_same_launches(board: Any, tmp_path: Path) -> None:
+    """The host side as aarch64 code under qemu, from a bare Python. The mock's kernels do nothing there."""
+    built = gpu.build(
+        STORIES260K, tmp_path / "out", "jetson-nano", activations="exact", chunks=(16,), self_contained=True
+    )
+    options = ["--max-new-tokens", "6", "--ignore-eos", "--json"]
+    settings: dict[str, Any] = {
+        "arch": 53,
+        "driver": 10020,
+        "integrated": 1,
+        "memory": 64 * MIB,
+        "counts": tmp_path / "counts",
+    }
+    environment = mock.environment(triple="aarch64-linux-gnu.2.27", **settings)
+    done = board.run([built.bundle / "run", PROMPT, *options], env={"PYTHONPATH": "", **environment}, cwd=tmp_path)
+    assert json.loads(done.stdout)["tokens"] == [0] * 6  # logits of zeros
+    counts = json.loads((tmp_path / "counts").read_text())
+    steps = launches_of(built)
+    assert counts["launches"] == steps["prefill_16"] + steps["head_1"] + 5 * steps["decode"]
+    assert (counts["graph_launches"], counts["ptx"], counts["left"], counts["host_left"]) == (4, 1, 0, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activations", ["exact", "int8"])
+def test_the_demo_model_tells_the_cpus_story(
+    activations: str, demo: Path, bundles: Bundles, sessions: Sessions, tmp_path: Path
+) -> None:
+    """Token by token: the prompt is too short for a chunk."""
+    prompt, steps = "One day", 8
+    built = gpu.build(DEMO, tmp_path / "out", "cuda-sm90", activations=activations, chunks=(16,))
+    said, counts = built.generate(prompt, steps, tmp_path / "counts")
+    assert counts["launches"] == launches_of(built)["decode"] * (3 + steps - 1)
+    on_cpu = demo if activations == "int8" else bundles(DEMO, activations=activations)
+    assert said["tokens"] == said_by(on_cpu, sessions, prompt, steps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("target", "cache"),
+    [("cuda-sm53", "float16"), ("cuda-sm72", "float32"), ("cuda-sm87", "float32"), ("cuda-sm90", "float16")],
+)
+def test_int8_activations_on_every_architecture(
+    target: str, cache: str, bundles: Bundles, sessions: Sessions, tmp_path: Path
+) -> None:
+    """Prompt chunks and single tokens of 4-bit weights. Integer sums are exact, so fp32 attention
+    gives the CPU's logits.
+
+    Where tensor cores attend in fp16, activations go over the edge of their rounding: as much as all of
+    int8 rounding moves a logit, twice over, and not more.
+    """
+    settings: dict[str, Any] = {"activations": "int8", "bits": 4, "kv_cache": cache, "chunks": (16,)}
+    built = gpu.build(STORIES260K, tmp_path / "out", target, **settings)
+    ids = np.arange(3, 3 + 35) % 512
+    np.save(tmp_path / "ids.npy", ids)
+    done = built.run("logits", "--ids", tmp_path / "ids.npy", "--out", tmp_path / "logits.npy")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    want = all_logits(sessions(bundles(STORIES260K, **settings)), ids.tolist())
+    got, bound = np.load(tmp_path / "logits.npy"), EXACT_BOUND
+    if target == "cuda-sm90":
+        unrounded = bundles(STORIES260K, activations="exact", bits=4, chunks=(16,))
+        bound = 2 * np.abs(want - all_logits(sessions(unrounded), ids.tolist())).max()
+        assert (got.argmax(1) == want.argmax(1)).mean() > 0.9
+    assert np.abs(got - want).max() < bound
