@@ -55,7 +55,7 @@ def test_two_boards_one_of_which_dies_and_comes_back(
 ) -> None:
     monkeypatch.setattr(fleet, "MOST_PAUSE_S", 1.0)
     monkeypatch.setattr("compiler.tune.search.BATCH", 2)
-    request = replace(linear(64), target=RPI4)
+    request = linear(64, RPI4)
     asked, setting = space(request), replace(Setting.here(1), measured="rpc")
     assert asked is not None
     told: list[str] = []

@@ -13,16 +13,23 @@ from typing import Any
 
 import pytest
 
+import targets
 from compiler.codegen import bundle, carried, elf
+from compiler.tune import tracker
+from compiler.tune.boards import BoardMeasurer
+from compiler.tune.measure import Setting
 from runtime import device, manifest
 from runtime.manifest import FILE_NAME
+from schedules.kernel import space
 from tests.end_to_end import commands
 from tests.end_to_end.bundles import Bundles
 from tests.end_to_end.places import DEMO
+from tests.tune.test_records import linear
 
 pytestmark = pytest.mark.slow
 PROMPT = "Lily and Tom"  # every greedy token is ahead of the next best by 0.22 or more: see test_devices.py
 LONG = "Once upon a time there was a little girl named Lily. She had a big red ball and a small dog. " * 2
+RPI4 = targets.load("rpi4")
 OPTIONS = ("--max-new-tokens", "48", "--ignore-eos", "--json")
 BARE = """
 import importlib.util
@@ -137,3 +144,29 @@ def test_a_board_with_python_alone_tells_the_same_story(
 
 def number(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.removeprefix("GLIBC_").split("."))
+
+
+@pytest.mark.board
+def test_a_bundle_offers_its_board_for_tuning(board: Any, bundles: Bundles, tmp_path: Path) -> None:
+    """Nothing there but Python: no numpy, and of TVM what the bundle carries."""
+    built, log, request = bundles(DEMO, "rpi4", self_contained=True), tmp_path / "log", linear(64, RPI4)
+    asked, before = space(request), commands.listing(built)
+    assert asked is not None
+    candidates = [{**asked.default, "unroll": 32}, {**asked.default, "prefetch_bytes": 512}]
+    with tracker.running() as address, log.open("w") as file:
+        options = ["--tracker", str(address), "--key", "bare", "--port", "0"]
+        server = board.start_bundle(built, "rpc-server", options, stderr=file)
+        measurer = BoardMeasurer(
+            Setting(1, "unknown", "", "", "rpc"), most_drift=1000, tracker=str(address), key="bare", target=RPI4,
+            folder=tmp_path, least_bytes=1 << 16,
+        )  # fmt: skip
+        try:
+            measurer.ready(60)
+            batch = measurer.measure(request, asked, candidates, rounds=2)
+        finally:
+            measurer.close()
+            server.kill()
+            server.wait()
+    assert [timing.failure for timing in batch.timings] == [None, None], log.read_text()
+    assert all(len(timing.speedups) == 2 for timing in batch.timings)
+    assert measurer.setting.measured == "emulated" and commands.listing(built) == before

@@ -15,6 +15,7 @@ from compiler.passes.lower_to_schedules import Decision
 from compiler.tune.records import Database, DatabaseError, Tuned
 from schedules import kernel
 from schedules.kernel import OutsideSpace, Request, Space, TensorSpec
+from targets import Target
 
 NATIVE = targets.load("native")
 SPACE = Space.around(
@@ -172,11 +173,11 @@ def test_knobs_outside_the_space_are_refused(tmp_path: Path, knobs: dict[str, in
     assert str(caught.value) == said
 
 
-def linear(n: int) -> Request:
+def linear(n: int, target: Target = NATIVE) -> Request:
     specs = [((1, 1, 32), "int8"), ((1, 1), "float32"), ((1, 1), "int32"), ((n, 32), "uint8"), ((n, 1), "float16"),
              ((n, 1), "int16")]  # fmt: skip
     args = tuple(TensorSpec(shape, dtype) for shape, dtype in specs)
-    return Request("quern.linear_int8", args, (TensorSpec((1, n), "float32"),), {"bits": 4, "group": 32}, NATIVE)
+    return Request("quern.linear_int8", args, (TensorSpec((1, n), "float32"),), {"bits": 4, "group": 32}, target)
 
 
 def test_what_a_build_asks(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ NATIVE = targets.load("native")
 PATIENCE_S = 240
 TRIALS = 2
 TUNE = ("compiler", "tune", "--model", DEMO, "--tokens", 1, "--operators", "linear_int8", "--trials", TRIALS)
+SHAPE = ("--shapes", "a72-count", "--tokens", "1", "--target", "rpi4", "--tuning-logs", "logs")
 QUICK = ("--threads", 1, "--drift", 10000, "--tuning-logs", "logs", "--json")
 
 
@@ -47,7 +48,14 @@ def _restore_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--target", "aarch64" if NATIVE.arch == "x86_64" else "x86-64", "--shapes", "a72-count"],
          f"{'aarch64' if NATIVE.arch == 'x86_64' else 'x86-64'}: candidates are timed on this machine, and it cannot "
          f"run them: it is built for {'aarch64 (aarch64)' if NATIVE.arch == 'x86_64' else 'x86_64 (x86-64)'}, but this "
-         f"machine is {NATIVE.arch}. Run tune on such a device and copy its folder of tuning_logs/ here."),
+         f"machine is {NATIVE.arch}. Let a board time them: --ssh pi@host, or --rpc HOST:PORT."),
+        ([*SHAPE, "--rpc", "pi:9190", "--ssh", "pi"],
+         "--rpc takes boards from a tracker that runs already, --ssh starts one: give one of the two."),
+        ([*SHAPE, "--boards", "2"], "--boards belongs to --rpc or --ssh, which is missing. Give one of them."),
+        ([*SHAPE, "--rpc", "pi"],
+         "--rpc: 'pi' is not HOST:PORT. Give the address of `python -m tvm.exec.rpc_tracker`."),
+        ([*SHAPE, "--ssh=-pi"],
+         "'-pi' is no device. Write user@host or user@host:folder, such as pi@raspberrypi:story."),
     ],
     ids=str,
 )  # fmt: skip
