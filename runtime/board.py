@@ -39,9 +39,9 @@ def about(threads: int) -> dict[str, object]:
 
 
 def cpu_model(cpuinfo: Path = CPUINFO) -> str:
-    """The CPU as the kernel names it."""
-    text = cpuinfo.read_text(errors="replace") if cpuinfo.exists() else ""
-    named = (line for line in text.splitlines() if line.startswith(("model name", "CPU part")))
+    """The CPU as the kernel names it; on Arm the part number, because names there say little."""
+    lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.exists() else []
+    named = (line for key in ("CPU part", "model name") for line in lines if line.startswith(key))
     return next(named, ": unknown").partition(":")[2].strip()
 
 

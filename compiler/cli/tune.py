@@ -114,11 +114,16 @@ def _run_here(options: argparse.Namespace, target: Target) -> int:
 def _run_there(options: argparse.Namespace, target: Target) -> int:
     """On boards, each of which takes what is to be measured next."""
     os.environ["TVM_NUM_THREADS"] = "1"  # of this process, which only links
+    from compiler.errors import UserError
     from compiler.tune import records, search
     from compiler.tune.boards import BoardMeasurer
     from compiler.tune.fleet import Fleet
     from compiler.tune.measure import Setting
 
+    try:
+        from tvm import rpc  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"Tuning on boards needs {error.name}. Install it: pip install 'quern[tune]'.") from None
     stop = search.until(options.time_budget)
     folder = options.tuning_logs or records.DEFAULT_FOLDER
     database = records.Database.writing(folder, target.tuning_key)
