@@ -54,6 +54,9 @@ def _restore_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         ([*SHAPE, "--boards", "2"], "--boards belongs to --rpc or --ssh, which is missing. Give one of them."),
         ([*SHAPE, "--rpc", "pi"],
          "--rpc: 'pi' is not HOST:PORT. Give the address of `python -m tvm.exec.rpc_tracker`."),
+        ([*SHAPE, "--rpc", "127.0.0.1:1"],
+         "--rpc 127.0.0.1:1: no tracker of TVM answers there: Connection refused. Start one with `python -m "
+         "tvm.exec.rpc_tracker --host ADDRESS --port PORT`."),
         ([*SHAPE, "--ssh=-pi"],
          "'-pi' is no device. Write user@host or user@host:folder, such as pi@raspberrypi:story."),
     ],
