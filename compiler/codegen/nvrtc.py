@@ -133,6 +133,21 @@ def _nvrtc(source: str, arch: str, kind: str) -> tuple[bytes, str]:
         call("nvrtcDestroyProgram", ctypes.byref(program))
 
 
+@cache
+def _ptxas() -> Path:
+    """The right ptxas: wheels of several CUDA versions put one at the same place."""
+    path, (name, version, _) = _wheel_file(PTXAS), PTXAS
+    said = subprocess.run([str(path), "--version"], capture_output=True, text=True, check=False).stdout
+    line = next((line for line in said.splitlines() if "release" in line), said.strip() or "nothing")
+    if not line.endswith(f"V{version}"):
+        raise NvrtcError(
+            f"CUDA targets need ptxas {version} of {name}, but {path} says: {line}. Another package, perhaps "
+            f"nvidia-cuda-nvcc-cu11, has a file of that name. Remove it, and install the right one again: "
+            f"{sys.executable} -m pip install --force-reinstall {name}=={version}."
+        )
+    return path
+
+
 FUNCTION = re.compile(r"Compiling entry function '(\w+)'")
 SPILL = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")
@@ -144,7 +159,7 @@ def _assemble(ptx: bytes, arch: str) -> dict[str, Resources]:
     with tempfile.TemporaryDirectory() as scratch:
         text, out = Path(scratch) / "kernel.ptx", Path(scratch) / "kernel.cubin"
         text.write_bytes(ptx)
-        command = [str(_wheel_file(PTXAS)), "-v", f"-arch={arch}", str(text), "-o", str(out)]
+        command = [str(_ptxas()), "-v", f"-arch={arch}", str(text), "-o", str(out)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise DeviceCodeError(f"{arch}: ptxas refuses the kernel:\n{done.stdout}{done.stderr}")

@@ -9,21 +9,22 @@ stored minus 128: 128 * 127 * 32 in a lane, 128 * 127 * 128 for the zero), so th
 of an fp32, exactly that number: no conversion instruction, which runs at a quarter of the rate. Across spans fp32, lanes
 by lanes and then as a tree; within a span the CPU's operations.
 
-Bytes and instructions at 4 bits, groups of 128 (or 32), one token. A weight is 4.19 (4.75) bits with its scale in fp16
-and its zero. 32 codes in a thread cost 1 load, 8 logical operations, 8 dp4a, 1 load of activations, and 1/4 (1/4) of the
-scaling: 4 rows x (2 integer, 4 fp32) and 4 loads: 0.83 instructions a weight, 0.56 of them on the integer pipe.
-What a multiprocessor may spend a weight to stay at the memory's speed (128 lanes a clock, 64 integer lanes):
-                     bytes/clock  weights/clock  instructions  integer   bytes in flight for 0.7 us
-  Orin Nano              13.6         26            4.9          2.5       5.9 KB
-  AGX Orin 64 GB          9.8         19            6.7          3.4       9.0 KB
-  Xavier NX               9.0         17            7.5          3.8       7.0 KB
-  H100                   12.8         24            5.3          2.6      17.8 KB
-So memory is the limit by a factor of 4 at least, where enough bytes are in flight: a lane asks for `loads` pieces before
-the first is needed (8 of 16 bytes: 4 KB a warp; 16 resident warps are 64 KB), and before the block's activations are
-staged in shared memory, which they are once a block. The ceiling of a call is therefore bytes / read_mb_per_s; the
-activations come on top, from the second-level cache, as 1 byte for each 16 of a block's weights (8 warps).
-sm_53 has no dp4a: a multiply-add an input there, 1.4 instructions a weight on its 128 lanes: right, not fast. None of
-this has been timed on a GPU.
+Bytes and instructions at 4 bits, groups of 128 (32), one token. A weight is 4.19 (4.75) bits with its scale in fp16 and
+its zero. A thread's run of 128 codes is 4 loads of 16 bytes, 4 of activations, 32 dp4a, 32 masks, and scaling: 4 rows x
+(3 integer, 5 fp32) and 2 loads, with the addresses 150 instructions of PTX: 1.2 a weight, 0.75 of them integer.
+What a multiprocessor may spend on a weight at the memory's speed (128 lanes a clock, 64 of them integer), and what must
+be on its way from memory if that answers after 0.7 us:
+                     bytes/clock  weights/clock  instructions  integer  in flight
+  Orin Nano              13.6         26             4.9         2.5      5.9 KB
+  AGX Orin 64 GB          9.8         19             6.7         3.4      9.0 KB
+  Xavier NX               9.0         17             7.5         3.8      7.0 KB
+  H100                   12.8         24             5.3         2.6     17.8 KB
+So memory is the limit by a factor of 3 at least, where enough bytes are on their way: a lane asks for `loads` pieces before
+it needs the first one, that is 4 KB a warp at 8, and before the block's activations are staged in shared memory. At 80
+registers 24 warps are resident: 96 KB. The ceiling of a call is its bytes / read_mb_per_s; activations come on top from
+the second-level cache, a byte for each 16 of a block's weights (8 warps, `split` 1).
+sm_53 has no dp4a: a multiply-add an input, 3.4 instructions of PTX a weight against 128 lanes * 921 MHz / 31 G weights/s =
+3.8: right, and not the mode to take there. None of this has been timed on a GPU.
 """
 
 from __future__ import annotations
@@ -347,7 +348,7 @@ def default_knobs(call: Call) -> dict[str, int]:
     assert gpu is not None
     wanted, split = gpu.multiprocessors * WARPS_A_MULTIPROCESSOR, 1
     tokens = min(call.m, 4)
-    while split < min(8, call.layout.tiles) and blocks(call.n) * split < wanted:
+    while 2 * split <= min(8, call.layout.tiles) and blocks(call.n) * split < wanted:
         split *= 2
     return {"warps": 8, "split": split, "loads": 8 if tokens == 1 else 4, "tokens": tokens}
 

@@ -10,12 +10,13 @@ Where an input stands in k is free as long as both operands agree: lane t of fou
 unpacked order, without bank conflicts by the strides chosen below, and ldmatrix would read no fewer bytes. The parts
 of a span beyond a multiple of 32 inputs multiply zeros.
 
-A warp's 32 tokens x 8 rows x 128 inputs: 8 mma (each 4096 multiply-adds: 8 clocks of a quarter of an sm_87
-multiprocessor, 4 of sm_90's), 4 loads of codes with 12 operations to unpack, and 8 x 4 operations of scaling with 2 loads;
-a span's activations are read once for all columns. At groups of 128: 58 instructions to 64 clocks on sm_87, so half to three
-quarters of the peak are in reach; at groups of 32 scaling quadruples and a quarter is left. Shared memory fits 48 KB, which
-every device has without asking. From the second-level cache a block reads (tokens + rows / 2) bytes an input for
-tokens * rows multiply-adds: at 64 x 128, 32 bytes a clock on sm_87. Nothing of this has been timed.
+A warp's 32 tokens x 32 rows x 128 inputs: 32 mma (each 4096 multiply-adds: 8 clocks of a quarter of an sm_87
+multiprocessor, 256 in all), 16 words of codes with 48 operations to unpack, 32 x 4 operations of scaling, and a span's
+activations, read once for all columns: about 390 instructions of PTX, and 100 more for the copies of 8 warps. An
+instruction a clock: half of the peak of sm_87 is in reach, at groups of 32 a fifth. sm_90 has four times the tensor cores
+for these instructions' clocks and is bound by scaling alone. Shared memory fits 48 KB, which every device has without
+asking. From the second-level cache a block reads (tokens + rows / 2) bytes an input for tokens * rows multiply-adds: at
+64 x 128, 32 bytes a clock of sm_87 at its peak. Nothing of this has been timed.
 """
 
 from __future__ import annotations

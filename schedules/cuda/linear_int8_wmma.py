@@ -28,6 +28,7 @@ FIRST, LAST = 72, 79  # compute capabilities with int8 wmma and without cp.async
 FEW = 4  # tokens that the dot-product kernel serves
 K_STEP = 16
 STAGE_INPUTS = 128
+MOST_OUTPUTS = 1024  # of a warp: 32 fp32 sums a thread
 
 BODY = r"""
 constexpr int WARPS = WARPS_M * WARPS_N, THREADS = WARPS * 32;
@@ -207,7 +208,7 @@ QUERN_INLINE void multiply(float (&acc)[MT][NT][8], const Stage& stage, const in
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) @NAME@(@PARAMETERS@) {
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) @NAME@(@PARAMETERS@) {
   __shared__ Stage stage;
   const int warp = threadIdx.x / 32, warp_m = warp % WARPS_M, warp_n = warp / WARPS_M;
   const int first_token = blockIdx.y * BM, first_row = blockIdx.x * BN;
@@ -277,10 +278,13 @@ def lower(request: Request) -> CudaKernel:
     tokens, rows, warps = knobs["tokens"], knobs["rows"], knobs["warps"]
     k_steps, spans = steps(call)
     warps_m = max(1, tokens // 32)
+    # Registers, which is what bounds the warps of a multiprocessor: 168 a thread where that does not spill.
+    resident = 12 if call.layout.bits == 4 and call.affine != "offset" else 8
     name = call.name("wmma")
     constants = call.constants(
-        BM=tokens, BN=rows, WARPS_M=warps_m, WARPS_N=warps // warps_m, K_STEPS=k_steps, STAGE_SPANS=spans
-    )
+        BM=tokens, BN=rows, WARPS_M=warps_m, WARPS_N=warps // warps_m, K_STEPS=k_steps, STAGE_SPANS=spans,
+        MIN_BLOCKS=max(1, resident // warps),
+    )  # fmt: skip
     body = BODY
     for key, text in {
         "NAME": name,
@@ -316,7 +320,8 @@ def space(request: Request) -> Space:
 
     def allowed(knobs: Mapping[str, int]) -> bool:
         warps_m = max(1, knobs["tokens"] // 32)
-        return knobs["warps"] % warps_m == 0 and knobs["rows"] % (16 * (knobs["warps"] // warps_m)) == 0
+        whole = knobs["warps"] % warps_m == 0 and knobs["rows"] % (16 * (knobs["warps"] // warps_m)) == 0
+        return whole and knobs["tokens"] * knobs["rows"] // knobs["warps"] <= MOST_OUTPUTS
 
     tried = {"tokens": (16, 32, 64), "rows": (32, 64, 128), "warps": (1, 2, 4, 8)}
     macs = call.m * call.n * call.layout.geometry.k

@@ -26,6 +26,7 @@ from schedules.cuda.kernel import CudaKernel
 HERE = Path(__file__).parent
 ALIGNED = 256  # what cuMemAlloc promises
 FUNCTION = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\s*\([^)]*\)\s*)?(\w+)\s*\(")
+ALIGNED_SHARED = re.compile(r"__shared__\s+(alignas\([^)]*\))")  # clang wants them the other way round
 POISON = 0xA5
 COMMON = ("-std=c++17", "-fPIC", "-g0", "-fno-sanitize=undefined", "-fno-exceptions", "-fno-rtti", "-ffp-contract=off")
 WATCHED = ("-O1", "-fno-vectorize", "-fno-slp-vectorize", "-Xclang", "-fsanitize=thread")
@@ -76,7 +77,7 @@ def _build(scratch: Path, source: str, sm: int) -> Path:
     assert names, "the source has no __global__ function"
     entries = "".join(f'{{"{name}", [](void** a) {{ quern_call({name}, a); }}}}, ' for name in names)
     text, made = scratch / "kernel.cpp", scratch / "kernel.so"
-    text.write_text(source + ENTRIES % entries)
+    text.write_text(ALIGNED_SHARED.sub(r"\1 __shared__", source) + ENTRIES % entries)
     flags = [*COMMON, f"-DQUERN_EMULATED_SM={sm}", f"-I{HEADER.parent}", f"-I{HERE}", *WATCHED]
     _zig("c++", *flags, "-c", str(text), "-o", str(scratch / "kernel.o"))
     _zig("cc", "-shared", "-o", str(made), str(scratch / "kernel.o"), str(_engine()))  # "c++" would build a libc++

@@ -38,6 +38,7 @@ extern const QuernFunction quern_functions[];
 
 namespace {
 constexpr size_t STACK = 64 << 10;
+constexpr ptrdiff_t FAR = 1 << 16;  // beyond the end of an array: not meant for it
 
 // As much of a vector as is needed, so that nothing has to be linked; elements are plain data.
 template <class T>
@@ -248,9 +249,10 @@ void check(const void* p, size_t bytes, bool write, const char* what) {
   const QuernRegion* near = nullptr;
   for (const QuernRegion& r : regions)
     if (r.start <= p && (near == nullptr || near->start < r.start)) near = &r;
-  if (near == nullptr) fail("%s of %zu bytes at %p, before every array", what, bytes, p);
-  fail("%s of %zu bytes at byte %td of array %td, which has %llu", what, bytes,
-       static_cast<const char*>(p) - static_cast<const char*>(near->start), near - regions.items,
+  const ptrdiff_t at = near ? static_cast<const char*>(p) - static_cast<const char*>(near->start) : 0;
+  if (!near || at > static_cast<ptrdiff_t>(near->bytes) + FAR)
+    fail("%s of %zu bytes is outside every array, shared memory and the thread's stack", what, bytes);
+  fail("%s of %zu bytes at byte %td of array %td, which has %llu", what, bytes, at, near - regions.items,
        static_cast<unsigned long long>(near->bytes));
 }
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
 import targets
 from compiler.quant.grids import GRIDS
 from compiler.quant.ir import QuantWeight
-from schedules.cuda.kernel import CudaKernel, Lower
+from schedules.cuda.kernel import CudaKernel, Lower, lowerings
 from schedules.kernel import Request, TensorSpec
 from tests.emulator import cuda
 from tests.schedules.kernels import spec
 from tests.schedules.test_linear_grids import weight_arguments
 
 Activations = tuple[np.ndarray, np.ndarray, np.ndarray]
+GPUS = {name: targets.load(name) for name in ("jetson-nano", "jetson-xavier", "jetson-orin", "cuda-sm90")}
 
 
 def arguments(activations: Activations, w: QuantWeight, residual: np.ndarray | None) -> list[np.ndarray]:
@@ -23,7 +25,7 @@ def arguments(activations: Activations, w: QuantWeight, residual: np.ndarray | N
 
 
 def request(
-    args: list[np.ndarray], w: QuantWeight, target: targets.Target, knobs: Mapping[str, int] | None, residual: bool
+    args: list[np.ndarray], w: QuantWeight, gpu: str, knobs: Mapping[str, int] | None = None, residual: bool = False
 ) -> Request:
     grid = GRIDS[w.grid]
     kind = "_table" if grid.values is not None else "_offset" if w.offset is not None else ""
@@ -32,15 +34,16 @@ def request(
         attrs = {"grid": w.grid, **attrs}
     op = f"quern.linear_int8{kind}{'_residual' if residual else ''}"
     out = TensorSpec((args[0].shape[0], w.type.n), "float32")
-    return Request(op, tuple(map(spec, args)), (out,), attrs, target, knobs or {}, table=grid.values)
+    return Request(op, tuple(map(spec, args)), (out,), attrs, GPUS[gpu], knobs or {}, table=grid.values)
 
 
 def lowered(
-    lower: Lower, activations: Activations, w: QuantWeight, target: targets.Target, knobs: Mapping[str, int] | None = None,
-    residual: np.ndarray | None = None,
+    activations: Activations, w: QuantWeight, gpu: str, knobs: Mapping[str, int] | None = None,
+    residual: np.ndarray | None = None, lower: Lower | None = None,
 ) -> CudaKernel:  # fmt: skip
-    args = arguments(activations, w, residual)
-    return lower(request(args, w, target, knobs, residual is not None))
+    """The kernel that the target's families choose, or that of one family."""
+    call = request(arguments(activations, w, residual), w, gpu, knobs, residual is not None)
+    return (lower or lowerings()[call.op])(call)
 
 
 def run(kernel: CudaKernel, activations: Activations, w: QuantWeight, residual: np.ndarray | None = None) -> np.ndarray:
@@ -52,3 +55,9 @@ def run(kernel: CudaKernel, activations: Activations, w: QuantWeight, residual: 
     out = np.full((args[0].shape[0], w.type.n), np.nan, np.float32)
     cuda.run(kernel, [*packed, out])
     return out
+
+
+def edited(kernel: CudaKernel, old: str, new: str) -> CudaKernel:
+    """The kernel with one place of its source changed."""
+    assert kernel.source.count(old) == 1, f"{old!r} is there {kernel.source.count(old)} times"
+    return replace(kernel, source=kernel.source.replace(old, new))

