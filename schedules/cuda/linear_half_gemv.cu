@@ -55,6 +55,23 @@ QUERN_INLINE void load_eight(const float* p, float (&to)[8]) {
   }
 }
 
+// A tree of exchanges that sums rows over lanes; 32 / ROWS neighbouring lanes end with parts of one row. Returns which.
+template <int LEFT>
+QUERN_INLINE int hand_out(float (&sums)[ROWS], int lane) {
+  if constexpr (LEFT == 0) {
+    return 0;
+  } else {
+    constexpr int mask = LEFT * 32 / ROWS;
+    const bool upper = (lane & mask) != 0;
+#pragma unroll
+    for (int i = 0; i < LEFT; ++i) {
+      const float given = upper ? sums[i] : sums[i + LEFT];
+      sums[i] = (upper ? sums[i + LEFT] : sums[i]) + shuffle_xor(given, mask);
+    }
+    return (upper ? LEFT : 0) + hand_out<LEFT / 2>(sums, lane);
+  }
+}
+
 QUERN_INLINE void run(const float* x, const uint32_t* codes, const Scale* scale, const uint8_t* zero, const float* offset,
                       const float* residual, float* out) {
   __shared__ Half table[16];
@@ -123,17 +140,7 @@ QUERN_INLINE void run(const float* x, const uint32_t* codes, const Scale* scale,
       }
     }
   }
-  int own = 0;  // a tree that hands each lane ROWS / 32 rows, or shares one among 32 / ROWS lanes
-#pragma unroll
-  for (int half = ROWS / 2, mask = 16; half > 0; half /= 2, mask /= 2) {
-    const bool upper = (lane & mask) != 0;
-    own += upper ? half : 0;
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const float given = upper ? sums[i] : sums[i + half];
-      sums[i] = (upper ? sums[i + half] : sums[i]) + shuffle_xor(given, mask);
-    }
-  }
+  const int own = hand_out<ROWS / 2>(sums, lane);
 #pragma unroll
   for (int mask = 16 / ROWS; mask > 0; mask /= 2) sums[0] += shuffle_xor(sums[0], mask);
   if (lane % (32 / ROWS) == 0) gathered[thread / 32][own] = sums[0];
