@@ -16,7 +16,7 @@ from schedules.kernel import Request, TensorSpec
 from schedules.vector import TANH2_ERROR
 from targets import Target
 from tests.emulator.cuda import EmulationError
-from tests.schedules import test_attention, test_attention_int8
+from tests.schedules import test_attention_int8
 from tests.schedules.cuda.kernels import ALL, NANO, ORIN, SM90, XAVIER, Emulated, check_resources
 from tests.schedules.kernels import spec
 from tests.schedules.test_attention import oracle, tolerance
@@ -31,8 +31,14 @@ DECODE = [
 ]  # fmt: skip
 PROMPT = {  # m, query heads, kv heads, d
     "tile": (NANO, [("float16", 40, 14, 2, 80), ("float32", 3, 7, 1, 12), ("int8", 8, 4, 2, 256)]),
-    "wmma": (XAVIER, [("float16", 40, 14, 2, 80), ("float16", 3, 7, 1, 12), ("int8", 8, 4, 2, 256), ("int8", 6, 6, 2, 20)]),
-    "mma": (ORIN, [("float16", 40, 14, 2, 80), ("float16", 3, 7, 1, 12), ("int8", 8, 4, 2, 256), ("int8", 6, 6, 2, 20)]),
+    "wmma": (
+        XAVIER,
+        [("float16", 40, 14, 2, 80), ("float16", 3, 7, 1, 12), ("int8", 8, 4, 2, 256), ("int8", 6, 6, 2, 20)],
+    ),
+    "mma": (
+        ORIN,
+        [("float16", 40, 14, 2, 80), ("float16", 3, 7, 1, 12), ("int8", 8, 4, 2, 256), ("int8", 6, 6, 2, 20)],
+    ),
 }
 PROMPT_CASES = [(family, target, *case) for family, (target, cases) in PROMPT.items() for case in cases]
 
@@ -82,10 +88,13 @@ def case(
 def fp16_rounding(q: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float) -> float:
     """What rounding to fp16 adds, absolutely.
 
-    An element of q is off by 2^-11 of itself, or 2^-25 of the row's largest; a score by the sum of such; that counts twice
-    (numerator, sum). A weight is rounded to 2^-11 of itself, or 2^-25 of the block's largest, which the sum contains.
+    An element of q is off by 2^-11 of itself, or 2^-25 of the row's largest; a score by the sum of such; that counts
+    twice (numerator, sum). A weight is rounded to 2^-11 of itself, or 2^-25 of the block's largest, which the sum has.
     """
-    keys, size = np.repeat(np.abs(keys), q.shape[1] // keys.shape[0], 0).astype(np.float64), np.abs(q.astype(np.float64))
+    keys, size = (
+        np.repeat(np.abs(keys), q.shape[1] // keys.shape[0], 0).astype(np.float64),
+        np.abs(q.astype(np.float64)),
+    )
     score = EPS16 * np.einsum("mhd,hpd->mhp", size, keys).max() + SMALLEST16 * size.max() * keys.sum(-1).max()
     weight = 2 * np.expm1(min(score * scale, 1.0)) + EPS16 + keys.shape[1] * SMALLEST16
     return float(weight * np.abs(values.astype(np.float64)).max())
@@ -94,7 +103,9 @@ def fp16_rounding(q: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: fl
 def check(made: Case, q: np.ndarray, keys: np.ndarray, values: np.ndarray, scales: Any, start: int, valid: int) -> None:
     """Positions that nobody may see hold what would show: NaN or the largest codes and scales."""
     end, attrs = start + valid, made.attrs
-    scale, softcap, window = (float(attrs.get(k, v)) for k, v in (("scale", made.d**-0.5), ("softcap", 0), ("window", 0)))
+    scale, softcap, window = (
+        float(attrs.get(k, v)) for k, v in (("scale", made.d**-0.5), ("softcap", 0), ("window", 0))
+    )
     keys, values, span = keys.copy(), values.copy(), np.array([start, valid], np.int32)
     if scales is None:
         real_keys, real_values = keys[:, :end].astype(np.float64), values[:, :end].astype(np.float64)
@@ -168,7 +179,9 @@ def test_windows_and_caps(target: Target, cache: str, m: int) -> None:
         check(made, q, loud, values, scales, start, valid)
 
 
-@pytest.mark.parametrize(("target", "m"), [(NANO, 1), (NANO, 4), (XAVIER, 4), (ORIN, 4)], ids=lambda v: getattr(v, "name", v))
+@pytest.mark.parametrize(
+    ("target", "m"), [(NANO, 1), (NANO, 4), (XAVIER, 4), (ORIN, 4)], ids=lambda v: getattr(v, "name", v)
+)
 def test_extreme_scores(target: Target, m: int) -> None:
     """Queries from 0 to where every score is beyond fp16; maxima that rise from block to block; one position of all."""
     made = case(target, "float16", m, 2, 1, 64)
@@ -179,7 +192,9 @@ def test_extreme_scores(target: Target, m: int) -> None:
         check(made, q * np.float32(factor), rising, values, None, CAPACITY - m, m)
     one_hot, span = keys.copy(), np.array([CAPACITY - m, m], np.int32)
     one_hot[0, 77] = np.sign(q[0, 0]) * np.float16(6e4)
-    (got,) = made.made(np.tile(q[:1, :1] * np.float32(1e4), (m, 2, 1)).reshape(m, 128), block_keys(one_hot), values, span)
+    (got,) = made.made(
+        np.tile(q[:1, :1] * np.float32(1e4), (m, 2, 1)).reshape(m, 128), block_keys(one_hot), values, span
+    )
     assert np.array_equal(got, np.tile(values[0, 77].astype(np.float32), (m, 2)))
 
 
@@ -194,19 +209,45 @@ def test_extreme_scales(target: Target, m: int) -> None:
     ones = np.full((1, CAPACITY), 1 / 127, np.float32)
     for key, value in ((127, 127), (-127, -127)):
         codes = test_attention_int8.pack(np.full_like(keys, key), np.full_like(values, value))
-        (got,) = made.made(np.full((m, 128), 3.5, np.float32), *codes, ones, ones, np.array([CAPACITY - m, m], np.int32))
+        (got,) = made.made(
+            np.full((m, 128), 3.5, np.float32), *codes, ones, ones, np.array([CAPACITY - m, m], np.int32)
+        )
         np.testing.assert_allclose(got, np.sign(value), rtol=CAPACITY * 2.0**-24 if m == 1 else 2 * EPS16)
 
 
 BROKEN = {  # text of a kernel, what it becomes, and what must come of it
-    "scores are read before they are there": (NANO, 1, "  block_sync();\n  for (int r = warp; r < ROWS", "  for (int r = warp; r < ROWS", EmulationError),
-    "an exchange with the wrong lane": (NANO, 1, "shuffle_xor(given, mask)", "shuffle_xor(given, mask ^ 3)", AssertionError),
+    "scores are read before they are there": (
+        NANO,
+        1,
+        "  block_sync();\n  for (int r = warp; r < ROWS",
+        "  for (int r = warp; r < ROWS",
+        EmulationError,
+    ),
+    "an exchange with the wrong lane": (
+        NANO,
+        1,
+        "shuffle_xor(given, mask)",
+        "shuffle_xor(given, mask ^ 3)",
+        AssertionError,
+    ),
     "parts that do not add up": (NANO, 1, "total = fmaf(factor,", "total = fmaf(1.0f,", AssertionError),
     "values not waited for": (ORIN, 16, "async_wait<1>();", "async_wait<2>();", EmulationError),
-    "keys overwritten too early": (ORIN, 16, "    block_sync();\n    if (base + BLOCK <= last) stage", "    if (base + BLOCK <= last) stage", EmulationError),
+    "keys overwritten too early": (
+        ORIN,
+        16,
+        "    block_sync();\n    if (base + BLOCK <= last) stage",
+        "    if (base + BLOCK <= last) stage",
+        EmulationError,
+    ),
     "old sums not brought down": (XAVIER, 16, "sums[s][i] *= factors[i];", "sums[s][i] *= 1.0f;", AssertionError),
-    "a tile's last reader ignored": (NANO, 16, "    block_sync();  // the last block's values have been read\n", "", EmulationError),
-}  # fmt: skip
+    "a tile's last reader ignored": (
+        NANO,
+        16,
+        "    block_sync();  // the last block's values have been read\n",
+        "",
+        EmulationError,
+    ),
+}
 
 
 @pytest.mark.parametrize("what", BROKEN)
@@ -215,7 +256,9 @@ def test_broken_kernels_are_caught(what: str) -> None:
     made = case(target, "float16", m, 8, 2, 32)
     source = made.made.kernel.source
     assert text in source
-    broken = replace(made, made=replace(made.made, kernel=replace(made.made.kernel, source=source.replace(text, other))))
+    broken = replace(
+        made, made=replace(made.made, kernel=replace(made.made.kernel, source=source.replace(text, other)))
+    )
     q, keys, values, _ = random(made)
     keys[:, :, 0] += np.arange(CAPACITY, dtype=np.float16) / 16  # maxima differ from block to block
     with pytest.raises(error):
@@ -233,16 +276,17 @@ REAL = [
 @pytest.mark.parametrize("target", ALL, ids=lambda t: t.name)
 @pytest.mark.parametrize("sizes", REAL, ids=lambda s: "-".join(map(str, s)))
 def test_registers(target: Target, sizes: Any) -> None:
+    cache, heads, kv_heads, d = sizes
     for m in (1, 128):
-        call = request_of(target, sizes[0], m, *sizes[1:], 4096, {})
+        call = request_of(target, cache, m, heads, kv_heads, d, 4096, {})
         made = Emulated(lowerings()[call.op](call), target, call.outs)
         family = made.kernel.name.split("_")[1]
-        check_resources(made.code, 232 if sizes[3] == 256 else BUDGETS[family])
+        check_resources(made.code, 232 if d == 256 else BUDGETS[family])
         text = made.code.ptx.decode()
         assert not re.search(r"(?:ld|st)\.local", text)
         instruction = {"mma": "mma.sync.aligned.m16n8k16", "wmma": "wmma.mma", "decode": "ld.global.nc.v4.u32"}
         assert instruction.get(family, "fma.rn.f32") in text
-        if family == "decode" and sizes[0] == "int8":
+        if family == "decode" and cache == "int8":
             assert ("dp2a" in text) == (target.gpu is not None and target.gpu.sm >= 61)
 
 
@@ -276,4 +320,4 @@ def test_specs_are_the_cpus() -> None:
     """The layouts tested here are those of the CPU kernels' tests."""
     keys = np.zeros((2, 32, 20), np.float16)
     call = request_of(NANO, "float16", 1, 2, 2, 20, 32, {})
-    assert call.args[1:3] == (spec(test_attention.block_keys(keys)), spec(keys))
+    assert call.args[1:3] == (spec(block_keys(keys)), spec(keys))

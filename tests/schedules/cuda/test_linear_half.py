@@ -24,8 +24,8 @@ from tests.schedules.kernels import EPS32, spec
 from tests.schedules.test_linear_grids import weight, weight_arguments
 
 EPS16, SMALLEST16 = 2.0**-11, 2.0**-25  # largest relative error of an fp16 operation; absolute, near zero
-# Roundings in fp16 on the way of a product to its fp32 sum: of x; of a table's value; and where products are made in fp16
-# of 8 multiply-adds and one sum (a token's kernel), or 16 multiply-adds (the half2 tile). Tensor cores add in fp32.
+# Roundings in fp16 on the way of a product to its fp32 sum: of x; of a table's value; and where products are made in
+# fp16, of 8 multiply-adds and one sum (a token's kernel) or 16 multiply-adds (half2 tile). Tensor cores add in fp32.
 CHAINS = {"token": 9, "tile": 16, "wmma": 0, "mma": 0}
 ONE = [  # grid, offset, n, k, group, residual
     ("int4", False, 105, 256, 32, True), ("int4", False, 64, 2048, 128, False), ("int8", False, 40, 172, 43, False),
@@ -33,7 +33,8 @@ ONE = [  # grid, offset, n, k, group, residual
     ("int6", False, 64, 172, 172, False), ("nf4", False, 33, 128, 64, False),
 ]  # fmt: skip
 MANY = [  # grid, offset, m, n, k, group, residual: fewer tokens than a tile, some more than one
-    ("int4", False, 5, 105, 256, 32, True), ("int4", True, 40, 64, 176, 16, False), ("int8", False, 70, 40, 172, 43, False),
+    ("int4", False, 5, 105, 256, 32, True), ("int4", True, 40, 64, 176, 16, False),
+    ("int8", False, 70, 40, 172, 43, False),
     ("nf4", False, 16, 33, 256, 128, True),
 ]  # fmt: skip
 FAMILIES = {"tile": NANO, "wmma": XAVIER, "mma": ORIN}
@@ -67,7 +68,7 @@ def family_of(made: Emulated) -> str:
 def bound(w: QuantWeight, x: np.ndarray, residual: np.ndarray, roundings: int) -> np.ndarray:
     """Sums of the absolute terms, times the roundings of each; a value that fp16 holds badly is off by SMALLEST16 times
 
-    2^e, which is at most a quarter of the row's largest, and so is each of a chain's sums. fp32: a sum of every 8 inputs.
+    2^e, which is at most a quarter of the row's largest, and so is each of a chain's sums. fp32: one sum for 8 inputs.
     """
     x, group = np.abs(x.astype(np.float64)), np.arange(w.type.k) // w.group_size
     scale = np.abs(w.scale.astype(np.float64))[:, group]
@@ -130,11 +131,15 @@ def test_small_integers_are_exact(m: int, target: Target) -> None:
 
 
 @pytest.mark.parametrize(("m", "target"), [(1, NANO), (2, NANO)], ids=str)
-@pytest.mark.parametrize(("grid", "code", "zero"), [("int8", 255, 0), ("int8", 0, 255), ("int4", 15, 0), ("int4", 0, 15)])
+@pytest.mark.parametrize(
+    ("grid", "code", "zero"), [("int8", 255, 0), ("int8", 0, 255), ("int4", 15, 0), ("int4", 0, 15)]
+)
 def test_no_sum_overflows(m: int, target: Target, grid: str, code: int, zero: int) -> None:
     """All codes at an end, zeros at the other, all activations equal and huge: every fp16 sum at its bound."""
-    size = (16, 2)
-    w = QuantWeight(np.full((16, 128), code, np.uint8), np.ones(size, np.float32), np.full(size, zero, np.int16), grid, 64)
+    groups = (16, 2)
+    w = QuantWeight(
+        np.full((16, 128), code, np.uint8), np.ones(groups, np.float32), np.full(groups, zero, np.int16), grid, 64
+    )
     made = layer(w, m, target)
     for size in (1.9999, 3e30):
         x = np.full((m, 128), size, np.float32)
@@ -165,14 +170,20 @@ def test_packing_loses_nothing(k: int, group: int, bits: int) -> None:
 
 
 BROKEN = {  # text of a kernel, what it becomes, and what must come of it
-    "no barrier before sums are gathered": (1, NANO, "  block_sync();\n  if (thread < ROWS", "  if (thread < ROWS", EmulationError),
+    "no barrier before sums are gathered": (
+        1,
+        NANO,
+        "  block_sync();\n  if (thread < ROWS",
+        "  if (thread < ROWS",
+        EmulationError,
+    ),
     "a wrong exchange": (1, NANO, "shuffle_xor(given, mask)", "shuffle_xor(given, mask ^ 3)", AssertionError),
     "codes not unpacked in order": (1, NANO, "j / 2 * 8 + j % 2 * 4 + t", "j / 2 * 8 + j % 2 + 2 * t", AssertionError),
     "no barrier behind a step": (5, NANO, "    block_sync();\n    put(", "    put(", EmulationError),
     "copies not waited for": (5, ORIN, "async_wait<STAGES - 2>();", "", EmulationError),
     "another lane's word": (5, ORIN, "[t];", "[t ^ 1];", AssertionError),
     "a tile's place misread": (5, XAVIER, "number % 16]", "number / 16]", AssertionError),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", BROKEN)
@@ -231,7 +242,7 @@ def test_a_tokens_instructions(target: Target) -> None:
 
 
 def test_tensor_core_instructions() -> None:
-    """A warp's step of 64 inputs: 32 x 32 results by mma.m16n8k16 on 64 tokens; Xavier's of 32 inputs, 16 x 32, by wmma."""
+    """A warp's step: 64 inputs for 32 x 32 results by mma.m16n8k16; on Xavier 32 inputs for 16 x 32 by wmma."""
     code = big(128, ORIN, "int4", 128).code
     assert count(code, r"mma\.sync\.aligned\.m16n8k16") == 4 * 2 * 4
     assert count(code, "ldmatrix") == 4 * 2
@@ -247,9 +258,9 @@ def test_knobs(target: Target) -> None:
     found.check(found.default)
     names = {plain.name}
     for point in found.points():
-        made = linear_half.lower(replace(call, knobs=point))
-        names.add(made.name)
-        assert {i: p.name for i, p in made.packings.items()} == {i: p.name for i, p in plain.packings.items()}
+        other = linear_half.lower(replace(call, knobs=point))
+        names.add(other.name)
+        assert {i: p.name for i, p in other.packings.items()} == {i: p.name for i, p in plain.packings.items()}
     assert len(names) > 1
     made = layer(w, 1, target, knobs=next(iter(found.points())))
     x, residual = real(1, 256, 64, False)
