@@ -86,8 +86,8 @@ def default_activations(target: Target) -> str:
 def _refuse_half_without_gpu(request: Request) -> None:
     if request.activations == "float16" and request.target.gpu is None:
         raise UnsupportedError(
-            f"{request.target.name}: --activations float16 is for targets with a GPU, and this one computes on its CPU. "
-            f"Leave --activations out, or give int8 or exact."
+            f"{request.target.name}: --activations float16 is for targets with a GPU, and this one computes on its "
+            f"CPU. Leave --activations out, or give int8 or exact."
         )
 
 

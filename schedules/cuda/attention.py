@@ -3,8 +3,8 @@
   quern.attention, quern.attention_int8: arguments, attributes and cache layouts as schedules.attention, attention_int8
 
 The caches lie as on a CPU. That suits a GPU, too: the 16 keys of a block have an element side by side, so a warp reads
-512 consecutive bytes and a lane gets 8 keys (4 of fp32) of one element by one 128-bit load; as a matrix, such a block is
-what the tensor cores take as B. Values lie by rows, 128 bits a lane again.
+512 consecutive bytes and a lane gets 8 keys (4 of fp32) of one element by one 128-bit load; as a matrix, such a
+block is what the tensor cores take as B. Values lie by rows, 128 bits a lane again.
 
 All kernels take the position from device memory (`span`), their grids are those of the whole capacity, and blocks with
 nothing to do leave at once: a launch never changes, so that a whole step can be replayed as a CUDA graph.

@@ -7,15 +7,16 @@ A block has one part of one kv head, for `rows` of its query heads, so keys and 
   values   a lane has 8 columns, lanes go through positions; groups of lanes are summed in shared memory at the end
 The merge (`NAME_merge`, a block a query head) reads only the parts that were computed. With one part there is none.
 
-int8 follows schedules.attention_int8 to the operation: queries rounded to 16 bits, weights times v_scale to 32767 levels
-of the part's largest, products of pairs by dp2a (sm_61 on, two multiply-adds elsewhere). |sum| <= 32767 * 127 * chunk
-< 2^31 for chunk <= 512. Sums of codes are exact; what differs from the CPU is 2^x and the order of fp32 sums.
+int8 follows schedules.attention_int8 to the operation: queries rounded to 16 bits, weights times v_scale to 32767
+levels of the part's largest, products of pairs by dp2a (sm_61 on, two multiply-adds elsewhere). |sum| <= 32767 * 127
+* chunk < 2^31 for chunk <= 512. Sums of codes are exact; what differs from the CPU is 2^x and the order of fp32 sums.
 
-Traffic: 4 d bytes a position and kv head (int8: 2 d + 8), each read once, by 128-bit loads. Instructions a warp issues for
-512 bytes of fp16 keys (256 products a row): 1 load, 8 conversions, rows * (8 multiply-adds + 1 read of the query): 82 with
-8 rows. Nano reads 512 bytes in 28 cycles of 4 issues (16.5 GB/s at 921 MHz), Xavier NX in 57 of 4 (59.7 GB/s, 6 SMs, but
-64 lanes: 2 issues of fp32), Orin Nano in 38 of 4 and an H100 in 40 of 4: the memory is the ceiling everywhere with up to
-8 rows. int8 issues 64 dp2a for 512 bytes and 8 rows less: 4 loads' worth of products.
+Traffic: 4 d bytes a position and kv head (int8: 2 d + 8), each read once, by 128-bit loads. Instructions a warp
+issues for 512 bytes of fp16 keys (256 products a row): 1 load, 8 conversions, rows * (8 multiply-adds + 1 read of
+the query): 82 with 8 rows. Nano reads 512 bytes in 28 cycles of 4 issues (16.5 GB/s at 921 MHz), Xavier NX in 57 of
+4 (59.7 GB/s, 6 SMs, but 64 lanes: 2 issues of fp32), Orin Nano in 38 of 4 and an H100 in 40 of 4: the memory is the
+ceiling everywhere with up to 8 rows. 512 bytes of int8 keys are 64 dp2a with 8 rows, as much as fp16's multiply-adds
+for twice the products; on Nano 128 multiply-adds, so that arithmetic is the limit there with more than 6 rows.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-// One token against the part blockIdx.x of its context, over codes: CHUNK positions of one kv head, for ROWS of its query
-// heads. See attention_int8.py. Constants as attention_decode.cu, COLUMNS 8; PADDED = D rounded up to 16, LEVELS of a
-// query, QUERY_FACTOR.
+// One token against the part blockIdx.x of its context, over codes: CHUNK positions of one kv head, for ROWS of its
+// query heads. See attention_int8.py. Constants as attention_decode.cu, COLUMNS 8; PADDED = D rounded up to 16,
+// LEVELS of a query, QUERY_FACTOR.
 
 constexpr int WARPS = THREADS / 32;
 constexpr int PAIRS = D / 2;                   // of elements, that a 128-bit load has of 8 keys

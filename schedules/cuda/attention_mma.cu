@@ -1,7 +1,8 @@
-// A tile of tokens of one kv head against the context, on tensor cores by mma.m16n8k16 (sm_80 on). See attention_mma.py.
-// Constants: M, HEADS, GROUP, D, PADDED (D rounded up to 16), CAPACITY, SHARED query heads of one kv head, TOKENS of a tile,
-// ROWS >= TOKENS * SHARED, BLOCK positions, THREADS = 2 ROWS, QUERY_FACTOR; Item: Half or int8_t. Row r is token r / SHARED,
-// and query head r % SHARED of them. A warp has 16 rows; g = lane / 4 and t = lane % 4 as fragments count.
+// A tile of tokens of one kv head against the context, on tensor cores by mma.m16n8k16 (sm_80 on). See
+// attention_mma.py. Constants: M, HEADS, GROUP, D, PADDED (D rounded up to 16), CAPACITY, SHARED query heads of one
+// kv head, TOKENS of a tile, ROWS >= TOKENS * SHARED, BLOCK positions, THREADS = 2 ROWS, QUERY_FACTOR; Item: Half or
+// int8_t. Row r is token r / SHARED, and query head r % SHARED of them. A warp has 16 rows; g = lane / 4 and t =
+// lane % 4 as fragments count.
 
 constexpr bool FAR_QUERY = D > 128;  // queries in shared memory, registers would not hold them
 

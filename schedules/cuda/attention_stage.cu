@@ -1,5 +1,6 @@
 // Keys and values of a block of positions as fp16 in shared memory, for tensor cores. Constants as attention_mma.cu;
-// SWIZZLED: whether halves of a key row change places. PITCH of values: neighbouring rows are 16 bytes apart modulo 128.
+// SWIZZLED: whether halves of a key row change places. PITCH of values: neighbouring rows are 16 bytes apart modulo
+// 128.
 
 constexpr bool CODES = sizeof(Item) == 1;
 constexpr int BLOCKS = BLOCK / 16, STEPS = PADDED / 16, PITCH = PADDED + 8;
@@ -7,7 +8,9 @@ constexpr int KEY_UNITS = CODES ? D : 2 * D;  // 16 bytes each, of the 16 keys o
 
 // Place of element e of positions 8 u.. of 16-key block b. Swizzled, the 8 rows that
 // ldmatrix reads at once lie in all 32 banks.
-QUERN_INLINE int key_place(int b, int e, int u) { return (b * PADDED + e) * 16 + (SWIZZLED ? u ^ (e >> 2 & 1) : u) * 8; }
+QUERN_INLINE int key_place(int b, int e, int u) {
+  return (b * PADDED + e) * 16 + (SWIZZLED ? u ^ (e >> 2 & 1) : u) * 8;
+}
 
 QUERN_INLINE Half as_half(Half x) { return x; }
 QUERN_INLINE Half as_half(int8_t x) { return to_half(x); }

@@ -95,7 +95,8 @@ QUERN_INLINE void run(const float* q, const Item* keys, const Item* values, cons
   alignas(16) __shared__ float staged[(D > WIDE ? D : WIDE) * BLOCK];  // keys, then values
   alignas(16) __shared__ float score[BLOCK][PITCH];
   alignas(16) __shared__ float factor[ROWS];
-  const int thread = threadIdx.x, head = blockIdx.y * SHARED, kv = head / GROUP, token = blockIdx.x * TOKENS, valid = span[1];
+  const int thread = threadIdx.x, head = blockIdx.y * SHARED, kv = head / GROUP;
+  const int token = blockIdx.x * TOKENS, valid = span[1];
   if (token >= valid) return;
   const int start = span[0] + token, end = span[0] + (token + TOKENS < valid ? token + TOKENS : valid);
   keys += int64_t(kv) * CAPACITY * D;

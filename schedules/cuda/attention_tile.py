@@ -6,8 +6,8 @@ int8 cache is multiplied by its scales there, so that products are fp32 througho
   scores   a thread has 4 rows x `positions * rows / (4 * threads)` positions, both by 128-bit reads
   values   a thread has 4 rows x 4 columns of every `threads / (rows / 4)` fours
 
-fp32 ceilings: Nano 236 GFLOP/s, Xavier NX 845, Orin Nano 1280. Of 11 shared 128-bit reads and 64 multiply-adds in d = 128's
-inner loops, the arithmetic takes two thirds.
+fp32 ceilings: Nano 236 GFLOP/s, Xavier NX 845, Orin Nano 1280. An element of 4 rows and 2 keys is
+8 multiply-adds beside 2 shared reads, a position of 4 rows and 8 columns 32 beside 3.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 // A tile of tokens of one kv head against the context, on tensor cores by wmma (sm_70 and 72). See attention_wmma.py.
-// Constants as attention_mma.cu. A warp has 16 rows; lanes 2 r and 2 r + 1 have row r's softmax. Which lane holds what of
-// a fragment is not told, so scores, weights and factors of rows go through shared memory.
+// Constants as attention_mma.cu. A warp has 16 rows; lanes 2 r and 2 r + 1 have row r's softmax. Which lane holds
+// what of a fragment is not told, so scores, weights and factors of rows go through shared memory.
 
 constexpr int WARPS = ROWS / 16, SCORE_PITCH = BLOCK + 4, WEIGHT_PITCH = BLOCK + 8;
 

@@ -1,8 +1,8 @@
 """Attention of a prompt on fp16 tensor cores by wmma: sm_72, caches of float16 and int8.
 
-As attention_mma, with what wmma leaves unsaid made up for: a fragment's elements have no known row, so scores are stored
-to shared memory for the softmax, weights come back as fp16 from there, and the factor that old sums get is itself loaded
-as a fragment, of a 16 x 16 tile that repeats each row's factor.
+As attention_mma, with what wmma leaves unsaid made up for: a fragment's elements have no known row, so scores are
+stored to shared memory for the softmax, weights come back as fp16 from there, and the factor that old sums get is
+itself loaded as a fragment, of a 16 x 16 tile that repeats each row's factor.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-// One token: a block has ROWS rows (a multiple of 8), its threads have the chunks of 128 bits of a row between them. See
-// linear_half.py. Constants as linear_half_shared.cu, ROWS, THREADS.
+// One token: a block has ROWS rows (a multiple of 8), its threads have the chunks of 128 bits of a row between them.
+// See linear_half.py. Constants as linear_half_shared.cu, ROWS, THREADS.
 
 constexpr int WARPS = THREADS / 32, CHUNKS = STORED / CHUNK;
 constexpr int GROUPS_OF_CHUNK = CHUNK > WIDTH ? CHUNK / WIDTH : 1;
 
 // The activations of a chunk as halves, `back` times too large, and their sums by 16 inputs in their own size.
-QUERN_INLINE void load_activations(const float* x, int chunk, Half2 (&to)[CHUNK / 2], float& back, float (&sums)[HALVES]) {
+QUERN_INLINE void load_activations(const float* x, int chunk, Half2 (&to)[CHUNK / 2], float& back,
+                                   float (&sums)[HALVES]) {
   float values[CHUNK], most = 0;
 #pragma unroll
   for (int i = 0; i < CHUNK; i += 4) {
@@ -55,8 +56,25 @@ QUERN_INLINE void load_eight(const float* p, float (&to)[8]) {
   }
 }
 
-QUERN_INLINE void run(const float* x, const uint32_t* codes, const Scale* scale, const uint8_t* zero, const float* offset,
-                      const float* residual, float* out) {
+// A tree of exchanges that sums rows over lanes; 32 / ROWS neighbouring lanes end with parts of one row. Returns which.
+template <int LEFT>
+QUERN_INLINE int hand_out(float (&sums)[ROWS], int lane) {
+  if constexpr (LEFT == 0) {
+    return 0;
+  } else {
+    constexpr int mask = LEFT * 32 / ROWS;
+    const bool upper = (lane & mask) != 0;
+#pragma unroll
+    for (int i = 0; i < LEFT; ++i) {
+      const float given = upper ? sums[i] : sums[i + LEFT];
+      sums[i] = (upper ? sums[i + LEFT] : sums[i]) + shuffle_xor(given, mask);
+    }
+    return (upper ? LEFT : 0) + hand_out<LEFT / 2>(sums, lane);
+  }
+}
+
+QUERN_INLINE void run(const float* x, const uint32_t* codes, const Scale* scale, const uint8_t* zero,
+                      const float* offset, const float* residual, float* out) {
   __shared__ Half table[16];
   __shared__ float gathered[WARPS][ROWS];
   const int thread = threadIdx.x, lane = thread % 32, row = blockIdx.x * ROWS;
@@ -107,7 +125,7 @@ QUERN_INLINE void run(const float* x, const uint32_t* codes, const Scale* scale,
             }
           }
           const Half2 both = HALVES > 1 && GROUPS_OF_CHUNK == 1 ? add_half2(sum[0], sum[HALVES - 1])
-                                                               : sum[GROUPS_OF_CHUNK > 1 ? part : 0];
+                                                                : sum[GROUPS_OF_CHUNK > 1 ? part : 0];
           const float2 two = to_float2(both);
           float& total = sums[eight + r];
           total = fmaf(two.x + two.y, scales[r] * back, total);
@@ -123,17 +141,7 @@ QUERN_INLINE void run(const float* x, const uint32_t* codes, const Scale* scale,
       }
     }
   }
-  int own = 0;  // a tree that hands each lane ROWS / 32 rows, or shares one among 32 / ROWS lanes
-#pragma unroll
-  for (int half = ROWS / 2, mask = 16; half > 0; half /= 2, mask /= 2) {
-    const bool upper = (lane & mask) != 0;
-    own += upper ? half : 0;
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const float given = upper ? sums[i] : sums[i + half];
-      sums[i] = (upper ? sums[i + half] : sums[i]) + shuffle_xor(given, mask);
-    }
-  }
+  const int own = hand_out<ROWS / 2>(sums, lane);
 #pragma unroll
   for (int mask = 16 / ROWS; mask > 0; mask /= 2) sums[0] += shuffle_xor(sums[0], mask);
   if (lane % (32 / ROWS) == 0) gathered[thread / 32][own] = sums[0];

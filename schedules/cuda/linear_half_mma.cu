@@ -1,5 +1,5 @@
-// TOKENS x 64 rows by mma.m16n8k16 (sm_80 on). Weights stay packed in shared memory: a word of a row has just the inputs that
-// a lane's fragments want. Constants as linear_half_shared.cu, TOKENS.
+// TOKENS x 64 rows by mma.m16n8k16 (sm_80 on). Weights stay packed in shared memory: a word of a row has just the
+// inputs that a lane's fragments want. Constants as linear_half_shared.cu, TOKENS.
 
 constexpr int THREADS = 128, ROWS = 64, STEP = 64, PITCH = STEP + 8, STAGES = 3;
 constexpr int DOWN = TOKENS >= 64 ? 2 : 1, ACROSS = 4 / DOWN;  // warps
@@ -24,8 +24,8 @@ QUERN_INLINE void stage(const Half* rounded, const uint32_t* codes, int token, i
   }
 }
 
-QUERN_INLINE void run(const Half* rounded, const float* back, const float* sums, const uint32_t* codes, const Scale* scale,
-                      const uint8_t* zero, const float* offset, const float* residual, float* out) {
+QUERN_INLINE void run(const Half* rounded, const float* back, const float* sums, const uint32_t* codes,
+                      const Scale* scale, const uint8_t* zero, const float* offset, const float* residual, float* out) {
   alignas(16) __shared__ Half activations[STAGES][TOKENS * PITCH];
   alignas(16) __shared__ uint4 words[STAGES][STEP_CHUNKS * ROWS];
   __shared__ Half table[16];
@@ -127,7 +127,8 @@ QUERN_INLINE void run(const Half* rounded, const float* back, const float* sums,
       for (int j = 0; j < WIDE; ++j) {
         const int n = row + own_row + j * 8 + 2 * t + e % 2;
         const float found = totals[i][j][e];
-        if (n < N) out[int64_t(of) * N + n] = RESIDUAL ? fmaf(found, size, residual[int64_t(of) * N + n]) : found * size;
+        const int64_t at = int64_t(of) * N + n;
+        if (n < N) out[at] = RESIDUAL ? fmaf(found, size, residual[at]) : found * size;
       }
     }
 }

@@ -1,5 +1,6 @@
-// Activations to fp16 for many tokens, a block a token: rounded f16[M, STORED] = x * 2^e in the places of the weights' inputs,
-// back f32[M] = 2^-e, sums f32[M, STORED / SPAN] of what was rounded (for offsets). Constants as linear_half_shared.cu.
+// Activations to fp16 for many tokens, a block a token: rounded f16[M, STORED] = x * 2^e in the places of the
+// weights' inputs, back f32[M] = 2^-e, sums f32[M, STORED / SPAN] of what was rounded (for offsets). Constants as
+// linear_half_shared.cu.
 
 constexpr int ROUND_THREADS = 256;
 

@@ -1,5 +1,5 @@
-// What fp16 linear layers share. Constants: M, N, K, BITS (4 or 8) of a stored code, GROUP, WIDTH, GROUPS, STORED, CHUNK
-// (see packed_half.py), DENSE, AFFINE (0 zero, 1 offset, 2 table), CENTRE, RESIDUAL; Scale: Half or float; TABLE.
+// What fp16 linear layers share. Constants: M, N, K, BITS (4 or 8) of a stored code, GROUP, WIDTH, GROUPS, STORED,
+// CHUNK (see packed_half.py), DENSE, AFFINE (0 zero, 1 offset, 2 table), CENTRE, RESIDUAL; Scale: Half or float; TABLE.
 
 constexpr int PAIRS = 16 / BITS;  // of a word
 constexpr int HALVES = CHUNK / 16;  // of a chunk: its inputs 0 to 15 and 16 to 31
@@ -8,13 +8,16 @@ QUERN_INLINE float real(Half x) { return to_float(x); }
 QUERN_INLINE float real(float x) { return x; }
 
 // The scales of rows r and r + 1 of 8.
-QUERN_INLINE float2 two_scales(const Half* p) { return to_float2(Half2{load_constant(reinterpret_cast<const uint32_t*>(p))}); }
+QUERN_INLINE float2 two_scales(const Half* p) {
+  return to_float2(Half2{load_constant(reinterpret_cast<const uint32_t*>(p))});
+}
 QUERN_INLINE float2 two_scales(const float* p) {
   const uint2 x = load_constant(reinterpret_cast<const uint2*>(p));
   return float2{bits_float(x.x), bits_float(x.y)};
 }
 
-// What `pairs` subtracts, from byte r of four zero points: 1024 + zero twice, and with 4 bits -(64 + zero) twice. Exact.
+// What `pairs` subtracts, from byte r of four zero points: 1024 + zero twice, and with 4 bits -(64 + zero) twice.
+// Exact.
 struct Zero {
   Half2 whole, sixteenth;
 };
@@ -23,9 +26,9 @@ QUERN_INLINE Zero zero_of(uint32_t four, int r) {
   return Zero{whole, sub_half2(Half2{0x63806380u}, whole)};
 }
 
-// A word's codes as pairs of halves, code - zero: exact, for no number is beyond 2048. 4 bits: 4 pairs by 1 shift, 4 LOP3
-// (an or puts the code's bits below those of 1024, whose last bit is 1; or as its bits 4 to 7, where they count 16), 2
-// subtractions and 2 multiply-adds. 8 bits: 2 pairs by 2 PRMT and 2 subtractions.
+// A word's codes as pairs of halves, code - zero: exact, for no number is beyond 2048. 4 bits: 4 pairs by 1 shift, 4
+// LOP3 (an or puts the code's bits below those of 1024, whose last bit is 1; or as its bits 4 to 7, where they count
+// 16), 2 subtractions and 2 multiply-adds. 8 bits: 2 pairs by 2 PRMT and 2 subtractions.
 QUERN_INLINE void pairs(uint32_t word, Zero zero, Half2 (&to)[PAIRS]) {
   if constexpr (BITS == 4) {
     constexpr int AND_OR = (0xF0 & 0xCC) | 0xAA;
@@ -62,8 +65,8 @@ QUERN_INLINE int input_of(int p) {
   return inside < GROUP && k < K ? k : -1;
 }
 
-// A power of two that brings `most` to 4..8, and its inverse. Sums of 8 products with codes of up to 8 bits, and two such
-// sums together, then stay below 16 * 255 * 8 < 65504, and what fp16 cannot hold is 2^-17 of the largest or less.
+// A power of two that brings `most` to 4..8, and its inverse. Sums of 8 products with codes of up to 8 bits, and two
+// such sums together, then stay below 16 * 255 * 8 < 65504, and what fp16 cannot hold is 2^-17 of the largest or less.
 QUERN_INLINE float to_eight(float most, float& back) {
   uint32_t exponent = float_bits(most) & 0x7f800000u;
   exponent = exponent < 0x02000000u ? 0x02000000u : exponent;

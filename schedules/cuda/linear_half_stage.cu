@@ -1,5 +1,5 @@
-// 32 inputs of TOKENS tokens and 64 rows as halves in shared memory, for kernels of 128 threads that take both from there.
-// Constants as linear_half_shared.cu, TOKENS.
+// 32 inputs of TOKENS tokens and 64 rows as halves in shared memory, for kernels of 128 threads that take both from
+// there. Constants as linear_half_shared.cu, TOKENS.
 
 constexpr int THREADS = 128, ROWS = 64, STEP = 32, PITCH = STEP + 8;
 constexpr int PART = SPAN < STEP ? SPAN : STEP, PARTS = STEP / PART;  // inputs with one scale, and how many of them
@@ -46,7 +46,8 @@ QUERN_INLINE void read_ahead(const Half* rounded, const uint32_t* codes, const S
 QUERN_INLINE void put(const Ahead& from, const Half* table, Half* activations, Half* weights, float (*scales)[ROWS],
                       float (*leasts)[ROWS]) {
   const int thread = threadIdx.x, own = thread / 2, side = thread % 2;
-  if (thread / 4 < TOKENS) *reinterpret_cast<uint4*>(activations + thread / 4 * PITCH + thread % 4 * 8) = from.activations;
+  if (thread / 4 < TOKENS)
+    *reinterpret_cast<uint4*>(activations + thread / 4 * PITCH + thread % 4 * 8) = from.activations;
   Half2 found[WORDS][PAIRS];
 #pragma unroll
   for (int i = 0; i < WORDS; ++i) {

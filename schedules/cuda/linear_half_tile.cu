@@ -1,7 +1,7 @@
 // TOKENS x 64 rows by half2 multiply-adds: a thread has TOKENS / 8 tokens x 4 rows. Constants as linear_half_stage.cu.
 
-QUERN_INLINE void run(const Half* rounded, const float* back, const float* sums, const uint32_t* codes, const Scale* scale,
-                      const uint8_t* zero, const float* offset, const float* residual, float* out) {
+QUERN_INLINE void run(const Half* rounded, const float* back, const float* sums, const uint32_t* codes,
+                      const Scale* scale, const uint8_t* zero, const float* offset, const float* residual, float* out) {
   constexpr int EACH = TOKENS / 8;
   alignas(16) __shared__ Half activations[TOKENS * PITCH];
   alignas(16) __shared__ Half weights[ROWS * PITCH];
@@ -67,7 +67,8 @@ QUERN_INLINE void run(const Half* rounded, const float* back, const float* sums,
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int n = row + own_row + 16 * j;
-      if (n < N) out[int64_t(of) * N + n] = RESIDUAL ? fmaf(totals[i][j], size, residual[int64_t(of) * N + n]) : totals[i][j] * size;
+      const int64_t at = int64_t(of) * N + n;
+      if (n < N) out[at] = RESIDUAL ? fmaf(totals[i][j], size, residual[at]) : totals[i][j] * size;
     }
   }
 }

@@ -1,7 +1,7 @@
 // TOKENS x 64 rows by wmma (sm_70 and 72). Four warps side by side, or two by two. Constants as linear_half_stage.cu.
 
-QUERN_INLINE void run(const Half* rounded, const float* back, const float* sums, const uint32_t* codes, const Scale* scale,
-                      const uint8_t* zero, const float* offset, const float* residual, float* out) {
+QUERN_INLINE void run(const Half* rounded, const float* back, const float* sums, const uint32_t* codes,
+                      const Scale* scale, const uint8_t* zero, const float* offset, const float* residual, float* out) {
   constexpr int DOWN = TOKENS >= 32 ? 2 : 1, ACROSS = 4 / DOWN;  // warps
   constexpr int TALL = TOKENS / 16 / DOWN, WIDE = ROWS / 16 / ACROSS;
   alignas(32) __shared__ Half activations[TOKENS * PITCH];
@@ -73,7 +73,8 @@ QUERN_INLINE void run(const Half* rounded, const float* back, const float* sums,
         const int n = row + own_row + j * 16 + number % 16;
         if (of < M && n < N) {
           const float found = totals[i][j][e];
-          out[int64_t(of) * N + n] = RESIDUAL ? fmaf(found, size, residual[int64_t(of) * N + n]) : found * size;
+          const int64_t at = int64_t(of) * N + n;
+          out[at] = RESIDUAL ? fmaf(found, size, residual[at]) : found * size;
         }
       }
     }

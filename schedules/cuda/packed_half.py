@@ -1,12 +1,12 @@
 """The layout that fp16 linear layers share, one token and many, on all chips.
 
-W u8[n64, stored * bits / 8]          rows of codes of 4 or 8 bits, the narrower of the two that holds them
+W u8[n64, stored * bits / 8]          rows of codes of 4 or 8 bits, the narrower that holds them
 S f16|f32[n64/8, groups, 8]           scale of 8 rows for a group of inputs: one 128-bit load of fp16
 Z u8[n64/8, groups, 8]                zero point, or F f32[n64/8, groups, 8], the offset
 n64 = n rounded up to 64 with scale 0. A group's inputs are padded to `width`: 16, or a multiple of 32.
 
-128 bits of a row are a chunk of 32 (16) consecutive stored inputs. Codes lie in it so that a thread that wants all of it,
-and the lane t = lane % 4 of an mma fragment that wants inputs 2t, 2t+1, 2t+8, 2t+9 of every 16, both get pairs of
+128 bits of a row are a chunk of 32 (16) consecutive stored inputs. Codes lie in it so that a thread that wants all of
+it, and the lane t = lane % 4 of an mma fragment that wants inputs 2t, 2t+1, 2t+8, 2t+9 of every 16, both get pairs of
 neighbouring inputs by masks alone. Word t of a chunk:
   4 bits: nibble j is the first, nibble j + 4 the second input of pair j = 0..3, whose first input is
           16 (j / 2) + 8 (j % 2) + 2 t: a mask of 0x000f000f puts both where halves have their lowest bits
@@ -101,7 +101,9 @@ def weight_packings(first: int, n: int, places: Places, scale: str, affine: str)
         first + 1: _by_group("s", n, places, scale),
     }
     if affine != "table":
-        found[first + 2] = _by_group(*(("f", n, places, "float32") if affine == "offset" else ("z", n, places, "uint8")))
+        found[first + 2] = _by_group(
+            *(("f", n, places, "float32") if affine == "offset" else ("z", n, places, "uint8"))
+        )
     return found
 
 
@@ -119,7 +121,7 @@ def _pack_codes(codes: np.ndarray, *, places: Places) -> np.ndarray:
         placed[:n, places.source >= 0] = codes[:, places.source[places.source >= 0]]
     fields = placed.reshape(len(placed), -1, places.chunk)[:, :, places.order]
     if places.bits == 4:
-        fields = fields[..., 0::2] | fields[..., 1::2] << 4
+        fields = fields[..., 0::2] | fields[..., 1::2] << np.uint8(4)
     return np.ascontiguousarray(fields).reshape(len(placed), -1)
 
 

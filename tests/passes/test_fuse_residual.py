@@ -1,4 +1,4 @@
-"""FuseResidual: the three linear layers, and what it must leave alone."""
+"""FuseResidual: the four linear layers, and what it must leave alone."""
 
 from __future__ import annotations
 
@@ -40,6 +40,15 @@ class Before:
         return out
 
     @R.function
+    def half(x: X, codes: Codes, scale: Scales, zero: Zeros, residual: Y) -> Y:
+        with R.dataflow():
+            y = R.call_pure_packed("quern.linear_half", x, codes, scale, zero, 4, 32, ty_args=Y)
+            total = R.call_pure_packed("quern.add", residual, y, ty_args=Y)
+            out = total
+            R.output(out)
+        return out
+
+    @R.function
     def int8(q: Q, ascale: Scale, asum: Sum, codes: Codes, scale: Scales, zero: Zeros, residual: Y) -> Y:
         with R.dataflow():
             y = R.call_pure_packed("quern.linear_int8", q, ascale, asum, codes, scale, zero, 8, 32, ty_args=Y)
@@ -64,6 +73,14 @@ class Expected:
     def exact(x: X, codes: Codes, scale: Scales, zero: Zeros, residual: Y) -> Y:
         with R.dataflow():
             total = R.call_pure_packed("quern.linear_exact_residual", x, codes, scale, zero, residual, 4, 32, ty_args=Y)
+            out = total
+            R.output(out)
+        return out
+
+    @R.function
+    def half(x: X, codes: Codes, scale: Scales, zero: Zeros, residual: Y) -> Y:
+        with R.dataflow():
+            total = R.call_pure_packed("quern.linear_half_residual", x, codes, scale, zero, residual, 4, 32, ty_args=Y)
             out = total
             R.output(out)
         return out
