@@ -53,10 +53,12 @@ def test_what_ptxas_reports() -> None:
     report = (
         "ptxas info    : 0 bytes gmem\n"
         "ptxas info    : Compiling entry function 'a' for 'sm_87'\n"
-        "ptxas info    : Function properties for a\n    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+        "ptxas info    : Function properties for a\n"
+        "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
         "ptxas info    : Used 32 registers, used 1 barriers, 512 bytes smem, 376 bytes cmem[0]\n"
         "ptxas info    : Compiling entry function 'b' for 'sm_87'\n"
-        "ptxas info    : Function properties for b\n    16 bytes stack frame, 12 bytes spill stores, 20 bytes spill loads\n"
+        "ptxas info    : Function properties for b\n"
+        "    16 bytes stack frame, 12 bytes spill stores, 20 bytes spill loads\n"
         "ptxas info    : Used 255 registers, 376 bytes cmem[0]\n"
     )
     assert nvrtc._resources(report) == {"a": nvrtc.Resources(32, 0, 512), "b": nvrtc.Resources(255, 32, 0)}
@@ -94,6 +96,7 @@ def test_another_wheel_wrote_over_ptxas(tmp_path: Any, monkeypatch: pytest.Monke
     nvrtc._ptxas.cache_clear()
     assert str(caught.value) == (
         f"CUDA targets need ptxas 12.9.86 of nvidia-cuda-nvcc-cu12, but {ptxas} says: Cuda compilation tools, release "
-        f"11.8, V11.8.89. Another package, perhaps nvidia-cuda-nvcc-cu11, has a file of that name. Remove it, and "
-        f"install the right one again: {sys.executable} -m pip install --force-reinstall nvidia-cuda-nvcc-cu12==12.9.86."
+        "11.8, V11.8.89. Another package, perhaps nvidia-cuda-nvcc-cu11, has a file of that name. Remove it, and "
+        f"install the right one again: {sys.executable} -m pip install --force-reinstall "
+        "nvidia-cuda-nvcc-cu12==12.9.86."
     )

@@ -16,7 +16,7 @@ from tests.schedules.kernels import request
 from tests.schedules.test_linear_grids import spans, weight
 from tests.schedules.test_quantize import outputs
 
-# Registers of a thread that a multiprocessor's 65536 leave for this many warps: 80 for 25, 128 for 16, 168 for 12, 255 for 8.
+# Registers of a thread that a multiprocessor's 65536 leave for this many warps: 80: 25, 128: 16, 168: 12, 255: 8.
 FEW, SOME, MANY, ALL = 80, 128, 168, 255
 BUDGETS = [  # device, grid, offset, tokens, group, registers
     ("jetson-nano", "int4", False, 1, 128, FEW), ("jetson-xavier", "int4", False, 1, 128, FEW),
