@@ -45,8 +45,8 @@ QUERN_INLINE float sum_rows(const float (&v)[ROWS], int lane) {
 
 QUERN_INLINE void layer(const Pointers& p) {
   __shared__ Inputs staged[STAGED ? TOKENS * POSITIONS : 1];
-  __shared__ float staged_scale[TOKENS * SPANS];
-  __shared__ int32_t staged_sum[TOKENS * SPANS];
+  __shared__ float staged_scale[STAGED ? TOKENS * SPANS : 1];
+  __shared__ int32_t staged_sum[STAGED ? TOKENS * SPANS : 1];
   __shared__ float part_sums[SPLIT > 1 ? WARPS * TOKENS * ROWS : 1];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = warp % SPLIT;
   const int block = blockIdx.x * GROUPS + warp / SPLIT, mine = min(block, ROW_BLOCKS - 1);
@@ -62,18 +62,25 @@ QUERN_INLINE void layer(const Pointers& p) {
   for (int a = 0; a < AHEAD; ++a)
     if (part + a * SPLIT < TILES) fetch(ahead[a], own, part + a * SPLIT, lane);
 
-  for (unsigned i = threadIdx.x; i < TOKENS * SPANS; i += THREADS) {
-    int from = min(token + int(i / SPANS), M - 1) * SPANS + i % SPANS;
-    staged_scale[i] = load_constant(p.ascale + from) * UNIT;
-    staged_sum[i] = static_cast<int32_t>(load_constant(reinterpret_cast<const uint32_t*>(p.asum) + from));
-  }
   const Inputs* activations = reinterpret_cast<const Inputs*>(p.q);
-  if (STAGED)
+  // Places of token t of this block, who may be beyond the last one.
+  auto token_span = [=](int t, int span) { return min(token + t, M - 1) * SPANS + span; };
+  auto token_unit = [=](int t, int unit) { return static_cast<int64_t>(min(token + t, M - 1)) * POSITIONS + unit; };
+  auto scale_at = [&](int at) { return load_constant(p.ascale + at) * UNIT; };
+  auto sum_at = [&](int at) {
+    return static_cast<int32_t>(load_constant(reinterpret_cast<const uint32_t*>(p.asum) + at));
+  };
+  if (STAGED) {
+    for (unsigned i = threadIdx.x; i < TOKENS * SPANS; i += THREADS) {
+      staged_scale[i] = scale_at(token_span(i / SPANS, i % SPANS));
+      staged_sum[i] = sum_at(token_span(i / SPANS, i % SPANS));
+    }
     for (unsigned i = threadIdx.x; i < TOKENS * POSITIONS; i += THREADS) {
       unsigned t = i / POSITIONS, unit = i % POSITIONS, slot = unit / RUN;
       staged[t * POSITIONS + position(slot / 32, unit % RUN, slot % 32)] =
-          load_constant(activations + static_cast<int64_t>(min(token + int(t), M - 1)) * POSITIONS + unit);
+          load_constant(activations + token_unit(t, unit));
     }
+  }
   block_sync();
 
   float acc[TOKENS][ROWS] = {};
@@ -87,12 +94,16 @@ QUERN_INLINE void layer(const Pointers& p) {
       const int span = slot / RUNS_IN_SPAN;
       const bool first = RUNS_IN_SPAN == 1 || slot % RUNS_IN_SPAN == 0;  // the span's zero is one lane's
       int32_t sum[TOKENS][ROWS], sixteen[TOKENS][ROWS];
+      int32_t of_token[TOKENS];
+#pragma unroll
+      for (int t = 0; t < TOKENS; ++t)
+        of_token[t] = STAGED ? staged_sum[t * SPANS + span] : sum_at(token_span(t, span));
 #pragma unroll
       for (int t = 0; t < TOKENS; ++t)
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
           int32_t zero = ZERO ? zero_of(f.zero, r) : STORED_ZERO;
-          sum[t][r] = !TABLE && first ? MAGIC - zero * staged_sum[t * SPANS + span] : MAGIC;
+          sum[t][r] = !TABLE && first ? MAGIC - zero * of_token[t] : MAGIC;
           sixteen[t][r] = 0;
         }
 #pragma unroll
@@ -101,8 +112,7 @@ QUERN_INLINE void layer(const Pointers& p) {
 #pragma unroll
         for (int t = 0; t < TOKENS; ++t)
           x[t] = STAGED ? staged[t * POSITIONS + position(tile, s, lane)]
-                        : load_constant(activations + static_cast<int64_t>(min(token + t, M - 1)) * POSITIONS +
-                                        slot * RUN + s);
+                        : load_constant(activations + token_unit(t, slot * RUN + s));
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
           const uint32_t word = word_of(f.units[s], r);
@@ -112,13 +122,13 @@ QUERN_INLINE void layer(const Pointers& p) {
       }
 #pragma unroll
       for (int t = 0; t < TOKENS; ++t) {
-        const float by = staged_scale[t * SPANS + span];
+        const float by = STAGED ? staged_scale[t * SPANS + span] : scale_at(token_span(t, span));
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
           const float centred = bits_float(static_cast<uint32_t>(sum[t][r] + (sixteen[t][r] >> 4))) - MAGIC_VALUE;
           acc[t][r] = fmaf(centred, scale_of(f.scale, r) * by, acc[t][r]);
           if (OFFSET && first)
-            acc[t][r] = fmaf(scale_of(f.offset, r), static_cast<float>(staged_sum[t * SPANS + span]) * by, acc[t][r]);
+            acc[t][r] = fmaf(scale_of(f.offset, r), static_cast<float>(of_token[t]) * by, acc[t][r]);
         }
       }
       if (tile + AHEAD * SPLIT < TILES) fetch(f, own, tile + AHEAD * SPLIT, lane);

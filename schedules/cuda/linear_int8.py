@@ -36,7 +36,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from schedules.cuda.kernel import CudaKernel, Dim3, Launch
-from schedules.cuda.packed import LANES, ROWS, Layout, blocks, storage_bits, weight_packings
+from schedules.cuda.packed import LANES, MOST_RUN, ROWS, Layout, blocks, storage_bits, weight_packings
 from schedules.cuda.source import source
 from schedules.geometry import Geometry
 from schedules.kernel import Packing, Request, Space
@@ -81,7 +81,10 @@ class Call:
     def kernel(
         self, name: str, file: str, sizes: Mapping[str, int], grid: Dim3, warps: int, resident: int, shared: int = 0
     ) -> CudaKernel:
-        """The function of `file`, one launch of it; resident: warps that a multiprocessor must have registers for."""
+        """The function of `file`, one launch of it.
+
+        resident: warps that a multiprocessor must have registers for; 0 leaves it to ptxas, where a bound might spill.
+        """
         layout, geometry = self.layout, self.layout.geometry
         constants: dict[str, int | float | str] = {
             "M": self.m, "N": self.n, "SPANS": geometry.spans, "WIDTH": geometry.width, "BITS": layout.bits,
@@ -89,13 +92,14 @@ class Call:
             "POSITIONS": layout.positions, "ROW_BLOCKS": blocks(self.n), "ROWS": ROWS,
             "ZERO": int(self.affine == "zero"), "OFFSET": int(self.affine == "offset"),
             "TABLE": int(self.affine == "table"), "RESIDUAL": int(self.residual),
-            "HALF_SCALE": int(self.scale == "float16"), "RESIDENT": max(1, resident // warps), **sizes, **self._table(),
+            "HALF_SCALE": int(self.scale == "float16"), **sizes, **self._table(),
         }  # fmt: skip
         third = {"zero": "const uint32_t* zero, ", "offset": "const uint4* offset, ", "table": ""}[self.affine]
         base = "const float* residual, " if self.residual else ""
         given = [self.affine == "zero" and "zero", self.affine == "offset" and "offset", self.residual and "residual"]
+        bounds = f"THREADS, {max(1, resident // warps)}" if resident else "THREADS"
         entry = (
-            'extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)\nKERNEL(const int8_t* q, const float* ascale, '
+            f'extern "C" __global__ void __launch_bounds__({bounds})\nKERNEL(const int8_t* q, const float* ascale, '
             f"const int32_t* asum, const uint4* codes, const Scales* scale,\n{third}{base}float* out) {{\n"
             f"  layer({{q, ascale, asum, codes, scale, {', '.join(each or 'nullptr' for each in given)}, out}});\n}}"
         )
@@ -138,11 +142,11 @@ def lower(request: Request) -> CudaKernel:
     tokens, warps, split = knobs["tokens"], knobs["warps"], knobs["split"]
     geometry = call.layout.geometry
     sizes = {
-        "TOKENS": tokens, "WARPS": warps, "SPLIT": split, "AHEAD": max(1, knobs["loads"] // call.layout.run),
-        "STAGED": int(tokens * geometry.spans * geometry.width <= SHARED_MOST),
+        "TOKENS": tokens, "WARPS": warps, "SPLIT": split, "AHEAD": max(1, min(4, knobs["loads"] // call.layout.run)),
+        "STAGED": int(tokens * geometry.spans * (geometry.width + 8) <= SHARED_MOST),
     }  # fmt: skip
     grid = (-(-blocks(call.n) // (warps // split)), -(-call.m // tokens), 1)
-    resident = 24 if tokens == 1 and knobs["loads"] <= 8 else 16
+    resident = 24 if tokens == 1 and call.layout.run == MOST_RUN and knobs["loads"] <= 8 else 0
     return call.kernel(call.name("dp4a"), "linear_int8.cu", sizes, grid, warps, resident)
 
 

@@ -101,7 +101,8 @@ def lower(request: Request) -> CudaKernel:
         "STAGE_SPANS": spans, "A_STRIDE": a_stride, "W_STRIDE": w_stride, "STAGES": stages, "SHARED_BYTES": shared,
     }  # fmt: skip
     grid = (-(-call.n // rows), -(-call.m // tokens), 1)
-    return call.kernel(call.name("mma"), "linear_int8_mma.cu", sizes, grid, knobs["warps"], RESIDENT, shared)
+    resident = RESIDENT if call.layout.bits == 4 and call.affine == "zero" else 0
+    return call.kernel(call.name("mma"), "linear_int8_mma.cu", sizes, grid, knobs["warps"], resident, shared)
 
 
 def suited(request: Request) -> Call:

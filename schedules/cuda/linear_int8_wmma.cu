@@ -23,6 +23,7 @@ struct Stage {
   alignas(16) Pair of_row[STAGE_SPANS * BN];
   alignas(16) float offset[OFFSET ? STAGE_SPANS * BN : 1];
 };
+static_assert(sizeof(Stage) >= 1024, "numbers are kept there for a moment");
 struct Fetched {
   Piece tokens[each(TOKEN_PIECES)];
   uint4 codes[each(CODE_UNITS)];
@@ -175,7 +176,7 @@ QUERN_INLINE void layer(const Pointers& p) {
   fetch(fetched, p, 0, first_token, first_row / ROWS);
 
   int32_t place[8];
-  int32_t* numbers = reinterpret_cast<int32_t*>(stage.tokens);
+  int32_t* numbers = reinterpret_cast<int32_t*>(&stage);
   for (int i = threadIdx.x; i < 256; i += THREADS) numbers[i] = i;
   block_sync();
   wmma_load_c(place, numbers, 16);

@@ -28,6 +28,7 @@ FIRST, LAST = 72, 79  # compute capabilities with int8 wmma and without cp.async
 FEW = 4  # tokens that the dot-product kernel serves
 K_STEP = 16
 STAGE_INPUTS = 128
+RESIDENT = 8  # warps: registers are what bounds them
 MOST_OUTPUTS = 1024  # of a warp: 32 fp32 sums a thread
 
 
@@ -43,7 +44,7 @@ def default_knobs(call: Call) -> dict[str, int]:
     assert gpu is not None
     tokens = 16 if call.m <= 16 else 32 if call.m <= 32 else 64
     rows = 64 if -(-call.m // tokens) * -(-call.n // 64) >= gpu.multiprocessors else 32
-    return {"tokens": tokens, "rows": rows, "warps": max(1, tokens // 32) * (2 if rows == 64 else 1)}
+    return {"tokens": tokens, "rows": rows, "warps": 4 if tokens == 64 else rows // 16}
 
 
 def lower(request: Request) -> CudaKernel:
@@ -53,14 +54,12 @@ def lower(request: Request) -> CudaKernel:
     tokens, rows, warps = knobs["tokens"], knobs["rows"], knobs["warps"]
     k_steps, spans = steps(call)
     warps_m = max(1, tokens // 32)
-    # Registers, which is what bounds the warps of a multiprocessor: 168 a thread where that does not spill.
-    most = 12 if call.layout.bits == 4 and call.affine != "offset" else 8
     sizes = {
         "BM": tokens, "BN": rows, "WARPS_M": warps_m, "WARPS_N": warps // warps_m, "K_STEPS": k_steps,
         "STAGE_SPANS": spans,
     }  # fmt: skip
     grid = (-(-call.n // rows), -(-call.m // tokens), 1)
-    return call.kernel(call.name("wmma"), "linear_int8_wmma.cu", sizes, grid, warps, most)
+    return call.kernel(call.name("wmma"), "linear_int8_wmma.cu", sizes, grid, warps, RESIDENT)
 
 
 def suited(request: Request) -> Call:
