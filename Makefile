@@ -6,6 +6,8 @@ MODEL ?=
 TARGET ?= native
 BUNDLE ?= build/demo-$(TARGET)
 PROMPT ?= Once upon a time
+# Tests run in a process a core, a file at a time: fixtures that build bundles are made once a file
+WORKERS ?= --numprocesses auto --maxprocesses 8 --dist loadfile
 # SHAPE is a published model shape, for `make bench`
 SHAPE ?= tinyllama-1.1b
 
@@ -48,10 +50,10 @@ demo: $(VENV)/.product
 	@$(PY) -m runtime generate $(BUNDLE) --prompt "$(PROMPT)"
 
 test: $(VENV)/.everything
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 test-fast: $(VENV)/.everything
-	$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(PY) -m pytest $(WORKERS) -m "not slow" $(PYTEST_ARGS)
 
 lint: $(VENV)/.everything
 	$(PY) -m ruff check .

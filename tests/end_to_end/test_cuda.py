@@ -121,6 +121,11 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
         "the caches need 1 MiB of GPU memory, but Mock GPU has 0 MiB free of 1 MiB. Close what else uses the GPU, or "
         "rebuild the bundle with a shorter context or fewer bits (python -m compiler build --context, --bits).",
     ),
+    "a kernel fails": (
+        {"refuse": "launch"},
+        "quern_run: cuStreamSynchronize failed: CUDA_ERROR_LAUNCH_FAILED (719). The GPU is lost to this process: start "
+        "again.",
+    ),
     "refused code": (
         {"refuse": "ptx", "arch": 100},
         "Mock GPU did not take the code for sm_90: CUDA_ERROR_INVALID_PTX (218): ptxas fatal   : SM version of the "
