@@ -84,8 +84,9 @@ QUERN_INLINE void layer(const Pointers& p) {
   block_sync();
 
   float acc[TOKENS][ROWS] = {};
+  const int steps = opaque(STEPS);  // else the compiler unrolls it all and runs out of registers
 #pragma unroll 1
-  for (int i = 0; i < STEPS; i += AHEAD) {
+  for (int i = 0; i < steps; i += AHEAD) {
 #pragma unroll
     for (int a = 0; a < AHEAD; ++a) {
       const int tile = part + (i + a) * SPLIT, slot = tile * 32 + lane;

@@ -11,8 +11,9 @@ bits of an fp32, exactly that number: no conversion instruction, which runs at a
 fp32, lanes by lanes and then as a tree; within a span the CPU's operations.
 
 Bytes and instructions at 4 bits, groups of 128 (32), one token. A weight is 4.19 (4.75) bits with its scale in fp16 and
-its zero. A thread's run of 128 codes is 4 loads of 16 bytes, 4 of activations, 32 dp4a, 32 masks, and scaling: 4 rows x
-(3 integer, 5 fp32) and 2 loads, with the addresses 150 instructions of PTX: 1.2 a weight, 0.75 of them integer.
+its zero. A thread's run of 32 codes of four rows is 4 loads of 16 bytes, 4 of activations, 32 dp4a, 32 masks, and
+scaling: 4 rows x (3 integer, 5 fp32) and 2 loads; with addresses 178 instructions of PTX: 1.4 a weight, 0.9 of them
+integer. Tables take 2.9, 2.5 of them integer, for the permutations that look levels up. 16 codes of 8 bits take 118.
 What a multiprocessor may spend on a weight at the memory's speed (128 lanes a clock, 64 of them integer), and what must
 be on its way from memory if that answers after 0.7 us:
                      bytes/clock  weights/clock  instructions  integer  in flight
@@ -20,12 +21,12 @@ be on its way from memory if that answers after 0.7 us:
   AGX Orin 64 GB          9.8         19             6.7         3.4      9.0 KB
   Xavier NX               9.0         17             7.5         3.8      7.0 KB
   H100                   12.8         24             5.3         2.6     17.8 KB
-So memory is the limit by a factor of 3 at least, where enough bytes are on their way: a lane asks for `loads` pieces
-before it needs the first one, that is 4 KB a warp at 8, and before the block's activations are staged in shared
-memory. At 80 registers 24 warps are resident: 96 KB. The ceiling of a call is its bytes / read_mb_per_s; activations
-come on top from the second-level cache, a byte for each 16 of a block's weights (8 warps, `split` 1). sm_53 has no
-dp4a: a multiply-add an input, 3.4 instructions of PTX a weight against 128 lanes * 921 MHz / 31 G weights/s = 3.8:
-right, and not the mode to take there. None of this has been timed on a GPU.
+So memory is the limit by a factor of 2.7 at least (tables: 1), where enough bytes are on their way: a lane asks for
+`loads` pieces before it needs the first one, that is 4 KB a warp at 8, and before the block's activations are staged in
+shared memory. At 80 registers 24 warps are resident: 96 KB. The ceiling of a call is its bytes / read_mb_per_s;
+activations come on top from the second-level cache, a byte for each 16 of a block's weights (8 warps, `split` 1).
+sm_53 has no dp4a: a multiply-add an input, 3.6 instructions of PTX a weight against 128 lanes * 921 MHz / 31 G weights
+a second = 3.8: right, and not the mode to take there. None of this has been timed on a GPU.
 """
 
 from __future__ import annotations
@@ -42,9 +43,11 @@ from schedules.geometry import Geometry
 from schedules.kernel import Packing, Request, Space
 from schedules.linear_int8 import int8_levels
 from schedules.packed import affine_of
+from targets.target import Gpu
 
 COMMON = "linear_int8_common.cu"
 CODES, SCALE = 3, 4  # argument positions of the weight; its zero or offset is next
+DP4A = 61  # the first compute capability with it
 SHARED_MOST = 40 << 10  # bytes of activations that a block stages; beyond, lanes read them from the cache
 WARPS_A_MULTIPROCESSOR = 32  # that the default wants: half of what is resident at 64 registers
 
@@ -61,6 +64,12 @@ class Call:
     residual: bool
 
     @property
+    def gpu(self) -> Gpu:
+        """The chip; targets without one are lowered elsewhere."""
+        assert self.request.target.gpu is not None
+        return self.request.target.gpu
+
+    @property
     def scale(self) -> str:
         """dtype of the weight's scales."""
         return self.request.args[SCALE].dtype
@@ -72,18 +81,18 @@ class Call:
     def name(self, family: str) -> str:
         """Family, shape and kind, as a C identifier."""
         request, geometry = self.request, self.layout.geometry
-        assert request.target.gpu is not None
         kind = request.attrs.get("grid", f"w{self.layout.bits}")
         more = ("_offset" if self.affine == "offset" else "") + ("_residual" if self.residual else "")
         shape = f"m{self.m}_n{self.n}_k{geometry.k}_g{geometry.group}_s{self.scale[5:]}"
-        return f"linear_{kind}a8_{family}_{request.target.gpu.arch}_{shape}{more}"
+        return f"linear_{kind}a8_{family}_{self.gpu.arch}_{shape}{more}"
 
     def kernel(
         self, name: str, file: str, sizes: Mapping[str, int], grid: Dim3, warps: int, resident: int, shared: int = 0
     ) -> CudaKernel:
         """The function of `file`, one launch of it.
 
-        resident: warps that a multiprocessor must have registers for; 0 leaves it to ptxas, where a bound might spill.
+        resident: warps that a multiprocessor must have registers for. Without a bound ptxas spills rather than take
+        more than it likes.
         """
         layout, geometry = self.layout, self.layout.geometry
         constants: dict[str, int | float | str] = {
@@ -97,7 +106,7 @@ class Call:
         third = {"zero": "const uint32_t* zero, ", "offset": "const uint4* offset, ", "table": ""}[self.affine]
         base = "const float* residual, " if self.residual else ""
         given = [self.affine == "zero" and "zero", self.affine == "offset" and "offset", self.residual and "residual"]
-        bounds = f"THREADS, {max(1, resident // warps)}" if resident else "THREADS"
+        bounds = f"THREADS, {max(1, resident // warps)}"
         entry = (
             f'extern "C" __global__ void __launch_bounds__({bounds})\nKERNEL(const int8_t* q, const float* ascale, '
             f"const int32_t* asum, const uint4* codes, const Scales* scale,\n{third}{base}float* out) {{\n"
@@ -126,9 +135,7 @@ def default_knobs(call: Call) -> dict[str, int]:
 
     Up to 4 tokens share what is unpacked; more make the registers of a thread scarce.
     """
-    gpu = call.request.target.gpu
-    assert gpu is not None
-    wanted, split = gpu.multiprocessors * WARPS_A_MULTIPROCESSOR, 1
+    wanted, split = call.gpu.multiprocessors * WARPS_A_MULTIPROCESSOR, 1
     tokens = min(call.m, 4)
     while 2 * split <= min(8, call.layout.tiles) and blocks(call.n) * split < wanted:
         split *= 2
@@ -140,13 +147,17 @@ def lower(request: Request) -> CudaKernel:
     call = read(request)
     knobs = default_knobs(call) | dict(request.knobs)
     tokens, warps, split = knobs["tokens"], knobs["warps"], knobs["split"]
-    geometry = call.layout.geometry
+    geometry, run = call.layout.geometry, call.layout.run
+    # Short runs have a scale for each load: several of them for several tokens would take too many registers.
+    # So do the many products that stand for a dp4a.
+    dots = call.gpu.sm >= DP4A
+    ahead = max(1, min(4, knobs["loads"] // run)) if dots and (tokens == 1 or run == MOST_RUN) else 1
     sizes = {
-        "TOKENS": tokens, "WARPS": warps, "SPLIT": split, "AHEAD": max(1, min(4, knobs["loads"] // call.layout.run)),
+        "TOKENS": tokens, "WARPS": warps, "SPLIT": split, "AHEAD": ahead,
         "STAGED": int(tokens * geometry.spans * (geometry.width + 8) <= SHARED_MOST),
     }  # fmt: skip
     grid = (-(-blocks(call.n) // (warps // split)), -(-call.m // tokens), 1)
-    resident = 24 if tokens == 1 and call.layout.run == MOST_RUN and knobs["loads"] <= 8 else 0
+    resident = 24 if dots and tokens == 1 and run == MOST_RUN and knobs["loads"] <= 8 else 8
     return call.kernel(call.name("dp4a"), "linear_int8.cu", sizes, grid, warps, resident)
 
 
@@ -165,7 +176,6 @@ def workload(call: Call) -> dict[str, int | str]:
 def space(request: Request) -> Space:
     """What tuning may try."""
     call = read(request)
-    assert request.target.gpu is not None
 
     def allowed(knobs: Mapping[str, int]) -> bool:
         return knobs["split"] <= knobs["warps"] and knobs["loads"] >= call.layout.run
@@ -178,7 +188,7 @@ def space(request: Request) -> Space:
     }
     macs = call.m * call.n * call.layout.geometry.k
     return Space.around(
-        default_knobs(call), tried, schedule=f"cuda.linear_int8.{request.target.gpu.arch}", workload=workload(call),
+        default_knobs(call), tried, schedule=f"cuda.linear_int8.{call.gpu.arch}", workload=workload(call),
         macs=macs, allowed=allowed,
     )  # fmt: skip
 

@@ -15,17 +15,16 @@ constexpr int32_t STORED_ZERO = BITS == 8 ? -128 : 0;
 // Bytes 4 i to 4 i + 3 of the unit, as the integers to multiply with.
 QUERN_INLINE int32_t first_inputs(uint32_t word) { return BITS == 8 ? word : word & 0x0F0F0F0Fu; }
 QUERN_INLINE int32_t last_inputs(uint32_t word) { return word >> 4 & 0x0F0F0F0Fu; }
-// Levels of the eight codes of a word. A byte permutation looks up four codes below 8 at a time, their top bits chosen
-// by another one, which spreads bit 3 of a code over a byte.
-QUERN_INLINE uint32_t levels_of_four(uint32_t codes) {
-  uint32_t low = permute_bytes(LEVELS_0, LEVELS_1, codes & 0x7777u);
-  uint32_t high = permute_bytes(LEVELS_2, LEVELS_3, codes & 0x7777u);
-  uint32_t top = codes & 0x8888u;
-  uint32_t which = permute_bytes(0x00008000u, 0, top | top >> 3);  // byte 0, or the sign of byte 1: 0x00 or 0xFF
+// Levels of the eight codes of a word. A byte permutation looks up four codes below 8 at a time, by the low 16 bits of
+// its selector; another one spreads the codes' top bits over bytes, and these choose between codes below 8 and the rest.
+QUERN_INLINE uint32_t levels_of_four(uint32_t codes, uint32_t tops) {
+  uint32_t low = permute_bytes(LEVELS_0, LEVELS_1, codes), high = permute_bytes(LEVELS_2, LEVELS_3, codes);
+  uint32_t which = permute_bytes(0x00008000u, 0, tops);  // byte 0, or the sign of byte 1: 0x00 or 0xFF
   return lop3<0xCA>(which, high, low);
 }
 QUERN_INLINE void table_inputs(uint32_t word, int32_t& first, int32_t& last) {
-  uint32_t a = levels_of_four(word & 0xFFFFu), b = levels_of_four(word >> 16);  // inputs 0 4 1 5 and 2 6 3 7
+  uint32_t codes = word & 0x77777777u, top = word & 0x88888888u, tops = top | top >> 3;
+  uint32_t a = levels_of_four(codes, tops), b = levels_of_four(codes >> 16, tops >> 16);  // inputs 0 4 1 5, 2 6 3 7
   first = permute_bytes(a, b, 0x6420u);
   last = permute_bytes(a, b, 0x7531u);
 }

@@ -12,7 +12,7 @@ of a span beyond a multiple of 32 inputs multiply zeros.
 
 A warp's 32 tokens x 32 rows x 128 inputs: 32 mma (each 4096 multiply-adds: 8 clocks of a quarter of an sm_87
 multiprocessor, 256 in all), 16 words of codes with 48 operations to unpack, 32 x 4 operations of scaling, and a
-span's activations, read once for all columns: about 390 instructions of PTX, and 100 more for the copies of 8 warps.
+span's activations, read once for all columns: about 430 instructions of PTX, and 100 more for the copies of 8 warps.
 An instruction a clock: half of the peak of sm_87 is in reach, at groups of 32 a fifth. sm_90 has four times the
 tensor cores for these instructions' clocks and is bound by scaling alone. Shared memory fits 48 KB, which every
 device has without asking. From the second-level cache a block reads (tokens + rows / 2) bytes an input for tokens *
@@ -77,11 +77,9 @@ def stage_bytes(call: Call, tokens: int, rows: int) -> int:
 
 def default_knobs(call: Call) -> dict[str, int]:
     """The largest tile that fits twice into 48 KB, is not mostly padding, and leaves no multiprocessor idle."""
-    gpu = call.request.target.gpu
-    assert gpu is not None
     fitting = [tile for tile in TILES if 2 * stage_bytes(call, *tile) <= SHARED]
     useful = [(t, r) for t, r in fitting if t <= 16 * -(-call.m // 16)] or fitting[-1:]
-    filling = [(t, r) for t, r in useful if -(-call.m // t) * -(-call.n // r) >= gpu.multiprocessors]
+    filling = [(t, r) for t, r in useful if -(-call.m // t) * -(-call.n // r) >= call.gpu.multiprocessors]
     tokens, rows = (filling or useful[-1:])[0]
     stages = 3 if 3 * stage_bytes(call, tokens, rows) <= SHARED else 2
     return {"tokens": tokens, "rows": rows, "warps": rows // 16, "stages": stages}
@@ -101,15 +99,14 @@ def lower(request: Request) -> CudaKernel:
         "STAGE_SPANS": spans, "A_STRIDE": a_stride, "W_STRIDE": w_stride, "STAGES": stages, "SHARED_BYTES": shared,
     }  # fmt: skip
     grid = (-(-call.n // rows), -(-call.m // tokens), 1)
-    resident = RESIDENT if call.layout.bits == 4 and call.affine == "zero" else 0
+    resident = RESIDENT if call.layout.bits == 4 and call.affine == "zero" else 8
     return call.kernel(call.name("mma"), "linear_int8_mma.cu", sizes, grid, knobs["warps"], resident, shared)
 
 
 def suited(request: Request) -> Call:
     """The call, if it is one for tensor cores of sm_80."""
-    assert request.target.gpu is not None
     call = read(request)
-    if request.target.gpu.sm < SINCE or call.m <= FEW:
+    if call.gpu.sm < SINCE or call.m <= FEW:
         raise NotSuited
     return call
 
@@ -127,7 +124,6 @@ def points(call: Call) -> Iterator[tuple[int, int]]:
 def space(request: Request) -> Space:
     """What tuning may try."""
     call = suited(request)
-    assert request.target.gpu is not None
 
     def allowed(knobs: Mapping[str, int]) -> bool:
         tokens, rows, warps = knobs["tokens"], knobs["rows"], knobs["warps"]
@@ -138,7 +134,7 @@ def space(request: Request) -> Space:
     tried = {"tokens": (16, 32, 64), "rows": (32, 64, 128), "warps": (2, 4, 8), "stages": (2, 3, 4)}
     macs = call.m * call.n * call.layout.geometry.k
     return Space.around(
-        default_knobs(call), tried, schedule=f"cuda.linear_int8_mma.{request.target.gpu.arch}", workload=workload(call),
+        default_knobs(call), tried, schedule=f"cuda.linear_int8_mma.{call.gpu.arch}", workload=workload(call),
         macs=macs, allowed=allowed,
     )  # fmt: skip
 

@@ -40,10 +40,8 @@ def steps(call: Call) -> tuple[int, int]:
 
 def default_knobs(call: Call) -> dict[str, int]:
     """64 x 64 where that fills the device; fewer tokens where there are fewer, fewer rows where they leave it idle."""
-    gpu = call.request.target.gpu
-    assert gpu is not None
     tokens = 16 if call.m <= 16 else 32 if call.m <= 32 else 64
-    rows = 64 if -(-call.m // tokens) * -(-call.n // 64) >= gpu.multiprocessors else 32
+    rows = 64 if -(-call.m // tokens) * -(-call.n // 64) >= call.gpu.multiprocessors else 32
     return {"tokens": tokens, "rows": rows, "warps": 4 if tokens == 64 else rows // 16}
 
 
@@ -64,9 +62,8 @@ def lower(request: Request) -> CudaKernel:
 
 def suited(request: Request) -> Call:
     """The call, if it is one for Xavier's tensor cores."""
-    assert request.target.gpu is not None
     call = read(request)
-    if not FIRST <= request.target.gpu.sm <= LAST or call.m <= FEW:
+    if not FIRST <= call.gpu.sm <= LAST or call.m <= FEW:
         raise NotSuited
     return call
 
@@ -79,7 +76,6 @@ LOWERS = {
 def space(request: Request) -> Space:
     """What tuning may try."""
     call = suited(request)
-    assert request.target.gpu is not None
 
     def allowed(knobs: Mapping[str, int]) -> bool:
         warps_m = max(1, knobs["tokens"] // 32)
@@ -89,7 +85,7 @@ def space(request: Request) -> Space:
     tried = {"tokens": (16, 32, 64), "rows": (32, 64, 128), "warps": (1, 2, 4, 8)}
     macs = call.m * call.n * call.layout.geometry.k
     return Space.around(
-        default_knobs(call), tried, schedule=f"cuda.linear_int8_wmma.{request.target.gpu.arch}",
+        default_knobs(call), tried, schedule=f"cuda.linear_int8_wmma.{call.gpu.arch}",
         workload=workload(call), macs=macs, allowed=allowed,
     )  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -60,6 +61,22 @@ def test_linear_layers_fit_their_budget(gpu: str, grid: str, offset: bool, m: in
         assert "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32" in ptx and "cp.async.cg.shared.global" in ptx
     if device.sm == 72 and m > 4:
         assert "wmma.mma.sync.aligned.row.col.m16n16k16.s32.s8.s8.s32" in ptx
+
+
+@pytest.mark.slow
+def test_no_shape_spills() -> None:
+    """A spill ends a build, so a sample of everything is compiled: devices, grids, groups, tokens, dtypes of scales."""
+    grids = [("int4", False), ("int4", True), ("int8", False), ("int8", True), ("nf4", False)]
+    axes = [list(GPUS), grids, (8, 24, 32, 43, 64, 96, 128, 704), (1, 2, 4, 5, 32, 64, 200), ("float16", "float32")]
+    everything = list(product(*axes))
+    for i in np.random.default_rng(0).choice(len(everything), 24, replace=False):
+        gpu, (grid, offset), group, m, scale = everything[i]
+        w = weight(grid, offset, 352, 1408, group)
+        kernel = lowered(spans(w, np.zeros((m, 1408))), replace(w, scale=w.scale.astype(scale)), gpu)
+        device = GPUS[gpu].gpu
+        assert device is not None
+        (used,) = nvrtc.compile(kernel.source, device).functions.values()
+        assert used.spill_bytes == 0, kernel.name
 
 
 @pytest.mark.parametrize(("gpu", "kind"), list(zip(GPUS, quantize.KINDS, strict=True)))
