@@ -68,7 +68,8 @@ def test_linear_layers_fit_their_budget(gpu: str, grid: str, offset: bool, m: in
 def test_no_shape_spills() -> None:
     """A spill ends a build, so a sample of everything is compiled: devices, grids, groups, tokens, dtypes of scales."""
     grids = [("int4", False), ("int4", True), ("int8", False), ("int8", True), ("nf4", False)]
-    axes: list[Any] = [list(GPUS), grids, (8, 24, 32, 43, 64, 96, 128, 704), (1, 2, 4, 5, 32, 64, 200), ("float16", "float32")]
+    groups, tokens = (8, 24, 32, 43, 64, 96, 128, 704), (1, 2, 4, 5, 32, 64, 200)
+    axes: list[Any] = [list(GPUS), grids, groups, tokens, ("float16", "float32")]
     everything: list[tuple[Any, ...]] = list(product(*axes))
     for i in np.random.default_rng(0).choice(len(everything), 24, replace=False):
         gpu, (grid, offset), group, m, scale = everything[i]
