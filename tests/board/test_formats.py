@@ -33,7 +33,6 @@ GROUPS = {
     "compressed-tensors": "llmcompressor-compressed-tensors-w8a8",
     "gguf": "Q4_K, Q6_K",
 }
-CHUNKS = {"dense": (16,), "gptq": (16,), "gguf": (16,)}  # the others take their prompt token by token: half the kernels
 # argv: prompt, tokens, then bundles; a line of JSON and a file of logits for each.
 GREEDY = """
 import json, sys
@@ -64,7 +63,7 @@ def test_the_board_writes_what_this_machine_writes(board: Any, tmp_path: Path) -
     for name in GROUPS:
         for target, made in places.items():
             made.append(tmp_path / f"{name}-{target}")
-            request = pipeline.Request(made[-1], targets.load(target), context=64, chunks=CHUNKS.get(name, ()))
+            request = pipeline.Request(made[-1], targets.load(target), context=64, chunks=(16,))
             pipeline.build(hub.resolve(str(checkpoint(name, tmp_path))), request, Reporter(quiet=True))
     arguments = ["-c", GREEDY, json.dumps(PROMPT), str(TOKENS)]
     there = board.run([*arguments, *places["rpi4"]], pythonpath=[board.runtime_folder()]).stdout.splitlines()
