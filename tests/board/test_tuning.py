@@ -26,7 +26,7 @@ from tests.tune.test_records import linear
 
 pytestmark = [pytest.mark.board, pytest.mark.slow]
 RPI4 = targets.load("rpi4")
-TRIALS, KILLED_AFTER = 16, 4
+TRIALS, KILLED_AFTER = 10, 3
 LOOSE = 1000.0  # of drift: an emulator's times are no times
 
 
