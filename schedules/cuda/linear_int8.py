@@ -22,11 +22,12 @@ be on its way from memory if that answers after 0.7 us:
   Xavier NX               9.0         17             7.5         3.8      7.0 KB
   H100                   12.8         24             5.3         2.6     17.8 KB
 So memory is the limit by a factor of 2.7 at least (tables: 1), where enough bytes are on their way: a lane asks for
-`loads` pieces before it needs the first one, that is 4 KB a warp at 8, and before the block's activations are staged in
-shared memory. At 80 registers 24 warps are resident: 96 KB. The ceiling of a call is its bytes / read_mb_per_s;
-activations come on top from the second-level cache, a byte for each 16 of a block's weights (8 warps, `split` 1).
-sm_53 has no dp4a: a multiply-add an input, 3.6 instructions of PTX a weight against 128 lanes * 921 MHz / 31 G weights
-a second = 3.8: right, and not the mode to take there. None of this has been timed on a GPU.
+`loads` pieces before it needs the first one, that is 4 KB a warp at 8, and before the block's activations are staged
+in shared memory. At 80 registers 24 warps are resident: 96 KB (128 with an offset, a table or scales of fp32: 64 KB).
+The ceiling of a call is its bytes / read_mb_per_s; activations come on top from the second-level cache, a byte for
+each 16 of a block's weights (8 warps, `split` 1). sm_53 has no dp4a: a multiply-add an input, 3.6 instructions of PTX
+a weight against 128 lanes * 921 MHz / 31 G weights a second = 3.8: right, and not the mode to take there. None of
+this has been timed on a GPU.
 """
 
 from __future__ import annotations
@@ -157,7 +158,9 @@ def lower(request: Request) -> CudaKernel:
         "STAGED": int(tokens * geometry.spans * (geometry.width + 8) <= SHARED_MOST),
     }  # fmt: skip
     grid = (-(-blocks(call.n) // (warps // split)), -(-call.m // tokens), 1)
-    resident = 24 if dots and tokens == 1 and run == MOST_RUN and knobs["loads"] <= 8 else 8
+    resident = 8
+    if dots and tokens == 1 and run == MOST_RUN and knobs["loads"] <= 8:
+        resident = 24 if call.affine == "zero" and call.scale == "float16" else 16
     return call.kernel(call.name("dp4a"), "linear_int8.cu", sizes, grid, warps, resident)
 
 
