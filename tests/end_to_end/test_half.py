@@ -45,7 +45,7 @@ def test_options_that_follow_from_it(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["cuda-sm72", "cuda-sm87"])
 def test_logits(target: str, bundles: Bundles, sessions: Sessions, tmp_path: Path) -> None:
-    """4-bit weights with an 8-bit head, prompt chunks and single tokens, against the CPU's exact path. sm_53: test_cuda."""
+    """4-bit weights and an 8-bit head, chunks and single tokens, against the CPU's exact path. sm_53: test_cuda."""
     settings: dict[str, Any] = {"bits": 4, "head_bits": 8, "chunks": (16,)}
     built = gpu.build(STORIES260K, tmp_path / "out", target, activations="float16", **settings)
     ids = np.arange(3, 3 + 35) % 512
