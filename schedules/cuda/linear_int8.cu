@@ -84,7 +84,7 @@ QUERN_INLINE void layer(const Pointers& p) {
   block_sync();
 
   float acc[TOKENS][ROWS] = {};
-  const int steps = opaque(STEPS);  // else the compiler unrolls it all and runs out of registers
+  const int steps = QUERN_SM < 61 ? opaque(STEPS) : STEPS;  // unrolled without dp4a it would take too many registers
 #pragma unroll 1
   for (int i = 0; i < steps; i += AHEAD) {
 #pragma unroll
