@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import locale
 import sys
 from importlib import metadata
 from typing import Any
@@ -42,6 +43,13 @@ def test_ptxas_refuses_what_the_version_line_does_not_have() -> None:
     )  # fmt: skip
     with pytest.raises(nvrtc.DeviceCodeError, match=r"requires PTX ISA \.version 7\.0 or later"):
         nvrtc._assemble(nvrtc.set_version(raw.rstrip(b"\0"), "6.5"), "sm_80")
+
+
+def test_the_callers_locale_stays() -> None:
+    """NVRTC leaves its thread in the locale "C", in which Python reads text files as ASCII."""
+    before = locale.nl_langinfo(locale.CODESET)
+    nvrtc._nvrtc(TOY, "compute_87", "PTX")
+    assert locale.nl_langinfo(locale.CODESET) == before
 
 
 def test_wrong_source() -> None:
