@@ -92,7 +92,7 @@ QUERN_INLINE void score_block(const Item* keys, const float (*query)[ROWS], floa
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 KERNEL(const float* __restrict__ q, const Item* __restrict__ keys, const Item* __restrict__ values,
        const int* __restrict__ span, float* __restrict__ out, float* __restrict__ stats) {
   alignas(16) __shared__ float query[D][ROWS];

@@ -67,7 +67,7 @@ QUERN_INLINE void score_block(const int8_t* keys, const float* scales, const int
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 KERNEL(const float* __restrict__ q, const int8_t* __restrict__ keys, const int8_t* __restrict__ values,
        const float* __restrict__ k_scale, const float* __restrict__ v_scale, const int* __restrict__ span,
        float* __restrict__ out, float* __restrict__ stats) {
