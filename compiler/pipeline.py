@@ -14,7 +14,7 @@ import tvm
 
 from compiler import models
 from compiler.checkpoint import Checkpoint, open_checkpoint
-from compiler.codegen import bundle, carried, chat_format, link, tokenizer_files, weights_file
+from compiler.codegen import bundle, carried, chat_format, link, nvrtc, tokenizer_files, weights_file
 from compiler.codegen.build import compile_module
 from compiler.codegen.cuda import device_code, library, tables
 from compiler.errors import CheckpointError, ConfigError, UnsupportedError
@@ -284,10 +284,12 @@ def _for_gpu(mod: tvm.IRModule, gpu: Gpu, request: Request, report: Reporter) ->
     with report.stage("codegen") as stage:
         source = device_code.unit(launches.kernels.values())
         _dump(request.dump_ir, "4_code.cu", lambda: source)
-        compiled = device_code.compile_unit(source, gpu)
+        compiled = nvrtc.compile(source, gpu)
         _dump(request.dump_ir, "4_code.ptx", compiled.ptx.decode)
         stage.bytes = len(compiled.ptx) + len(compiled.cubin or b"")
         stage.note = f"PTX {gpu.ptx}" + (f" and machine code for {gpu.arch}" if compiled.cubin else "")
+    if spilled := device_code.spills(compiled):
+        report.line(spilled)
     text = tables.source(launches, compiled, gpu)
     return Code(launches.packings, launches.arena_bytes, partial(library.build, text, target=target))
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import targets
 from compiler import pipeline
+from compiler.codegen import nvrtc
+from compiler.codegen.cuda import device_code
 from compiler.progress import Reporter
 from tests.emulator import cuda as emulator
 from tests.end_to_end import commands
@@ -41,10 +43,12 @@ class Built:
 
 
 def build(model: Path, out: Path, target: str, **settings: Any) -> Built:
-    """Compile a checkpoint and keep the kernels' source."""
+    """Compile a checkpoint and keep the kernels' source; none of them may spill."""
     request = pipeline.Request(out / "bundle", targets.load(target), dump_ir=out / "ir", **settings)
     out.mkdir()
     pipeline.build(model, request, Reporter(quiet=True))
     gpu = request.target.gpu
     assert gpu is not None
-    return Built(request.out, (out / "ir" / "4_code.cu").read_text(), gpu.sm)
+    source = (out / "ir" / "4_code.cu").read_text()
+    assert device_code.spills(nvrtc.compile(source, gpu)) == ""  # compiled before: that is kept
+    return Built(request.out, source, gpu.sm)

@@ -65,7 +65,7 @@ def test_linear_layers_fit_their_budget(gpu: str, grid: str, offset: bool, m: in
 
 @pytest.mark.slow
 def test_no_shape_spills() -> None:
-    """A spill ends a build, so a sample of everything is compiled: devices, grids, groups, tokens, dtypes of scales."""
+    """Spills cost speed, so a sample of everything is compiled: devices, grids, groups, tokens, dtypes of scales."""
     grids = [("int4", False), ("int4", True), ("int8", False), ("int8", True), ("nf4", False)]
     groups, tokens, scales = (8, 24, 32, 43, 64, 96, 128, 704), (1, 2, 4, 5, 32, 64, 200), ("float16", "float32")
     everything = list(product(GPUS, grids, groups, tokens, scales))
