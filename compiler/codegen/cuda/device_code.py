@@ -11,7 +11,6 @@ from collections.abc import Iterable
 
 from compiler.codegen.nvrtc import DeviceCode
 from schedules.cuda.kernel import CudaKernel
-from targets import Gpu
 
 INCLUDE = '#include "quern.cuh"'
 
