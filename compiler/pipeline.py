@@ -83,7 +83,8 @@ def default_activations(target: Target) -> str:
     return "float16" if target.gpu is not None and target.gpu.sm < DP4A_SM else "int8"
 
 
-def _refuse_half_without_gpu(request: Request) -> None:
+def refuse_half_without_gpu(request: Request) -> None:
+    """Raise UnsupportedError for half precision on a CPU."""
     if request.activations == "float16" and request.target.gpu is None:
         raise UnsupportedError(
             f"{request.target.name}: --activations float16 is for targets with a GPU, and this one computes on its "
@@ -120,7 +121,7 @@ class Inputs:
 def build(model_dir: Path, request: Request, report: Reporter) -> manifest.Manifest:
     """Compile the checkpoint in `model_dir`. Raises UserError; then nothing is left at or beside `request.out`."""
     bundle.check_place(request.out)
-    _refuse_half_without_gpu(request)
+    refuse_half_without_gpu(request)
     with report.stage("import") as stage:
         inputs = import_checkpoint(model_dir, request)
         stage.note = (

@@ -96,6 +96,11 @@ class Model:
         self.call("quern_describe", ctypes.byref(found))
         return found
 
+    @property
+    def weights(self) -> int:
+        """Where they begin in GPU memory."""
+        return int(self.library.quern_weights(self._model))
+
     def parameters(self) -> Iterator[str]:
         """Names of the weights and caches that the code asks for, in its order."""
         for index in itertools.count():

@@ -192,7 +192,10 @@ class Database:
 
 @dataclass
 class Tuned:
-    """What `lower_to_schedules` and `lower_to_launches` ask for decisions. Remembers how many records no longer fit their schedule."""
+    """What `lower_to_schedules` and `lower_to_launches` ask for decisions.
+
+    Remembers how many records no longer fit their schedule.
+    """
 
     database: Database
     threads: int
