@@ -81,6 +81,7 @@ def open_workload(request: Request, default: Mapping[str, int], least_bytes: int
             place += padded(array.nbytes)
         sets.append([views.get(name, held.get(name)) for name in arrays])
     outs = [tvm.runtime.tensor(np.zeros(out.shape, out.dtype)) for out in request.outs]
+    assert isinstance(made.kernel, Kernel), "a GPU's kernels are timed over RPC"
     function = compiled(made.kernel.func, request.target)
     function(*sets[0], *outs)
     pin()
@@ -129,6 +130,7 @@ def fastest_reader(workload: Workload) -> Any:
 def prepare(workload: Workload, knobs: Mapping[str, int]) -> int:
     """Compile a candidate and compare its results with the default's; gives its number for `time`."""
     kernel = candidates.candidate(workload.request, knobs, workload.default)
+    assert isinstance(kernel, Kernel)
     function = compiled(kernel.func, workload.request.target)
     for out in workload.outs:
         out.copyfrom(np.full(out.shape, 77, str(out.dtype)))

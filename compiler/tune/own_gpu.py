@@ -23,9 +23,12 @@ def offered(key: str) -> Iterator[Address]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
     with tracker.running() as address:
         command = [sys.executable, "-m", "runtime", "rpc-server", "--tracker", str(address), "--key", key]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         command += ["--port", "0", "--tunnel"]  # it says where it listens, and ends when its stdin does
-        with subprocess.Popen(command, env=environment, text=True, start_new_session=True, **pipes) as process:  # type: ignore[call-overload]
+        with subprocess.Popen(
+            command, env=environment, text=True, start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        ) as process:  # fmt: skip
+            assert process.stdin is not None and process.stdout is not None
             try:
                 line = process.stdout.readline()
                 if not line:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,19 +14,24 @@ import targets
 from compiler.codegen.cuda import device_code
 from compiler.tune import candidates, cuda_candidates, tracker
 from compiler.tune.boards import BoardError, BoardMeasurer
-from compiler.tune.measure import EMULATED, RPC, DeviceLost, Setting
+from compiler.tune.measure import EMULATED, RPC, Setting
+from compiler.tune.records import FILE_NAME, Tuned
 from runtime.rpc_tracker import Address
 from schedules import kernel
 from schedules.cuda.kernel import CudaKernel
+from schedules.cuda.kernel import lowerings as cuda_lowerings
 from schedules.kernel import Request, Space, TensorSpec
 from targets import Target
 from tests.emulator import cuda as emulator
+from tests.end_to_end import commands
+from tests.end_to_end.places import DEMO
 from tests.mock import cuda as mock
 from tests.tune import fake_board
+from tests.tune.test_records import choice, database
 
 SM90 = targets.load("cuda-sm90")
 KEY = "gpu-mill"
-N, K, GROUP = 32, 4096, 128
+N, K, GROUP = 64, 4096, 128
 LEAST_BYTES = 1 << 20
 DRIFT = 1e6  # an emulated kernel's times are no times
 
@@ -45,6 +52,7 @@ def room() -> Space:
 REQUEST = linear()
 SPACE = room()
 GOOD, WRONG = {**SPACE.default, "rows": 16}, {**SPACE.default, "threads": 64}
+DEADLY = {"rows": 16, "threads": 64}
 
 
 def lowered(knobs: dict[str, int]) -> CudaKernel:
@@ -53,13 +61,18 @@ def lowered(knobs: dict[str, int]) -> CudaKernel:
     return made
 
 
+def altered(knobs: dict[str, int], text: str, other: str) -> CudaKernel:
+    found = lowered(knobs)
+    assert found.source.count(text) == 1
+    return replace(found, source=found.source.replace(text, other))
+
+
 @pytest.fixture(scope="module")
 def _gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The mock runs what these kernels' sources say, but for one, which leaves its results unwritten there."""
-    wrong = lowered(WRONG)
-    wrong = replace(wrong, source=wrong.source.replace("  run(x, ", "  if (threadIdx.x > 4096) run(x, "))
-    assert wrong != lowered(WRONG)
-    kernels = [lowered(dict(SPACE.default)), lowered(GOOD), wrong, cuda_candidates.canary()]
+    """The mock runs what these kernels' sources say, but for two: one writes nothing, one reads beyond its inputs."""
+    wrong = altered(WRONG, "  run(x, ", "  if (threadIdx.x > 4096) run(x, ")
+    deadly = altered(DEADLY, "  run(x, ", "  run(x + (1 << 24), ")
+    kernels = [lowered(dict(SPACE.default)), lowered(GOOD), wrong, deadly, cuda_candidates.canary()]
     library = emulator.library(device_code.unit(kernels), 90)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in mock.environment(library, arch=90).items():
@@ -96,3 +109,98 @@ def test_candidates_beside_the_default(measurer: BoardMeasurer, address: Address
     assert batch.bytes_per_call == one and batch.rotated_bytes >= LEAST_BYTES
     assert again.timings[0].failure is None and len(again.timings[0].speedups) == 2
     assert (measurer.setting.measured, measurer.setting.cpu) == (EMULATED, "Mock GPU, 2 multiprocessors")
+
+
+def test_a_kernel_that_takes_the_gpu_down(measurer: BoardMeasurer, address: Address, tmp_path: Path) -> None:
+    """Its session ends, twice; the default does well in between, and so do those that come after it."""
+    with fake_board.offered(address, KEY, "Board", tmp_path):
+        dead, good = measurer.measure(REQUEST, SPACE, [DEADLY, GOOD], rounds=2).timings
+    assert dead.failure is not None and dead.failure.endswith(": exit code 70")
+    assert good.failure is None and len(good.speedups) == 2
+
+
+GPU = {"name": "Orin", "arch": 90, "driver": 11080, "multiprocessors": 8, "emulated": False}
+ABOUT = {"address": "stone:1", "name": "stone", "session": 1, "arch": SM90.arch, "features": [], "glibc": "2.40",
+         "cpu": "stone", "tvm_ffi": [0, 1, 15], "emulator": None, "gpu": GPU}  # fmt: skip
+
+
+def admitted(gpu: dict[str, Any]) -> Setting:
+    made = BoardMeasurer(Setting.here(1), key=KEY, target=SM90)
+    made._admit(ABOUT | {"gpu": gpu})
+    return made.setting
+
+
+@pytest.mark.parametrize(
+    ("gpu", "said"),
+    [
+        ({"error": "the NVIDIA driver is not there"},
+         "The board at stone:1 (stone) is offered as 'gpu-mill', but it has no GPU: the NVIDIA driver is not there."),
+        (GPU | {"arch": 87},
+         "The board at stone:1 (stone) is offered as 'gpu-mill', but its GPU is sm_87 (Orin, 8 multiprocessors) and "
+         "kernels are tuned for sm_90. Give boards of another kind another --key."),
+        (GPU | {"driver": 11040},
+         "The board at stone:1 (stone) has an NVIDIA driver of CUDA 11.4, but kernels need 11.8. Update it."),
+    ],
+    ids=["none", "another", "old"],
+)  # fmt: skip
+def test_another_gpu_is_refused(gpu: dict[str, Any], said: str) -> None:
+    with pytest.raises(BoardError) as caught:
+        admitted(gpu)
+    assert str(caught.value) == said
+
+
+def test_a_gpu_gives_records_its_name() -> None:
+    found = admitted(GPU)
+    assert (found.measured, found.cpu) == (RPC, "Orin, 8 multiprocessors")
+    assert admitted(GPU | {"emulated": True}).measured == EMULATED
+
+
+TUNE = ("compiler", "tune", "--target", "cuda-sm90", "--model", DEMO, "--tokens", 1, "--operators", "attention",
+        "--trials", 2, "--drift", 1000000, "--json")  # fmt: skip
+
+
+def test_the_verb_tunes_this_machines_gpu_and_goes_on(tmp_path: Path) -> None:
+    """Without emulated kernels: what counts here is who is started, recorded, refused, and not measured twice."""
+    environment = mock.environment(arch=90)
+    into = ("--tuning-logs", tmp_path / "logs")
+    first = commands.run(*TUNE, *into, env=environment)
+    assert (first.returncode, first.stderr) == (0, "")
+    path = tmp_path / "logs" / SM90.tuning_key / FILE_NAME
+    before = path.read_bytes()
+    records = [json.loads(line) for line in before.splitlines()]
+    assert [r["kind"] for r in records].count("trial") == 2 and records[-1]["kind"] == "choice"
+    assert {(r["measured"], r["threads"], r["cpu"]) for r in records} == {
+        (EMULATED, 1, "Mock GPU, 2 multiprocessors")
+    }  # fmt: skip
+    (shape,) = json.loads(first.stdout)["shapes"]
+    assert (shape["schedule"], shape["new"]) == ("cuda.attention_decode.sm_90", 2)
+    path.write_bytes(before + before.splitlines()[0][:200])  # the worst moment to be killed: half a line
+    again = commands.run(*TUNE, *into, env=environment)
+    assert (again.returncode, json.loads(again.stdout)["shapes"][0]["new"], path.read_bytes()) == (0, 0, before)
+    refused = commands.run(*TUNE, env=environment)
+    assert commands.message(refused.returncode, refused.stdout, refused.stderr) == (
+        "This board is emulated: its times say nothing about a real one and never go into tuning_logs/. "
+        "Give them a folder of their own with --tuning-logs DIR."
+    )
+
+
+def test_the_verb_needs_a_gpu_here(tmp_path: Path) -> None:
+    into = ("--tuning-logs", tmp_path / "logs")
+    done = commands.run(*TUNE, *into, env={"QUERN_LIBCUDA": f"{tmp_path}/none.so"})
+    assert commands.message(done.returncode, done.stdout, done.stderr) == (
+        f"cuda-sm90: candidates are timed on this machine, and it cannot run them: it runs on an NVIDIA GPU, but the "
+        f"NVIDIA driver is not there: {tmp_path}/none.so: cannot open shared object file: No such file or directory. "
+        f"Let a board time them: --ssh pi@host, or --rpc HOST:PORT."
+    )
+
+
+def test_a_build_takes_a_gpus_records(tmp_path: Path) -> None:
+    """By the knobs of a CUDA schedule; threads are none of a GPU's business."""
+    record = choice(schedule=SPACE.schedule, workload=dict(SPACE.workload), default=dict(SPACE.default), knobs=GOOD)
+    database(tmp_path, record | {"threads": 1, "best": GOOD, "measured": RPC}, key=SM90.tuning_key)
+    tuned = Tuned.of(tmp_path, SM90)
+    found = tuned(REQUEST)
+    assert found is not None and found.knobs == GOOD and tuned.threads == 1
+    name = lowered(GOOD).name
+    assert name != lowered(dict(SPACE.default)).name
+    assert cuda_lowerings()[REQUEST.op](replace(REQUEST, knobs=found.knobs)).name == name
