@@ -24,9 +24,9 @@ def times(
     read: Callable[[], float],
     spin: Optional[Callable[[], float]] = None,
 ) -> dict[str, Any]:
-    """Seconds of every call, as `call` gives them, by round and function; GB/s of the reader after every round, the best
-    of a few; seconds of the spinning canary before the first round and after every one, where there is one; and the
-    share of all processors that others took meanwhile.
+    """Seconds of every call, as `call` gives them, by round and function; GB/s of the reader after every round, the
+    best of a few; seconds of the spinning canary before the first round and after every one, where there is one; and
+    the share of all processors that others took meanwhile.
 
     Functions take turns, in an order that turns from round to round, so that nobody always follows the same one.
     """
