@@ -72,6 +72,14 @@ class Layer:
         return 32767 // (QMAX * largest)
 
     @property
+    def body(self) -> int:
+        """Inputs of a loop's body: whole spans and whole steps, and `unroll` of them as far as that is more."""
+        period = lcm(self.geometry.width, inputs_of(self.storage))
+        while 2 * period <= self.unroll:
+            period *= 2
+        return period
+
+    @property
     def inputs(self) -> int:
         """Stored inputs, spans and their padding."""
         return self.geometry.spans * self.geometry.width
@@ -174,9 +182,7 @@ class _Tile:
         for cell in self.acc:
             vector.store(cell, vector.splat(0.0, ROWS), 0, 0, lanes=ROWS)
         width, step_inputs = layer.geometry.width, inputs_of(layer.storage)
-        period = lcm(width, step_inputs)
-        while 2 * period <= layer.unroll:
-            period *= 2
+        period = layer.body
         whole = layer.inputs // period
         if whole:
             with T.serial(whole) as i:
@@ -391,15 +397,18 @@ def space(request: Request) -> Space:
     bits = int(request.attrs["bits"])
     table = int8_levels(request.table)[0] if request.table is not None else None
     layer = Layer(m, n, Geometry(k, group), storage_of(bits), "float16", affine, False, table, 1.0)
+    default = default_knobs(layer)
+    bodies = {replace(layer, unroll=unroll).body: unroll for unroll in (default["unroll"], 32, 64, 128, 256)}
+    bodies[replace(layer, unroll=default["unroll"]).body] = default["unroll"]  # others make the same loop
     tried = {
         "tokens": tuple(t for t in (1, 2, 4) if m % t == 0),
-        "unroll": (16, 32, 64, 128, 256),
+        "unroll": tuple(bodies.values()),
         "prefetch_bytes": (0, 256, 512, 1024, 2048) if m == 1 else (0, 512),
     }
     kind = request.attrs.get("grid", affine)
     workload = {"m": m, "n": n, "k": k, "bits": bits, "group": group, "kind": str(kind)}
     name = "linear_int8_widening.neon"
-    return Space.around(default_knobs(layer), tried, schedule=name, workload=workload, macs=m * n * k)
+    return Space.around(default, tried, schedule=name, workload=workload, macs=m * n * k)
 
 
 LOWERS = {

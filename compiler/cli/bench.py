@@ -157,7 +157,7 @@ def _on_device(options: argparse.Namespace) -> int:
         made = on_device.modelled_or_reason(options.bundle, work, found["max_mhz"], report)
     else:
         with report.stage("Count"):
-            made = on_device.model(options.bundle, work)
+            made = on_device.model(options.bundle, work, None, report)
     record = {**on_device.record(options.bundle, work, found, made), **_made_with()}
     _record(options.record, [record])
     if options.json:

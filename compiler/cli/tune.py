@@ -201,6 +201,7 @@ def _tracker(options: argparse.Namespace, target: Target) -> Iterator[tuple[str,
 
     key = options.key or target.name
     if options.rpc:
+        _find_tracker(options.rpc)
         yield options.rpc, key
         return
     if not options.ssh:
@@ -215,6 +216,20 @@ def _tracker(options: argparse.Namespace, target: Target) -> Iterator[tuple[str,
         raise UserError("--ssh needs the package asyncssh. Install it: pip install 'quern[deploy]'.") from None
     with ssh.boards(options.ssh, key, target, options.port, options.identity) as address:
         yield str(address), key
+
+
+def _find_tracker(address: str) -> None:
+    """Raise UserError unless a tracker answers there: later it may come and go, but at first a name may be wrong."""
+    from compiler.errors import UserError
+    from runtime.rpc_tracker import Address, Tracker
+
+    try:
+        Tracker(Address.parse(address)).close()
+    except OSError as error:
+        raise UserError(
+            f"--rpc {address}: no tracker of TVM answers there: {error.strerror or error}. Start one with `python -m "
+            f"tvm.exec.rpc_tracker --host ADDRESS --port PORT`."
+        ) from None
 
 
 def _drift(options: argparse.Namespace) -> float:

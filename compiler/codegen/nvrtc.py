@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -102,7 +103,12 @@ def _library() -> ctypes.CDLL:
 
 
 def _nvrtc(source: str, arch: str, kind: str) -> tuple[bytes, str]:
-    """(PTX or CUBIN, log)."""
+    """(PTX or CUBIN, log). In a thread of its own: NVRTC 11.8 leaves its caller's with the locale "C" (uselocale)."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_compiled, source, arch, kind).result()
+
+
+def _compiled(source: str, arch: str, kind: str) -> tuple[bytes, str]:
     library, program = _library(), ctypes.c_void_p()
 
     def call(name: str, *args: object) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import tempfile
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,11 +108,18 @@ def refusal(manifest: Manifest) -> str | None:
     )
 
 
-def measure(bundle: Path, tokens: int, position: int) -> Cost:
-    """Run one call on the board: the session's plan for so many tokens. Raises UserError."""
-    manifest = read_manifest(bundle)
+def require(bundle: Path, manifest: Manifest, tell: Callable[[str], object]) -> None:
+    """Raise UserError unless the bundle can be counted here; make the board if there is none, of which `tell` tells."""
     if (why := refusal(manifest)) is not None:
         raise UserError(f"{bundle}: {why}.")
+    if targets.load(manifest.target.name).mcpu != "generic":
+        cycles.tools()
+    qemu.root(tell)
+
+
+def measure(bundle: Path, tokens: int, position: int) -> Cost:
+    """Run one call on the board: the session's plan for so many tokens. `require` comes first. Raises UserError."""
+    manifest = read_manifest(bundle)
     target, library = targets.load(manifest.target.name), bundle.resolve() / manifest.library
     arguments: list[str | Path] = [bundle.resolve(), str(tokens), str(position)]
     said, executed = counted(PROGRAM, arguments, pythonpath=[qemu.runtime_folder()])

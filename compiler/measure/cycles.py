@@ -45,7 +45,7 @@ def tools() -> tuple[int, str, str]:
         if mca and mc and release >= OLDEST:
             return release, mca, mc
     raise UserError(
-        f"--cost model asks llvm-mca for cycles, and there is no llvm-mca-N with its llvm-mc-N on PATH (N at least "
+        f"Cycles are modelled by llvm-mca, and there is no llvm-mca-N with its llvm-mc-N on PATH (N at least "
         f"{OLDEST}): apt-get install llvm."
     )
 

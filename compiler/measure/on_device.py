@@ -42,13 +42,14 @@ class Modelled:
     forecast: Forecast | None
 
 
-def model(bundle: Path, work: Workload, max_mhz: int | None = None) -> Modelled:
+def model(bundle: Path, work: Workload, max_mhz: int | None, report: Reporter) -> Modelled:
     """Count on the emulated board. max_mhz: the clock of the device at hand, if it is known; else the target's.
 
     The prompt is counted in the bundle's shortest prompt call, in the middle of the prompt; the weights are read once
     for each of its longest. Raises UserError: no emulator, no llvm-mca, a bundle for something else.
     """
     manifest = read_manifest(bundle)
+    bundle_cost.require(bundle, manifest, report.line)
     sizes = sorted(f.tokens for name, f in manifest.functions.items() if name.startswith("prefill_")) or [1]
     decode = bundle_cost.measure(bundle, 1, work.context)
     middle = min(work.prompt_tokens // 2, manifest.model.context - sizes[0])
@@ -93,7 +94,7 @@ def modelled_or_reason(bundle: Path, work: Workload, max_mhz: int | None, report
     """The model, or why there is none: a measurement is worth having without."""
     with report.stage("Count") as stage:
         try:
-            made = model(bundle, work, max_mhz)
+            made = model(bundle, work, max_mhz, report)
         except UserError as error:
             stage.note = "no forecast"
             return str(error)

@@ -14,11 +14,12 @@ With an offset, codes count from the middle, and the sum of the activations (a c
 middle * scale: both parts stay small.
 
 Bytes a weight, 4 bits in groups of 128: 0.523. Instructions for 32 weights of a row: 1 load, 20 LOP3 and shifts, 8 for
-code - zero, 16 products, 9 to scale and sum; with the activations' share (120 by 16 rows) 62, that is 1.9 a weight.
+code - zero, 16 products, 9 to scale and sum; with the activations' share (120 by 16 rows) 62, that is 1.9 a weight. The
+PTX has 2.5 (2.8 of 8 bits), because it takes halves out of words by instructions that the hardware does without.
 What can be issued while memory brings one weight, and the ceiling of a matrix of 10^9 weights:
   Nano         16.5 GB/s   118 G lanes/s   3.7 instructions a weight     32 tokens/s
   Xavier NX    59.7 GB/s   422 G lanes/s   3.7                          114 tokens/s
-  Orin Nano    68.0 GB/s   640 G lanes/s   4.9 (half2 at half rate: 2.7 of them used)   130 tokens/s
+  Orin Nano    68.0 GB/s   640 G lanes/s   4.9, but half2 at half rate  130 tokens/s
   H100         3350 GB/s   33.4 T lanes/s  5.2                         6400 tokens/s
 so memory is the limit everywhere. A table's values come from 16 halves in shared memory, 3 instructions a weight.
 Nothing of this has been timed on hardware.

@@ -5,7 +5,7 @@ rounds them to halves, in the order of the packed inputs. Products are of code -
 a group's scale meets its fp32 sum: so a result is off by the rounding of x alone (and of a table's values).
   mma   sm_87, sm_90: mma.m16n8k16 by 4 warps, 64 x 64 results. cp.async brings activations and packed weights two
         steps of 64 inputs ahead; a lane's word of a row is just what its fragments want, so weights are unpacked in
-        registers. A warp's step: 32 mma beside 8 ldmatrix, 8 words of 10 instructions, and 64 to scale.
+        registers. A warp's step: 32 mma, 8 ldmatrix, 8 words of 10 instructions, 64 to scale: 340 of PTX in all.
   wmma  sm_72: 32 x 64 results, weights unpacked to shared memory. Whose row a fragment's element is, is found by
         loading a tile of numbers. fp16 ceiling of Xavier NX: 6.7 TFLOP/s.
   tile  sm_53: 32 x 64 results by half2 multiply-adds along the inputs, 4 x 4 of a thread, sums to fp32 every 32

@@ -6,21 +6,39 @@ constexpr int DOWN = TOKENS >= 64 ? 2 : 1, ACROSS = 4 / DOWN;  // warps
 constexpr int TALL = TOKENS / 16 / DOWN, WIDE = ROWS / 8 / ACROSS;
 constexpr int CHUNKS = STORED / CHUNK, STEP_CHUNKS = STEP / CHUNK, PARTS = STEP / SPAN;
 
-QUERN_INLINE void stage(const Half* rounded, const uint32_t* codes, int token, int row, int step, Half* activations,
-                        uint4* words) {
+constexpr int COPIES = TOKENS * (STEP / 8) / THREADS, WORD_COPIES = ROWS * STEP_CHUNKS / THREADS;  // of a thread
+constexpr bool WHOLE = M % TOKENS == 0 && STORED % STEP == 0;  // no tile reaches beyond the arrays
+
+struct From {  // what a thread copies of the first step: one of 16 rows of activations, and of a step's chunks of rows
+  const Half* activations;
+  const uint32_t* codes;
+  int token;
+};
+
+QUERN_INLINE void stage(const From& from, int step, Half* activations, uint4* words) {
+  const int thread = threadIdx.x, unit = thread % (STEP / 8) * 8, chunk = thread % STEP_CHUNKS;
 #pragma unroll
-  for (int i = threadIdx.x; i < TOKENS * (STEP / 8); i += THREADS) {
-    const int t = i / (STEP / 8), place = step + i % (STEP / 8) * 8;
-    const bool there = token + t < M && place < STORED;
-    async_copy16(activations + t * PITCH + i % (STEP / 8) * 8,
-                 there ? rounded + int64_t(token + t) * STORED + place : rounded, there ? 16 : 0);
+  for (int i = 0; i < COPIES; ++i) {
+    Half* to = activations + (thread / (STEP / 8) + i * 16) * PITCH + unit;
+    const Half* x = from.activations + i * 16 * STORED + step;
+    if constexpr (WHOLE) {
+      async_copy16(to, x);
+    } else {
+      const bool there = from.token + i * 16 < M && step + unit < STORED;
+      async_copy16(to, there ? x : from.activations, there ? 16 : 0);
+    }
   }
 #pragma unroll
-  for (int i = threadIdx.x; i < ROWS * STEP_CHUNKS; i += THREADS) {
-    const int r = i / STEP_CHUNKS, chunk = step / CHUNK + i % STEP_CHUNKS;
-    const bool there = chunk < CHUNKS;
-    async_copy16(words + i % STEP_CHUNKS * ROWS + r,
-                 there ? codes + (int64_t(row + r) * CHUNKS + chunk) * 4 : codes, there ? 16 : 0);
+  for (int i = 0; i < WORD_COPIES; ++i) {
+    constexpr int APART = THREADS / STEP_CHUNKS;  // rows
+    uint4* to = words + chunk * ROWS + thread / STEP_CHUNKS + i * APART;
+    const uint32_t* x = from.codes + i * APART * (CHUNKS * 4) + step / CHUNK * 4;
+    if constexpr (WHOLE) {
+      async_copy16(to, x);
+    } else {
+      const bool there = step + chunk * CHUNK < STORED;
+      async_copy16(to, there ? x : from.codes, there ? 16 : 0);
+    }
   }
 }
 
@@ -34,9 +52,16 @@ QUERN_INLINE void run(const Half* rounded, const float* back, const float* sums,
   const int own_token = warp / ACROSS * TALL * 16, own_row = warp % ACROSS * WIDE * 8;
   fill_table(table);
   float totals[TALL][WIDE][4] = {};
+  const int first = token + thread / (STEP / 8);
+  const From from{rounded + int64_t(first < M ? first : 0) * STORED + thread % (STEP / 8) * 8,
+                  codes + (int64_t(row + thread / STEP_CHUNKS) * CHUNKS + thread % STEP_CHUNKS) * 4, first};
+  const int groups_before = (row + own_row) / 8 * GROUPS * 8;
+  scale += groups_before + 2 * t;
+  if constexpr (AFFINE == 0) zero += groups_before + g;
+  if constexpr (AFFINE == 1) offset += groups_before + 2 * t;
 #pragma unroll
   for (int s = 0; s < STAGES - 1; ++s) {
-    if (s * STEP < STORED) stage(rounded, codes, token, row, s * STEP, activations[s], words[s]);
+    if (s * STEP < STORED) stage(from, s * STEP, activations[s], words[s]);
     async_commit();
   }
   const int end = opaque(STORED);
@@ -50,12 +75,12 @@ QUERN_INLINE void run(const Half* rounded, const float* back, const float* sums,
       group = group < GROUPS ? group : GROUPS - 1;  // padding, whose activations are 0
 #pragma unroll
       for (int j = 0; j < WIDE; ++j) {
-        const int64_t at = (int64_t((row + own_row) / 8 + j) * GROUPS + group) * 8;
-        scales[p][j] = two_scales(scale + at + 2 * t);
+        const int at = (j * GROUPS + group) * 8;
+        scales[p][j] = two_scales(scale + at);
         zeros[p][j] = CENTRE;
-        if constexpr (AFFINE == 0) zeros[p][j] = load_constant(zero + at + g);
+        if constexpr (AFFINE == 0) zeros[p][j] = load_constant(zero + at);
         if constexpr (AFFINE == 1) {
-          const float2 least = two_scales(offset + at + 2 * t);
+          const float2 least = two_scales(offset + at);
           leasts[p][j] = float2{fmaf(scales[p][j].x, static_cast<float>(CENTRE), least.x),
                                 fmaf(scales[p][j].y, static_cast<float>(CENTRE), least.y)};
         }
@@ -65,7 +90,7 @@ QUERN_INLINE void run(const Half* rounded, const float* back, const float* sums,
     block_sync();
     const int next = slot > 0 ? slot - 1 : STAGES - 1;  // read in the last step, by all
     if (step + (STAGES - 1) * STEP < STORED)
-      stage(rounded, codes, token, row, step + (STAGES - 1) * STEP, activations[next], words[next]);
+      stage(from, step + (STAGES - 1) * STEP, activations[next], words[next]);
     async_commit();
     float part[TALL][WIDE][4] = {};
 #pragma unroll

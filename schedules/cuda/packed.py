@@ -1,16 +1,18 @@
 """The packed layout of the integer kernels on CUDA: one for the one-token kernel and for those of a prompt.
 
-W u32[n/4, positions, 4 rows]  a unit is one word: 8 consecutive inputs of a row at 4 bits, 4 at 8 bits. Four rows side by
-                               side make the 16 bytes that a thread loads at once. 4 bits: low nibbles of the bytes are
-                               inputs 0 to 3, high ones 4 to 7. 8 bits: bytes are codes minus 128, signed.
+W u32[n/4, positions, 4 rows]  a unit is one word: 8 consecutive inputs of a row at 4 bits, 4 at 8 bits. Four rows side
+                               by side make the 16 bytes that a thread loads at once. 4 bits: low nibbles of the bytes
+                               are inputs 0 to 3, high ones 4 to 7. 8 bits: bytes are codes minus 128, signed.
 S f16|f32[n/4, spans, 4]       scale of the row in that span (repeated when a weight group has parts)
 Z u8[n/4, spans, 4]            zero point (8 bits: minus 128, signed), or F f32[n/4, spans, 4], the offset
 Codes of 2 and 3 bits are stored in 4, those of 5 and 6 in 8. Rows are filled up to a multiple of 4 with scale 0.
 
-A lane of a warp works on `run` consecutive units, all of one span, so that it scales once for all of them; a warp's load
-instruction must read neighbouring 16-byte pieces all the same. So the units of a row block lie in tiles of 32 lanes:
+A lane of a warp works on `run` consecutive units, all of one span, so that it scales once for all of them; a warp's
+load instruction must read neighbouring 16-byte pieces all the same. So the units of a row block lie in tiles of 32
+lanes:
     tile 0: [step 0: lanes 0..31] [step 1: lanes 0..31] .. [step run-1: ..], then tile 1; the last one has fewer lanes
-and the unit of (tile, step, lane) is number (32 tile + lane) * run + step of the row. `Layout.place` says it for kernels.
+and the unit of (tile, step, lane) is number (32 tile + lane) * run + step of the row. `Layout.place` says it for
+kernels.
 """
 
 from __future__ import annotations
@@ -119,7 +121,7 @@ def _pack_groups(array: np.ndarray, *, geometry: Geometry, dtype: str, less: int
 
 def _pack_codes(codes: np.ndarray, *, layout: Layout) -> np.ndarray:
     """u8[n, k] -> W as bytes, some rows at a time so that the buffers stay in the cache."""
-    n, geometry = codes.shape[0], layout.geometry
+    n = codes.shape[0]
     packed = np.empty((blocks(n), layout.positions, ROWS), "<u4")
     at_once = max(1, (1 << 18) // (ROWS * layout.positions * layout.inputs))
     for start in range(0, blocks(n), at_once):
@@ -134,7 +136,7 @@ def _pack_codes(codes: np.ndarray, *, layout: Layout) -> np.ndarray:
 
 
 def _placed(codes: np.ndarray, rows: int, layout: Layout) -> np.ndarray:
-    """u8[rows, spans * width]: inputs where spans want them; padding meets activations of 0, so it may hold anything."""
+    """u8[rows, spans * width]: inputs where spans want them. Padding meets activations of 0: it may hold anything."""
     geometry = layout.geometry
     placed = np.zeros((rows, geometry.spans * geometry.width), np.uint8)
     if layout.bits == 8:

@@ -1,8 +1,8 @@
 """NEON with int8 matrix instructions (Armv8.6, Cortex-X3, A715, A510): USDOT multiplies unsigned codes by signed bytes.
 
 So 8-bit codes need no detour, else it is SDOT's schedule. Levels of table grids are signed: SDOT. Exact: no sum comes
-near 2**31. USMMLA would multiply twice as much an instruction, but gives a 2 x 2 block of rows and tokens where the
-template keeps 16 rows of one token: two ZIPs a pair of vectors before, and a transposition of every sum behind.
+near 2**31. This is for one token; prompts go through USMMLA, which multiplies twice as much an instruction
+(schedules.linear_int8_smmla).
 """
 
 from __future__ import annotations

@@ -11,10 +11,17 @@ from compiler.board import root
 from tests.runtime import tiny
 
 
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle, made while there are programs."""
+    folder = tmp_path_factory.mktemp("toy") / "bundle"
+    tiny.build(folder)
+    return folder
+
+
 @pytest.fixture
-def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def programs(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The only folder with programs; qemu and dpkg are in it."""
-    tiny.build(tmp_path / "toy")
     folder = tmp_path / "programs"
     folder.mkdir()
     for name in ("qemu-aarch64", "dpkg"):
@@ -31,8 +38,8 @@ def program(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
-def test_without_apt(programs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", str(tmp_path / "toy"), "One day", "--board", "qemu"]) == 2
+def test_without_apt(programs: Path, toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(toy), "One day", "--board", "qemu"]) == 2
     assert capsys.readouterr().err == (
         "error: --board qemu needs apt-get, which this machine lacks: it fetches Debian's arm64 packages with apt-get, "
         "so it needs Debian or Ubuntu here.\n"

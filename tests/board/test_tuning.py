@@ -26,7 +26,7 @@ from tests.tune.test_records import linear
 
 pytestmark = [pytest.mark.board, pytest.mark.slow]
 RPI4 = targets.load("rpi4")
-TRIALS, KILLED_AFTER = 16, 4
+TRIALS, KILLED_AFTER = 10, 3
 LOOSE = 1000.0  # of drift: an emulator's times are no times
 
 
@@ -89,24 +89,6 @@ def test_two_boards_one_of_which_dies_and_comes_back(
     assert {(r["measured"], r["cpu"], r["target"]) for r in records} == {(EMULATED, "0xd08", "rpi4")}
     for log in ("first", "second", "again"):
         assert "a client came" in (tmp_path / log).read_text(), told
-
-
-def test_emulated_times_stay_out_of_the_repository(
-    board: Any, address: Address, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from compiler.__main__ import main
-    from compiler.tune.records import DEFAULT_FOLDER
-
-    tuned = DEFAULT_FOLDER / "rpi4" / "tune.jsonl"
-    before = tuned.read_bytes() if tuned.exists() else None
-    tune = ["tune", "--target", "rpi4", "--shapes", "a72-count", "--tokens", "1", "--operators", "linear_int8"]
-    with offered(board, address, tmp_path / "log"):
-        assert main([*tune, "--trials", "1", "--rpc", str(address)]) == 2
-    assert capsys.readouterr().err.endswith(
-        "error: This board is emulated: its times say nothing about a real one and never go into tuning_logs/. Give "
-        "them a folder of their own with --tuning-logs DIR.\n"
-    )
-    assert (tuned.read_bytes() if tuned.exists() else None) == before
 
 
 def test_the_board_says_that_it_is_emulated(board: Any) -> None:

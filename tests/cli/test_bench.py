@@ -42,7 +42,8 @@ from compiler.__main__ import main
          f"llama.cpp's llama-bench on the file itself."),
         (["story", "--cost", "model"], "--cost model compiles a shape for its target: give a --shape, not a BUNDLE."),
         (["--shape", "a72-count", "--target", "rpi"],
-         "There is no target 'rpi'. Did you mean 'rpi5'? Known targets: native, aarch64, riscv64-v, rpi3, rpi4, rpi5, "
+         "There is no target 'rpi'. Did you mean 'rpi5'? Known targets: native, aarch64, cuda-sm53, cuda-sm72, "
+         "cuda-sm87, cuda-sm90, jetson-nano, jetson-orin, jetson-xavier, riscv64-v, rpi3, rpi4, rpi5, "
          "sapphire-rapids, snapdragon-8gen2, x86-64."),
     ],
     ids=str,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import locale
 import sys
 from importlib import metadata
 from typing import Any
@@ -44,6 +45,13 @@ def test_ptxas_refuses_what_the_version_line_does_not_have() -> None:
         nvrtc._assemble(nvrtc.set_version(raw.rstrip(b"\0"), "6.5"), "sm_80")
 
 
+def test_the_callers_locale_stays() -> None:
+    """NVRTC leaves its thread in the locale "C", in which Python reads text files as ASCII."""
+    before = locale.nl_langinfo(locale.CODESET)
+    nvrtc._nvrtc(TOY, "compute_87", "PTX")
+    assert locale.nl_langinfo(locale.CODESET) == before
+
+
 def test_wrong_source() -> None:
     with pytest.raises(nvrtc.DeviceCodeError, match='identifier "nonsense" is undefined'):
         nvrtc.compile('extern "C" __global__ void f(int* x) { *x = nonsense; }', gpu_of("jetson-orin"))
@@ -53,10 +61,12 @@ def test_what_ptxas_reports() -> None:
     report = (
         "ptxas info    : 0 bytes gmem\n"
         "ptxas info    : Compiling entry function 'a' for 'sm_87'\n"
-        "ptxas info    : Function properties for a\n    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+        "ptxas info    : Function properties for a\n"
+        "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
         "ptxas info    : Used 32 registers, used 1 barriers, 512 bytes smem, 376 bytes cmem[0]\n"
         "ptxas info    : Compiling entry function 'b' for 'sm_87'\n"
-        "ptxas info    : Function properties for b\n    16 bytes stack frame, 12 bytes spill stores, 20 bytes spill loads\n"
+        "ptxas info    : Function properties for b\n"
+        "    16 bytes stack frame, 12 bytes spill stores, 20 bytes spill loads\n"
         "ptxas info    : Used 255 registers, 376 bytes cmem[0]\n"
     )
     assert nvrtc._resources(report) == {"a": nvrtc.Resources(32, 0, 512), "b": nvrtc.Resources(255, 32, 0)}
@@ -94,6 +104,7 @@ def test_another_wheel_wrote_over_ptxas(tmp_path: Any, monkeypatch: pytest.Monke
     nvrtc._ptxas.cache_clear()
     assert str(caught.value) == (
         f"CUDA targets need ptxas 12.9.86 of nvidia-cuda-nvcc-cu12, but {ptxas} says: Cuda compilation tools, release "
-        f"11.8, V11.8.89. Another package, perhaps nvidia-cuda-nvcc-cu11, has a file of that name. Remove it, and "
-        f"install the right one again: {sys.executable} -m pip install --force-reinstall nvidia-cuda-nvcc-cu12==12.9.86."
+        "11.8, V11.8.89. Another package, perhaps nvidia-cuda-nvcc-cu11, has a file of that name. Remove it, and "
+        f"install the right one again: {sys.executable} -m pip install --force-reinstall "
+        "nvidia-cuda-nvcc-cu12==12.9.86."
     )

@@ -208,7 +208,7 @@ def test_what_is_wrong_is_found(old: str, new: str, message: str) -> None:
 def test_a_launch_that_cannot_be() -> None:
     for launch, message in [
         (Launch("other", (1, 1, 1), (32, 1, 1), (0, 1)), "other: there is no function other"),
-        (Launch("toy", (1, 1, 1), (48, 1, 1), (0, 1)), "toy: toy: a block of 48 threads; must be 32 to 1024, whole warps"),
+        (Launch("toy", (1, 1, 1), (48, 1, 1), (0, 1)), "toy: a block of 48 threads; must be 32 to 1024, whole warps"),
     ]:
         with pytest.raises(cuda.EmulationError, match=re.escape(message)):
             cuda.run(replace(toy(), launches=(launch,)), [np.zeros((3, 256), np.float32), np.zeros(3, np.float32)])

@@ -28,6 +28,8 @@ CUDA_TARGETS = ("jetson-nano", "jetson-xavier", "jetson-orin", "cuda-sm90")
 SOURCE_WORDS = (b"__global__", b"quern.cuh", b"threadIdx", b"blockIdx", b"__syncthreads", b"asm volatile")
 # Both paths are fp32; sums of k = 172 terms differ in order. Seen: 2e-5 of logits up to 20.
 EXACT_BOUND = 2e-4
+# Activations of 11 bits: k = 172 roundings of 2^-12 a layer, 35 matrices deep, add up to some 2^-8 of logits up to 20.
+HALF_BOUND = 0.05  # 0.017 and 0.006 seen
 
 
 @pytest.fixture(scope="session")
@@ -118,6 +120,11 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
         {"memory": MIB},
         "the caches need 1 MiB of GPU memory, but Mock GPU has 0 MiB free of 1 MiB. Close what else uses the GPU, or "
         "rebuild the bundle with a shorter context or fewer bits (python -m compiler build --context, --bits).",
+    ),
+    "a kernel fails": (
+        {"refuse": "launch"},
+        "quern_run: cuStreamSynchronize failed: CUDA_ERROR_LAUNCH_FAILED (719). The GPU is lost to this process: start "
+        "again.",
     ),
     "refused code": (
         {"refuse": "ptx", "arch": 100},
@@ -272,28 +279,33 @@ def test_the_demo_model_tells_the_cpus_story(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("target", "cache"),
-    [("cuda-sm53", "float16"), ("cuda-sm72", "float32"), ("cuda-sm87", "float32"), ("cuda-sm90", "float16")],
+    ("target", "activations", "cache"),
+    [
+        ("cuda-sm53", "float16", "float16"),
+        ("cuda-sm72", "int8", "float32"),
+        ("cuda-sm87", "int8", "float32"),
+        ("cuda-sm90", "int8", "float16"),
+    ],
 )
-def test_int8_activations_on_every_architecture(
-    target: str, cache: str, bundles: Bundles, sessions: Sessions, tmp_path: Path
+def test_rounded_activations_on_every_architecture(
+    target: str, activations: str, cache: str, bundles: Bundles, sessions: Sessions, tmp_path: Path
 ) -> None:
-    """Prompt chunks and single tokens of 4-bit weights. Integer sums are exact, so fp32 attention
-    gives the CPU's logits.
+    """Prompt chunks and single tokens of 4-bit weights. Integer sums are exact: fp32 attention gives the CPU's logits.
 
-    Where tensor cores attend in fp16, activations go over the edge of their rounding: as much as all of
-    int8 rounding moves a logit, twice over, and not more.
+    Where tensor cores attend in fp16, activations go over the edge of their rounding: as much as all of int8 rounding
+    moves a logit, twice over, and not more. Half precision is near the exact path.
     """
-    settings: dict[str, Any] = {"activations": "int8", "bits": 4, "kv_cache": cache, "chunks": (16,)}
-    built = gpu.build(STORIES260K, tmp_path / "out", target, **settings)
+    settings: dict[str, Any] = {"bits": 4, "kv_cache": cache, "head_bits": 8, "chunks": (16,)}
+    built = gpu.build(STORIES260K, tmp_path / "out", target, activations=activations, **settings)
     ids = np.arange(3, 3 + 35) % 512
     np.save(tmp_path / "ids.npy", ids)
     done = built.run("logits", "--ids", tmp_path / "ids.npy", "--out", tmp_path / "logits.npy")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    want = all_logits(sessions(bundles(STORIES260K, **settings)), ids.tolist())
-    got, bound = np.load(tmp_path / "logits.npy"), EXACT_BOUND
+    got, bound = np.load(tmp_path / "logits.npy"), HALF_BOUND if activations == "float16" else EXACT_BOUND
+    on_cpu = "exact" if activations == "float16" else activations
+    want = all_logits(sessions(bundles(STORIES260K, activations=on_cpu, **settings)), ids.tolist())
     if target == "cuda-sm90":
-        unrounded = bundles(STORIES260K, activations="exact", bits=4, chunks=(16,))
+        unrounded = bundles(STORIES260K, activations="exact", **settings)
         bound = 2 * np.abs(want - all_logits(sessions(unrounded), ids.tolist())).max()
         assert (got.argmax(1) == want.argmax(1)).mean() > 0.9
     assert np.abs(got - want).max() < bound

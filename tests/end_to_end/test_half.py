@@ -16,7 +16,7 @@ from tests.end_to_end import commands, gpu
 from tests.end_to_end.bundles import Bundles, Sessions, all_logits
 from tests.end_to_end.places import DEMO, STORIES260K
 
-# Logits up to 20, of 5 layers that each round activations, queries and weights of attention to 2^-11. Seen: 0.02.
+# Logits up to 14, of 5 layers that each round activations, queries and weights of attention to 2^-11. Seen: 0.019.
 HALF_BOUND = 0.05
 
 
@@ -43,9 +43,9 @@ def test_options_that_follow_from_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["cuda-sm53", "cuda-sm72", "cuda-sm87", "cuda-sm90"])
-def test_logits_on_every_architecture(target: str, bundles: Bundles, sessions: Sessions, tmp_path: Path) -> None:
-    """Prompt chunks and single tokens of 4-bit weights with an 8-bit head, against the CPU's exact path."""
+@pytest.mark.parametrize("target", ["cuda-sm72", "cuda-sm87"])
+def test_logits(target: str, bundles: Bundles, sessions: Sessions, tmp_path: Path) -> None:
+    """4-bit weights and an 8-bit head, chunks and single tokens, against the CPU's exact path. sm_53: test_cuda."""
     settings: dict[str, Any] = {"bits": 4, "head_bits": 8, "chunks": (16,)}
     built = gpu.build(STORIES260K, tmp_path / "out", target, activations="float16", **settings)
     ids = np.arange(3, 3 + 35) % 512

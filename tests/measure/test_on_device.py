@@ -14,6 +14,7 @@ from compiler.measure.bundle_cost import Cost
 from compiler.measure.compare import Workload
 from compiler.measure.forecast import Spread, Work
 from compiler.measure.on_device import Modelled
+from runtime.bundle import read_manifest
 from tests.runtime import tiny
 
 PI = replace(targets.load("rpi4"), cores=4, clock_mhz=1000, dram_read_mb_per_s=1000, storage_read_mb_per_s=50)
@@ -79,7 +80,7 @@ def test_an_emulated_board_gives_no_times(tmp_path: Path) -> None:
 def test_a_bundle_of_another_machine_is_refused(tmp_path: Path) -> None:
     found = tiny.build(tmp_path / "toy").target
     with pytest.raises(UserError) as caught:
-        bundle_cost.measure(tmp_path / "toy", 1, 4)
+        bundle_cost.require(tmp_path / "toy", read_manifest(tmp_path / "toy"), print)
     assert str(caught.value) == (
         f"{tmp_path / 'toy'}: the emulated board is a Raspberry Pi 4, but the bundle is for {found.name} "
         f"({found.arch}, {found.cpu}): build it with --target rpi4."

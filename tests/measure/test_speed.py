@@ -75,8 +75,10 @@ def test_a_prompt_without_tiles_is_computed_by_a_session_of_its_own(
     class Tiled(Session):
         """Says that it uses tiles unless told not to: what code it runs is no matter here."""
 
-        def __init__(self, bundle: Bundle, threads: int | None = None, tiles: bool = True) -> None:
-            super().__init__(bundle, threads, tiles)
+        def __init__(
+            self, bundle: Bundle, threads: int | None = None, tiles: bool = True, timed: bool = False
+        ) -> None:
+            super().__init__(bundle, threads, tiles, timed=timed)
             self.tiles = tiles
             made.append(tiles)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -25,7 +26,10 @@ def library(graphs: bool = True, triple: str = "native") -> Path:
         out.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "ziglang", "cc", "-target", triple, *FLAGS, f"-I{HEADERS}"]
         command += [] if graphs else ["-DWITHOUT_GRAPHS"]
-        subprocess.run([*command, "-o", str(out), str(SOURCE), "-ldl"], env=link.zig_environment(), check=True)
+        with tempfile.TemporaryDirectory(dir=out.parent) as scratch:  # other processes may want it, too
+            made = Path(scratch) / out.name
+            subprocess.run([*command, "-o", str(made), str(SOURCE), "-ldl"], env=link.zig_environment(), check=True)
+            made.replace(out)
     return out
 
 

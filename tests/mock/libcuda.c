@@ -4,7 +4,7 @@
  * early shows. It has the entry points that compiler/codegen/cuda/driver.h lists and no other. Environment:
  *   QUERN_MOCK_ARCH, _DRIVER    90, 12040                  QUERN_MOCK_MEMORY        bytes of GPU memory
  *   QUERN_MOCK_INTEGRATED       1 for a board              QUERN_MOCK_KERNELS       the emulated kernels, a library
- *   QUERN_MOCK_REFUSE           "init", "cubin", "ptx" or "capture": what fails
+ *   QUERN_MOCK_REFUSE           "init", "cubin", "ptx", "capture" or "launch"
  *   QUERN_MOCK_COUNTS           file that gets one JSON object when a process ends that loaded kernels
  * Not as a driver does it: arguments of a launch are read when it runs; our launches keep theirs for good.
  */
@@ -125,7 +125,7 @@ static void run(const work *w) {
   if (w->kind == SET) memset(w->to, w->value, w->bytes);
   if (w->kind == RECORD) ((event *)w->to)->at = now();
   if (w->kind != LAUNCH || broken) return;
-  counts.launches++;
+  counts.launches++, broken = refuses("launch");
   if (kernels && launch(w->f->name, w->grid, w->block, w->shared, w->arguments)) {
     fprintf(stderr, "mock GPU: %s: %s\n", w->f->name, message());
     broken = 1;

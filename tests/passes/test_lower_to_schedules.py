@@ -17,6 +17,7 @@ from compiler.graph import ops
 from compiler.passes import lower_to_schedules as lowering
 from compiler.passes.lower_to_schedules import Lowered, lower_to_schedules
 from compiler.passes.verify import verify
+from schedules.cuda import kernel as cuda
 from schedules.kernel import Kernel, Packing, Request, TensorSpec, Unsupported, lowerings
 
 NATIVE, RPI4 = targets.load("native"), targets.load("rpi4")
@@ -91,7 +92,10 @@ def calls(mod: tvm.IRModule, function: str) -> Iterator[relax.Call]:
 
 
 def test_every_operator_has_a_schedule() -> None:
-    assert set(lowerings()) == {ops.PREFIX + name for name in ops.SIGNATURES}
+    """fp16 linear layers are for GPUs alone: `build` refuses them on a CPU."""
+    every = {ops.PREFIX + name for name in ops.SIGNATURES}
+    assert set(lowerings()) == {name for name in every if not name.startswith("quern.linear_half")}
+    assert set(cuda.lowerings()) == every
 
 
 def test_no_operator_is_left(lowered: Lowered) -> None:

@@ -80,7 +80,7 @@ def test_reads_what_it_writes() -> None:
 
 
 def test_a_gpu_is_kept() -> None:
-    gpu = {"arch": "sm_53", "ptx": "6.5", "cubin": False, "driver": "10.2"}
+    gpu: dict[str, Any] = {"arch": "sm_53", "ptx": "6.5", "cubin": False, "driver": "10.2"}
     manifest = mf.loads(signed(changed("target/gpu", gpu)))
     assert manifest.target.gpu == mf.Gpu(**gpu)
     assert json.loads(mf.dumps(manifest))["target"]["gpu"] == gpu

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from tvm.script.ir_builder import IRBuilder
@@ -27,7 +28,7 @@ for tasks in map(int, sys.argv[1:]):
 """
 
 
-def counting(tasks: int):  # type: ignore[no-untyped-def]
+def counting(tasks: int) -> Any:
     """out[i, j] += j + 1 in task i, by way of a buffer of the task's own."""
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_attr({"tirx.noalias": True, "global_symbol": "main"})

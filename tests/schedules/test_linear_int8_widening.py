@@ -188,7 +188,7 @@ def test_no_kernel_asks_for_a_workspace(m: int) -> None:
     assert_no_heap(build(lambda _: kernel, replace(call, args=tuple(args))).assembly)
 
 
-@pytest.mark.parametrize("knobs", [{"unroll": 16, "prefetch_bytes": 512}, {"unroll": 256, "prefetch_bytes": 2048}])
+@pytest.mark.parametrize("knobs", [{"unroll": 32, "prefetch_bytes": 512}, {"unroll": 256, "prefetch_bytes": 2048}])
 @pytest.mark.parametrize(("grid", "k", "group"), [("int4", 704, 43), ("int5", 256, 128)])
 def test_knobs_change_no_bit(grid: str, k: int, group: int, knobs: dict[str, int]) -> None:
     w = weight(grid, False, 9, k, group)
@@ -197,3 +197,11 @@ def test_knobs_change_no_bit(grid: str, k: int, group: int, knobs: dict[str, int
     point = {**linear_int8_widening.space(call).default, **knobs}
     (got,) = emulated.run(linear_int8_widening.lower(replace(call, knobs=point)), call, args)
     assert np.array_equal(got, there(args, w, False))
+
+
+def test_unrolling_that_changes_nothing_is_no_choice() -> None:
+    """A span of 128 inputs is a body of 128 whatever is asked for below, so that is one choice."""
+    for group, unrolls in ((128, (64, 256)), (32, (32, 64, 128, 256))):
+        args = arguments(np.ones((1, 256), np.float32), weight("int4", False, 4, 256, group))
+        found = linear_int8_widening.space(request(args, weight("int4", False, 4, 256, group), False))
+        assert found.choices["unroll"] == unrolls

@@ -111,7 +111,7 @@ def test_a_fault_that_can_be_told(measurer: BoardMeasurer, offer: Offer, fault: 
 
 
 def test_a_board_that_hangs_is_left(measurer: BoardMeasurer, offer: Offer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measurer, "_time_s", lambda count, rounds: 2.0)
+    monkeypatch.setattr(measurer, "_time_s", lambda count, rounds: 4.0)
     with offer("Hangs"):
         measured(measurer.measure(REQUEST, SPACE, [GOOD], rounds=3))
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ import pytest
 import targets
 from compiler import pipeline
 from compiler.__main__ import main
+from compiler.cli import tune
 from compiler.progress import Reporter
-from compiler.tune.records import FILE_NAME, ID_DIGITS, Database
+from compiler.tune.boards import BoardError
+from compiler.tune.measure import EMULATED, RPC, Setting
+from compiler.tune.records import DEFAULT_FOLDER, FILE_NAME, ID_DIGITS, Database
 from runtime import info, manifest
 from tests.end_to_end import commands
 from tests.end_to_end.places import DEMO
@@ -54,6 +58,9 @@ def _restore_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         ([*SHAPE, "--boards", "2"], "--boards belongs to --rpc or --ssh, which is missing. Give one of them."),
         ([*SHAPE, "--rpc", "pi"],
          "--rpc: 'pi' is not HOST:PORT. Give the address of `python -m tvm.exec.rpc_tracker`."),
+        ([*SHAPE, "--rpc", "127.0.0.1:1"],
+         "--rpc 127.0.0.1:1: no tracker of TVM answers there: Connection refused. Start one with `python -m "
+         "tvm.exec.rpc_tracker --host ADDRESS --port PORT`."),
         ([*SHAPE, "--ssh=-pi"],
          "'-pi' is no device. Write user@host or user@host:folder, such as pi@raspberrypi:story."),
         (["--target", "jetson-nano", "--shapes", "a72-count", "--threads", "2", "--ssh", "nano"],
@@ -77,6 +84,18 @@ def test_a_time_that_is_none(text: str, capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(SystemExit):
         main(["tune", f"--time-budget={text}"])
     assert f"{text} is not a time like 90s, 10m or 2h" in capsys.readouterr().err
+
+
+def test_emulated_times_stay_out_of_the_repository(tmp_path: Path) -> None:
+    setting = Setting(1, "0xd08", "", "", EMULATED)
+    with pytest.raises(BoardError) as caught:
+        tune._admit(Database(DEFAULT_FOLDER / "rpi4" / FILE_NAME, "rpi4"), setting)
+    assert str(caught.value) == (
+        "This board is emulated: its times say nothing about a real one and never go into tuning_logs/. Give them a "
+        "folder of their own with --tuning-logs DIR."
+    )
+    tune._admit(Database(tmp_path / "rpi4" / FILE_NAME, "rpi4"), setting)
+    tune._admit(Database(DEFAULT_FOLDER / "rpi4" / FILE_NAME, "rpi4"), replace(setting, measured=RPC))
 
 
 @pytest.fixture(scope="module")

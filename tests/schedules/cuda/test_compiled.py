@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -16,18 +17,20 @@ from tests.schedules.kernels import request
 from tests.schedules.test_linear_grids import spans, weight
 from tests.schedules.test_quantize import outputs
 
-# Registers of a thread that a multiprocessor's 65536 leave for this many warps: 80 for 25, 128 for 16, 168 for 12, 255 for 8.
-FEW, SOME, MANY, ALL = 80, 128, 168, 255
+# Registers of a thread that a multiprocessor's 65536 leave for this many warps: 128: 16, 168: 12, 255: 8.
+SOME, MANY, ALL = 128, 168, 255
 BUDGETS = [  # device, grid, offset, tokens, group, registers
-    ("jetson-nano", "int4", False, 1, 128, FEW), ("jetson-xavier", "int4", False, 1, 128, FEW),
-    ("jetson-orin", "int4", False, 1, 128, FEW), ("cuda-sm90", "int4", False, 1, 128, FEW),
-    ("jetson-orin", "int4", True, 1, 32, FEW), ("jetson-xavier", "nf4", False, 1, 64, FEW),
-    ("jetson-orin", "int8", False, 1, 128, FEW), ("jetson-nano", "int8", False, 4, 128, SOME),
+    ("jetson-nano", "int4", False, 1, 128, SOME), ("jetson-xavier", "int4", False, 1, 128, SOME),
+    ("jetson-orin", "int4", False, 1, 128, SOME), ("cuda-sm90", "int4", False, 1, 128, SOME),
+    ("jetson-orin", "int4", True, 1, 32, SOME), ("jetson-xavier", "nf4", False, 1, 64, SOME),
+    ("jetson-orin", "int8", False, 1, 128, SOME), ("jetson-nano", "int8", False, 4, 128, SOME),
     ("jetson-orin", "int4", False, 4, 128, SOME),
-    ("jetson-orin", "int4", False, 128, 128, SOME), ("jetson-orin", "int4", True, 128, 32, SOME),
-    ("jetson-orin", "nf4", False, 16, 64, SOME), ("cuda-sm90", "int4", False, 512, 128, SOME),
-    ("cuda-sm90", "int8", False, 128, 128, SOME), ("jetson-xavier", "int4", False, 128, 128, MANY),
-    ("jetson-xavier", "nf4", False, 128, 32, MANY), ("jetson-xavier", "int8", False, 16, 128, ALL),
+    ("jetson-orin", "int4", False, 128, 128, SOME), ("jetson-orin", "int4", True, 128, 32, MANY),
+    ("jetson-orin", "nf4", False, 16, 64, MANY), ("cuda-sm90", "int4", False, 512, 128, SOME),
+    ("cuda-sm90", "int8", False, 128, 128, MANY), ("jetson-xavier", "int4", False, 128, 128, ALL),
+    ("jetson-nano", "int4", False, 9, 8, MANY), ("jetson-orin", "int8", True, 128, 128, MANY),
+    ("jetson-xavier", "int4", False, 32, 64, ALL), ("cuda-sm90", "int4", True, 1, 8, MANY),
+    ("jetson-xavier", "nf4", False, 128, 32, ALL), ("jetson-xavier", "int8", False, 16, 128, ALL),
 ]  # fmt: skip
 
 
@@ -49,7 +52,7 @@ def test_linear_layers_fit_their_budget(gpu: str, grid: str, offset: bool, m: in
     assert set(re.findall(r"\.version (\S+)|\.target (\S+)", ptx)) == {(device.ptx, ""), ("", device.arch)}
     if m == 1:  # all codes come 16 bytes at a time, and nothing else of the size of a code
         kind = "ld.global.nc.v4.u32" if device.sm < 70 else "ld.global.nc.L1::no_allocate.v4.u32"
-        assert ptx.count(kind) >= 4
+        assert ptx.count(kind) >= (4 if group >= 32 else 1)
         assert not re.search(r"ld\.global\S*\.u8", ptx)
     if device.sm >= 61 and m <= 4:
         assert "dp4a.s32.s32" in ptx
@@ -58,6 +61,22 @@ def test_linear_layers_fit_their_budget(gpu: str, grid: str, offset: bool, m: in
         assert "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32" in ptx and "cp.async.cg.shared.global" in ptx
     if device.sm == 72 and m > 4:
         assert "wmma.mma.sync.aligned.row.col.m16n16k16.s32.s8.s8.s32" in ptx
+
+
+@pytest.mark.slow
+def test_no_shape_spills() -> None:
+    """A spill ends a build, so a sample of everything is compiled: devices, grids, groups, tokens, dtypes of scales."""
+    grids = [("int4", False), ("int4", True), ("int8", False), ("int8", True), ("nf4", False)]
+    groups, tokens, scales = (8, 24, 32, 43, 64, 96, 128, 704), (1, 2, 4, 5, 32, 64, 200), ("float16", "float32")
+    everything = list(product(GPUS, grids, groups, tokens, scales))
+    for i in np.random.default_rng(0).choice(len(everything), 24, replace=False):
+        gpu, (grid, offset), group, m, scale = everything[i]
+        w = weight(grid, offset, 352, 1408, group)
+        kernel = lowered(spans(w, np.zeros((m, 1408))), replace(w, scale=w.scale.astype(scale)), gpu)
+        device = GPUS[gpu].gpu
+        assert device is not None
+        (used,) = nvrtc.compile(kernel.source, device).functions.values()
+        assert used.spill_bytes == 0, kernel.name
 
 
 @pytest.mark.parametrize(("gpu", "kind"), list(zip(GPUS, quantize.KINDS, strict=True)))

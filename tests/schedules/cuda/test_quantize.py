@@ -11,6 +11,7 @@ import targets
 from schedules.cuda import quantize
 from schedules.cuda.kernel import CudaKernel
 from schedules.geometry import Geometry
+from schedules.quantize import SMALLEST
 from tests.emulator import cuda
 from tests.schedules import test_geglu, test_rms_norm, test_swiglu
 from tests.schedules.kernels import EPS32, request
@@ -56,7 +57,7 @@ def assert_quantises(made: Results, want: np.ndarray, error: np.ndarray, geometr
     assert np.array_equal(total, q.sum(-1)), name
     assert (q[:, place < 0] == 0).all(), name
     most = np.abs(spread).max(-1)
-    some = most > 2 * quantize.SMALLEST
+    some = most > 2 * SMALLEST
     assert (np.abs(scale * 127.0 - most) <= allowed.max(-1) + 3 * EPS32 * most)[some].all(), name
     off = np.abs(q * scale[..., None].astype(np.float64) - spread)
     assert (off <= scale[..., None] * (0.5 + 127 * 3 * EPS32) + allowed)[some].all(), name

@@ -37,19 +37,22 @@ def kernel_of(gpu: str, m: int) -> CudaKernel:
         ("jetson-orin", 1, "if (slot >= SLOTS) return;", "if (slot >= SLOTS + 1) return;", "of array 3, which has"),
         # Codes from an address that is no multiple of 16.
         (
-            "jetson-orin", 1, "load_stream(codes + position(tile, i, lane))",
-            "load_stream((const uint4*)((const char*)codes + 4) + position(tile, i, lane))", "is no multiple of 16",
+            "jetson-orin", 1, "load_stream(p.codes + position(tile, i, lane))",
+            "load_stream((const uint4*)((const char*)p.codes + 4) + position(tile, i, lane))", "is no multiple of 16",
         ),
         # Copies that nobody waits for, and a buffer that is filled while others still read it.
         ("jetson-orin", 9, "async_wait<STAGES - 2>();", "async_wait<STAGES - 1>();", "asynchronous copy"),
         ("jetson-orin", 9, "    block_sync();\n    const int next", "    const int next", SHARED),
         # Tokens start at multiples of 4 bytes.
-        ("jetson-orin", 9, "span * K_STEPS * 32 + piece * PIECE,\n", "span * K_STEPS * 32 + piece * PIECE + 4,\n", "multiple"),
+        ("jetson-orin", 9, "* 32 + piece * PIECE,\n", "* 32 + piece * PIECE + 4,\n", "multiple"),
         # One of the two barriers around the buffer that Xavier's kernel has.
         ("jetson-xavier", 9, "warp_m, warp_n);\n    block_sync();", "warp_m, warp_n);", "no barrier lies between"),
         ("jetson-xavier", 9, "wmma_load_c(place, numbers, 16);", "wmma_load_c(place, numbers, 15);", "stride"),
         # A lane that leaves before its warp is through.
-        ("jetson-orin", 9, "  float acc[MT][NT][4] = {};\n", "  float acc[MT][NT][4] = {};\n  if (lane == 3) return;\n", "never reach"),
+        (
+            "jetson-orin", 9, "  float acc[MT][NT][4] = {};", "if (lane == 3) return;\nfloat acc[MT][NT][4] = {};",
+            "which other threads never reach",
+        ),
     ],
     ids=lambda v: v.strip()[:24] if isinstance(v, str) else None,
 )  # fmt: skip
@@ -63,11 +66,14 @@ def test_found_by_the_emulator(gpu: str, m: int, old: str, new: str, message: st
     ("gpu", "m", "old", "new"),
     [
         ("jetson-orin", 1, "shuffle_xor(up ? v[0] : v[2], 16)", "shuffle_xor(up ? v[0] : v[2], 8)"),
-        ("jetson-orin", 1, "x[t].y, sixteen", "x[t].x, sixteen"),
-        ("jetson-orin", 9, "a[mt][k][half] = inputs.x, a[mt][k][half + 2]", "a[mt][k][2 * half] = inputs.x, a[mt][k][2 * half + 1]"),
+        ("jetson-orin", 1, "x.y, sixteen", "x.x, sixteen"),
+        (
+            "jetson-orin", 9, "a[mt][k][half] = inputs.x, a[mt][k][half + 2]",
+            "a[mt][k][2 * half] = inputs.x, a[mt][k][2 * half + 1]",
+        ),
         ("jetson-orin", 9, "words[lane % 4 * 4];\n    b[0] = first", "words[lane / 4 % 4 * 4];\n    b[0] = first"),
         ("jetson-orin", 9, "sum[mt][i / 2];", "sum[mt][i % 2];"),
-        ("jetson-xavier", 9, "const int row = first_row + place[i] % 16;", "const int row = first_row + place[i] / 16;"),
+        ("jetson-xavier", 9, "row = first_row + place[i] % 16;", "row = first_row + place[i] / 16;"),
     ],
     ids=lambda v: v[:24] if isinstance(v, str) else None,
 )  # fmt: skip
