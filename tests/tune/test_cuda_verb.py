@@ -14,7 +14,7 @@ from tests.mock import cuda as mock
 
 SM90 = targets.load("cuda-sm90")
 TUNE = ("compiler", "tune", "--target", "cuda-sm90", "--model", DEMO, "--tokens", 1, "--operators", "attention",
-        "--trials", 2, "--drift", 1000000, "--json")  # fmt: skip
+        "--trials", 2, "--drift", 10**12, "--json")  # fmt: skip
 
 
 def test_the_verb_tunes_this_machines_gpu_and_goes_on(tmp_path: Path) -> None:
