@@ -83,7 +83,8 @@ def default_activations(target: Target) -> str:
     return "float16" if target.gpu is not None and target.gpu.sm < DP4A_SM else "int8"
 
 
-def _refuse_half_without_gpu(request: Request) -> None:
+def refuse_half_without_gpu(request: Request) -> None:
+    """Raise UnsupportedError for half precision on a CPU."""
     if request.activations == "float16" and request.target.gpu is None:
         raise UnsupportedError(
             f"{request.target.name}: --activations float16 is for targets with a GPU, and this one computes on its "
@@ -120,7 +121,7 @@ class Inputs:
 def build(model_dir: Path, request: Request, report: Reporter) -> manifest.Manifest:
     """Compile the checkpoint in `model_dir`. Raises UserError; then nothing is left at or beside `request.out`."""
     bundle.check_place(request.out)
-    _refuse_half_without_gpu(request)
+    refuse_half_without_gpu(request)
     with report.stage("import") as stage:
         inputs = import_checkpoint(model_dir, request)
         stage.note = (
@@ -264,8 +265,7 @@ def _for_cpu(mod: tvm.IRModule, request: Request, report: Reporter) -> Code:
         _checked(lowered.mod, "scheduled", request)
         kernels = sum(isinstance(f, tvm.tirx.PrimFunc) for _, f in lowered.mod.functions_items())
         stage.note = f"{kernels} kernels for {target.name} ({target.mcpu}), {len(lowered.tuned)} of them tuned"
-    for why, count in tuned.misfits.items():
-        report.line(f"{tuned.database.path}: {count} records do not fit any more and were passed over: {why}")
+    _report_misfits(tuned, report)
     with report.stage("codegen"):
         compiled = compile_module(lowered.mod, target)
         _dump(request.dump_ir, "4_code.s", lambda: compiled.executable.mod.imports[0].inspect_source("asm"))
@@ -277,10 +277,13 @@ def _for_gpu(mod: tvm.IRModule, gpu: Gpu, request: Request, report: Reporter) ->
     """@fused to lists of launches, device code, and the C runtime that walks them."""
     target = request.target
     with report.stage("schedule") as stage:
-        launches = lower_to_launches(mod, target)
+        tuned = records.Tuned.of(request.tuning_logs, target)
+        launches = lower_to_launches(mod, target, tuned)
         _dump(request.dump_ir, "3_launches.txt", launches.script)
         decode = next(len(f.steps) for f in launches.functions if f.name == "decode")
         stage.note = f"{len(launches.kernels)} kernels for {target.name} ({gpu.arch}), {decode} launches a token"
+        stage.note += f", {len(launches.tuned)} tuned" if launches.tuned else ""
+    _report_misfits(tuned, report)
     with report.stage("codegen") as stage:
         source = device_code.unit(launches.kernels.values())
         _dump(request.dump_ir, "4_code.cu", lambda: source)
@@ -291,10 +294,16 @@ def _for_gpu(mod: tvm.IRModule, gpu: Gpu, request: Request, report: Reporter) ->
     if spilled := device_code.spills(compiled):
         report.line(spilled)
     text = tables.source(launches, compiled, gpu)
-    return Code(launches.packings, launches.arena_bytes, partial(library.build, text, target=target))
+    link_ = partial(library.build, text, target=target)
+    return Code(launches.packings, launches.arena_bytes, link_, launches.tuned)
 
 
-def _manifest_target(target: Target) -> manifest.Target:
+def _report_misfits(tuned: records.Tuned, report: Reporter) -> None:
+    for why, count in tuned.misfits.items():
+        report.line(f"{tuned.database.path}: {count} records do not fit any more and were passed over: {why}")
+
+
+def manifest_target(target: Target) -> manifest.Target:
     """What the device must have. Where a GPU computes, the host code runs on any CPU of the architecture."""
     here = (target.name, target.arch, target.triple, target.mcpu)
     if target.gpu is None:
@@ -359,7 +368,7 @@ def _manifest(
             "head_bits": linears[-1].bits,
             "kv_cache": model.caches[0].dtype if model.caches else None,
         },
-        target=_manifest_target(target),
+        target=manifest_target(target),
         tvm=manifest.TvmVersions(version("apache-tvm"), version("apache-tvm-ffi")),
         tuning={name: manifest.TunedKernel(d.record, dict(d.knobs)) for name, d in sorted(code.tuned.items())},
         library=LIBRARY,

@@ -19,6 +19,9 @@ TREE = Path("/proc/device-tree/compatible")  # QEMU's arm64 machine calls itself
 # https://www.raspberrypi.com/documentation/computers/os.html#get_throttled
 FIRMWARE = Path("/sys/devices/platform/soc/soc:firmware/get_throttled")
 NOW = 0b1111
+# Jetsons from JetPack 5 on: one device of this kind for every part whose clock is held down for heat. NVIDIA, Jetson
+# Linux Developer Guide, "Platform Power and Performance".
+COOLING, ALERT = Path("/sys/class/thermal"), "-throttle-alert"
 _MACHINES = {62: "x86_64", 183: "aarch64", 243: "riscv64"}  # e_machine of an ELF header
 
 
@@ -73,9 +76,15 @@ def emulator(program: Path = OWN_PROGRAM, kernel: Path = KERNEL_ARCH, tree: Path
     return None
 
 
-def throttled(firmware: Path = FIRMWARE) -> bool:
-    """Whether a Raspberry Pi's firmware holds the clock down, for heat or want of voltage. Elsewhere nobody says."""
-    try:
+def throttled(firmware: Path = FIRMWARE, cooling: Path = COOLING) -> bool:
+    """Whether a Raspberry Pi's firmware or a Jetson's kernel holds a clock down, for heat or want of voltage.
+
+    Elsewhere nobody says.
+    """
+    with contextlib.suppress(OSError, ValueError):
         return bool(int(firmware.read_text().strip(), 16) & NOW)
-    except (OSError, ValueError):
-        return False
+    for device_ in cooling.glob("cooling_device*"):
+        with contextlib.suppress(OSError, ValueError):
+            if (device_ / "type").read_text().strip().endswith(ALERT) and int((device_ / "cur_state").read_text()):
+                return True
+    return False

@@ -9,15 +9,21 @@ from typing import NamedTuple, Union
 from .manifest import Gpu
 
 ENVIRONMENT, LIBRARY = "QUERN_LIBCUDA", "libcuda.so.1"
-MAJOR, MINOR = 75, 76  # CUdevice_attribute: compute capability
+MAJOR, MINOR, MULTIPROCESSORS = 75, 76, 16  # CUdevice_attribute: compute capability, size
+EMULATED = "quern_emulated"
 
 
 class Found(NamedTuple):
-    """The GPU that programs get as number 0. driver: the CUDA version it supports, 11040 for 11.4."""
+    """The GPU that programs get as number 0. driver: the CUDA version it supports, 11040 for 11.4.
+
+    emulated: the driver has no GPU but acts as if; it says so by a symbol that no driver of NVIDIA's has.
+    """
 
     name: str
     arch: int
     driver: int
+    multiprocessors: int = 0
+    emulated: bool = False
 
 
 def path() -> str:
@@ -34,14 +40,18 @@ def find() -> Union[Found, str]:
         return f"the NVIDIA driver is not there: {error}"
     if started:
         return f"the NVIDIA driver does not start: {_name(driver, started)}"
-    name, numbers = ctypes.create_string_buffer(128), [ctypes.c_int(), ctypes.c_int()]
+    name, numbers = ctypes.create_string_buffer(128), [ctypes.c_int() for _ in range(3)]
     code = driver.cuDriverGetVersion(ctypes.byref(version)) or driver.cuDeviceGet(ctypes.byref(device), 0)
     code = code or driver.cuDeviceGetName(name, len(name), device)
-    for attribute, number in zip((MAJOR, MINOR), numbers):  # noqa: B905 strict is Python 3.10's
+    for attribute, number in zip((MAJOR, MINOR, MULTIPROCESSORS), numbers):  # noqa: B905 strict is Python 3.10's
         code = code or driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
     if code:
         return f"the NVIDIA driver shows no GPU: {_name(driver, code)}"
-    return Found(name.value.decode(errors="replace"), 10 * numbers[0].value + numbers[1].value, version.value)
+    major, minor, multiprocessors = (number.value for number in numbers)
+    return Found(
+        name.value.decode(errors="replace"), 10 * major + minor, version.value, multiprocessors,
+        hasattr(driver, EMULATED),
+    )  # fmt: skip
 
 
 def refusals(gpu: Gpu) -> list[str]:

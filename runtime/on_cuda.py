@@ -12,6 +12,7 @@ import itertools
 import mmap
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 from . import arrays, cuda_driver
@@ -64,10 +65,11 @@ class Rows:
 class Model:
     """The library opened on a GPU, with its memory there. It goes when the last view of its memory has gone."""
 
-    def __init__(self, bundle: Bundle, options: int) -> None:
-        self.where, self._model = str(bundle.path), ctypes.c_void_p()
+    def __init__(self, where: Path, library: Path, options: int) -> None:
+        """where: what messages name."""
+        self.where, self._model = str(where), ctypes.c_void_p()
         self._pinned: list[int] = []
-        self.library = _open_library(bundle)
+        self.library = _open_library(library)
         opened = self.library.quern_open(cuda_driver.path().encode(), 0, options, ctypes.byref(self._model))
         self._raise_for(opened, "quern_open")
 
@@ -93,6 +95,11 @@ class Model:
         found = Info()
         self.call("quern_describe", ctypes.byref(found))
         return found
+
+    @property
+    def weights(self) -> int:
+        """Where they begin in GPU memory."""
+        return int(self.library.quern_weights(self._model))
 
     def parameters(self) -> Iterator[str]:
         """Names of the weights and caches that the code asks for, in its order."""
@@ -179,7 +186,7 @@ class OnCuda:
     ) -> None:
         if threads is not None:
             raise InputError(f"{bundle.path}: runs on a GPU, and threads are the CPU's. Leave --threads out.")
-        self.model = Model(bundle, GRAPHS * graphs | TIMED * timed | PTX_ONLY * ptx_only)
+        self.model = Model(bundle.path, bundle.library, GRAPHS * graphs | TIMED * timed | PTX_ONLY * ptx_only)
         _place(self.model, bundle)
         _upload(self.model, bundle)
         self.model.call("quern_load")
@@ -266,14 +273,15 @@ def _forget(bundle: Bundle, evict: bool) -> None:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _open_library(bundle: Bundle) -> ctypes.CDLL:
+def _open_library(path: Path) -> ctypes.CDLL:
     try:
-        library = ctypes.CDLL(str(bundle.library.resolve()))
+        library = ctypes.CDLL(str(path.resolve()))
         abi = library.quern_abi()
     except (OSError, AttributeError) as error:
-        raise VmError(f"{bundle.library}: does not load: {error}. Rebuild the bundle.") from None
+        raise VmError(f"{path}: does not load: {error}. Rebuild the bundle.") from None
     if abi != ABI:
-        raise VmError(f"{bundle.library}: has interface {abi}, but this runtime knows {ABI}. Rebuild the bundle.")
+        raise VmError(f"{path}: has interface {abi}, but this runtime knows {ABI}. Rebuild the bundle.")
+    library.quern_weights.restype = ctypes.c_uint64
     library.quern_error.restype = library.quern_parameter.restype = ctypes.c_char_p
     library.quern_host_free.restype = library.quern_close.restype = None
     return library

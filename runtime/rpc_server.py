@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, TextIO
 
-from . import tvm_libs
+from . import rpc_cuda, tvm_libs
 from .errors import InputError
 from .rpc_tracker import Address, Tracker, receive
 
@@ -268,6 +268,8 @@ class Server:
             return told
         if os.WIFSIGNALED(status):
             return f"signal {os.WTERMSIG(status)}, {signal.strsignal(os.WTERMSIG(status))}"
+        if os.WEXITSTATUS(status) == rpc_cuda.LOST:
+            return "a kernel failed on its GPU"
         return f"exit code {os.WEXITSTATUS(status)}" if os.WEXITSTATUS(status) else ""
 
     def _tunnel_ended(self) -> bool:

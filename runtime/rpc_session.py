@@ -3,7 +3,9 @@
 Any client of TVM may upload libraries, load and time them. `compiler/tune/board_worker.py` uploads too, and then calls:
 
   quern.about()               JSON, board.about and the version of tvm-ffi
-  quern.open(JSON)            takes up a workload (the fields of Workload.__init__); JSON, what was made
+  quern.gpu()                 JSON, rpc_cuda.about
+  quern.open(JSON)            takes up a workload (the fields of Workload.__init__, or with "gpu": true those of
+                              rpc_cuda.Workload.__init__); JSON, what was made
   quern.prepare(FILE)         loads a candidate's library and runs it once; JSON, its number or an error
   quern.outputs()             bytes of all outputs of the last kernel that `prepare` ran
   quern.time(JSON, rounds)    JSON of timing.times for these numbers, with `throttled`
@@ -17,17 +19,16 @@ from __future__ import annotations
 import ctypes
 import json
 import mmap
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
-from . import board, timing, tvm_libs
+from . import board, rpc_cuda, timing, tvm_libs
 from .arrays import ALIGNMENT, Plain, plain_zeros
 from .errors import InputError, UserError
 from .ffi import NONE, RAW_STR, TENSOR, Ffi, Tensor, Value
 
-PROTOCOL = 1
+PROTOCOL = 2
 KERNEL = "main"  # the function of a candidate's library
 UNWRITTEN = 77  # what outputs are filled with before a kernel is checked
 
@@ -62,7 +63,7 @@ class Workload:
         data, self._load = path(file).read_bytes(), load
         streamed = [a for a in arguments if a["streamed"]]
         one = sum(map(_padded, streamed))
-        copies = min(max(1, -(-least_bytes // one)), most_copies) if one else 1
+        copies = timing.copies(one, least_bytes, most_copies)
         self._memory = _Arena(max(copies * one, read_bytes))
         held = [None if a["streamed"] else self._held(a, data) for a in arguments]
         self._plain_outs = [plain_zeros(out["shape"], out["dtype"]) for out in outs]
@@ -100,23 +101,20 @@ class Workload:
         """All outputs, one behind the other."""
         return b"".join(ctypes.string_at(out.address, out.nbytes) for out in self._plain_outs)
 
-    def call(self, function: int) -> None:
-        """With the copies of the weights that have not been used for longest."""
+    def call(self, number: int) -> float:
+        """Seconds of a candidate with the copies of the weights that have not been used for longest."""
         self._turn = (self._turn + 1) % len(self._sets)
-        self._call(function, self._sets[self._turn])
+        return timing.seconds(self._call, self.functions[number], self._sets[self._turn])
 
     def read(self) -> float:
         """GB/s of the fastest reader."""
         self._turn += 1
-        started = time.perf_counter()
-        self._call(self._reader, self._windows[self._turn % len(self._windows)])
-        return self._read_bytes / (time.perf_counter() - started) / 1e9
+        window = self._windows[self._turn % len(self._windows)]
+        return self._read_bytes / timing.seconds(self._call, self._reader, window) / 1e9
 
     def spin(self) -> float:
         """Seconds of the canary that counts clock cycles."""
-        started = time.perf_counter()
-        self._call(self._spin, self._spin_arguments)
-        return time.perf_counter() - started
+        return timing.seconds(self._call, self._spin, self._spin_arguments)
 
     def _speed(self, reader: int) -> float:
         self._reader = reader
@@ -172,11 +170,11 @@ class Session:
         self.folder = folder
         self.ffi = Ffi(folder, None, threads, "Build the library again")
         self.ffi.start_pool()
-        self.workload: Optional[Workload] = None
+        self.workload: Union[Workload, rpc_cuda.Workload, None] = None
         self._modules: dict[str, Value] = {}
         self.ffi.register("tvm.rpc.server.workpath", lambda name: str(self.path(name)))
         self.ffi.register("tvm.rpc.server.load_module", self._load)
-        for name in ("about", "open", "prepare", "outputs", "time"):
+        for name in ("about", "gpu", "open", "prepare", "outputs", "time"):
             self.ffi.register(f"quern.{name}", getattr(self, name))
 
     def serve(self, descriptor: int) -> None:
@@ -197,10 +195,17 @@ class Session:
         facts = board.about(self.ffi.threads)
         return json.dumps({"protocol": PROTOCOL, "tvm_ffi": list(version), **facts})
 
+    def gpu(self) -> str:
+        """See the module."""
+        return json.dumps(rpc_cuda.about())
+
     def open(self, text: str) -> str:
         """Take up a workload; the one before is forgotten."""
-        self.workload = None
-        self.workload = Workload(self.ffi, self._module, self.path, **json.loads(text))
+        self.workload, fields = None, json.loads(text)
+        if fields.pop("gpu", False):
+            self.workload = rpc_cuda.Workload(self.path, **fields)
+        else:
+            self.workload = Workload(self.ffi, self._module, self.path, **fields)
         return json.dumps({"rotated_bytes": self.workload.rotated_bytes})
 
     def prepare(self, name: str) -> str:
@@ -217,11 +222,10 @@ class Session:
     def time(self, text: str, rounds: int) -> str:
         """Numbers of candidates; rounds."""
         made = self._opened()
-        functions = [made.functions[number] for number in json.loads(text)]
-        found = timing.times(made.call, functions, rounds, made.read, made.spin)
+        found = timing.times(made.call, json.loads(text), rounds, made.read, made.spin)
         return json.dumps({**found, "throttled": board.throttled()})
 
-    def _opened(self) -> Workload:
+    def _opened(self) -> Union[Workload, rpc_cuda.Workload]:
         if self.workload is None:
             raise InputError("no workload is open")
         return self.workload

@@ -18,29 +18,29 @@ SPINS = 3  # timings of the canary that counts clock cycles, before and after a 
 
 
 def times(
-    call: Callable[[Any], None],
+    call: Callable[[Any], float],
     functions: Sequence[Any],
     rounds: int,
     read: Callable[[], float],
     spin: Optional[Callable[[], float]] = None,
 ) -> dict[str, Any]:
-    """Seconds of every call, by round and function; GB/s of the reader after every round, the best of a few; seconds of
-    the spinning canary before the first round and after every one, where there is one; and the share of all processors
-    that others took meanwhile.
+    """Seconds of every call, as `call` gives them, by round and function; GB/s of the reader after every round, the
+    best of a few; seconds of the spinning canary before the first round and after every one, where there is one; and
+    the share of all processors that others took meanwhile.
 
     Functions take turns, in an order that turns from round to round, so that nobody always follows the same one.
     """
-    reads, seconds, before, count = [], [], processor_seconds(), len(functions)
+    reads, slots, before, count = [], [], processor_seconds(), len(functions)
     spins = [fastest_spin(spin)] if spin is not None else []
     for n in range(rounds):
         order = [(n + i) % count for i in range(count)] if count else []
         row = {place: slot(call, functions[place]) for place in order}
-        seconds.append([row[place] for place in range(count)])
+        slots.append([row[place] for place in range(count)])
         reads.append(max(read() for _ in range(READS)))
         if spin is not None:
             spins.append(fastest_spin(spin))
     foreign = foreign_share(before, processor_seconds())
-    return {"seconds": seconds, "reads": reads, "spins": spins, "foreign": foreign}
+    return {"seconds": slots, "reads": reads, "spins": spins, "foreign": foreign}
 
 
 def fastest_spin(spin: Callable[[], float]) -> float:
@@ -48,16 +48,26 @@ def fastest_spin(spin: Callable[[], float]) -> float:
     return min(spin() for _ in range(SPINS))
 
 
-def slot(call: Callable[[Any], None], function: Any) -> list[float]:
+def slot(call: Callable[[Any], float], function: Any) -> list[float]:
     """One function's calls of a round; the first is not counted, it warms the code and the activations."""
     call(function)
     found: list[float] = []
     end = time.perf_counter() + SLOT_S
     while len(found) < LEAST_CALLS or time.perf_counter() < end:
-        started = time.perf_counter()
-        call(function)
-        found.append(time.perf_counter() - started)
+        found.append(call(function))
     return found
+
+
+def seconds(act: Callable[..., Any], *arguments: Any) -> float:
+    """Of this machine's clock, for one call."""
+    started = time.perf_counter()
+    act(*arguments)
+    return time.perf_counter() - started
+
+
+def copies(one: int, least_bytes: int, most_copies: int) -> int:
+    """How many sets of streamed arguments, `one` bytes each, are too much for the caches."""
+    return min(max(1, -(-least_bytes // one)), most_copies) if one else 1
 
 
 def processor_seconds(stat: Path = Path("/proc/stat")) -> tuple[float, float, float]:

@@ -146,13 +146,11 @@ def spelled(number: float) -> str:
     return f"{number:.8e}".replace("-", "m").replace("+", "p").replace(".", "_")
 
 
-def _families() -> dict[str, list[ModuleType]]:
-    """Schedule files by operator, the one that is asked first in front."""
-    import schedules
-
+def families(package: ModuleType) -> dict[str, list[ModuleType]]:
+    """A package's schedule files by operator, the one that is asked first in front."""
     offers: dict[str, list[ModuleType]] = {}
-    for info in pkgutil.iter_modules(schedules.__path__):
-        module = importlib.import_module(f"schedules.{info.name}")
+    for info in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"{package.__name__}.{info.name}")
         for op in getattr(module, "LOWERS", {}):
             offers.setdefault(op, []).append(module)
     for op, found in offers.items():
@@ -167,12 +165,18 @@ def _rank(module: ModuleType) -> int:
 
 def lowerings() -> dict[str, Lower]:
     """All operators that have a schedule, collected from every module in this package."""
-    return {op: _first_suited([module.LOWERS[op] for module in found]) for op, found in _families().items()}
+    import schedules
+
+    return {op: _first_suited([module.LOWERS[op] for module in found]) for op, found in families(schedules).items()}
 
 
 def space(request: Request) -> Space | None:
-    """What may be chosen for this request by the family that will lower it; None if that has nothing to choose."""
-    for module in _families()[request.op]:
+    """What may be chosen for this request by the family that will lower it; None if that has nothing to choose.
+
+    Where the target computes on a GPU, that is a family of schedules/cuda/.
+    """
+    package = importlib.import_module("schedules" if request.target.gpu is None else "schedules.cuda")
+    for module in families(package)[request.op]:
         try:
             if request.op in getattr(module, "SPACES", {}):
                 found: Space = module.SPACES[request.op](request)

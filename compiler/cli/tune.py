@@ -41,6 +41,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bits", type=int, choices=(4, 8), help="bits of dense linear layers, and of --shapes (4)")
     parser.add_argument("--group-size", type=positive, metavar="G", help="with --bits, and --shapes (default: 128)")
     parser.add_argument("--head-bits", type=int, choices=(4, 8), help="bits of a dense head (--shapes: as --bits)")
+    parser.add_argument("--activations", choices=("int8", "float16", "exact"), help="as in build")
     parser.add_argument("--context", type=positive, metavar="N", help="positions to keep, as in build")
     parser.add_argument(
         "--tokens", type=positive, nargs="+", metavar="M", default=[1, 128], help="tokens a call (default: 1 128)"
@@ -80,14 +81,18 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("tune needs either a --model or --shapes: give one of the two.")
     _check_boards(options)
     target = targets.load(options.target)
-    return _run_there(options, target) if options.rpc or options.ssh else _run_here(options, target)
+    if target.gpu is not None and options.threads:
+        raise UserError(f"{target.name}: runs on a GPU, and threads are the CPU's. Leave --threads out.")
+    if options.rpc or options.ssh:
+        return _run_there(options, target)
+    _require(target)
+    return _run_here(options, target) if target.gpu is None else _run_there(options, target)
 
 
 def _run_here(options: argparse.Namespace, target: Target) -> int:
     """On this machine, one task after the other."""
     from runtime import device
 
-    _require(target)
     threads = options.threads or device.default_threads()
     os.environ["TVM_NUM_THREADS"] = str(threads)  # before TVM is loaded
     from compiler.tune import records, search
@@ -112,7 +117,7 @@ def _run_here(options: argparse.Namespace, target: Target) -> int:
 
 
 def _run_there(options: argparse.Namespace, target: Target) -> int:
-    """On boards, each of which takes what is to be measured next."""
+    """On boards, each of which takes what is to be measured next; this machine is one for its own GPU."""
     os.environ["TVM_NUM_THREADS"] = "1"  # of this process, which only links
     from compiler.errors import UserError
     from compiler.tune import records, search
@@ -127,7 +132,8 @@ def _run_there(options: argparse.Namespace, target: Target) -> int:
     stop = search.until(options.time_budget)
     folder = options.tuning_logs or records.DEFAULT_FOLDER
     database = records.Database.writing(folder, target.tuning_key)
-    threads, count = options.threads or target.cores, options.boards or len(options.ssh or "1")
+    threads = options.threads or (target.cores if target.gpu is None else 1)
+    count = options.boards or len(options.ssh or "1")
     try:
         found = _tasks(options, target)
         with _tracker(options, target) as (address, key), _scratch() as scratch:
@@ -198,6 +204,12 @@ def _tracker(options: argparse.Namespace, target: Target) -> Iterator[tuple[str,
         _find_tracker(options.rpc)
         yield options.rpc, key
         return
+    if not options.ssh:
+        from compiler.tune import own_gpu
+
+        with own_gpu.offered(key) as address:
+            yield str(address), key
+        return
     try:
         from compiler.tune import ssh
     except ImportError:
@@ -228,13 +240,12 @@ def _drift(options: argparse.Namespace) -> float:
 
 def _require(target: Target) -> None:
     """Raise UserError where this machine cannot run the target's code."""
+    from compiler import pipeline
     from compiler.errors import UserError
     from runtime import device, manifest
 
-    if target.gpu is not None:
-        raise UserError(f"{target.name}: tune measures the kernels of CPUs, and this target computes on a GPU.")
     machine = manifest.Target(target.name, target.arch, target.triple, target.mcpu, target.cpuinfo, target.glibc)
-    if refusals := device.refusals(machine):
+    if refusals := device.refusals(machine if target.gpu is None else pipeline.manifest_target(target)):
         why = "; ".join(refusals)
         raise UserError(
             f"{target.name}: candidates are timed on this machine, and it cannot run them: {why}. Let a "
@@ -255,8 +266,9 @@ def _tasks(options: argparse.Namespace, target: Target) -> list[Task]:
     chunks = tuple(m for m in options.tokens if m > 1) or (128,)
     request = pipeline.Request(
         Path(), target, bits=options.bits, group_size=options.group_size, head_bits=options.head_bits,
-        context=options.context, chunks=chunks,
+        context=options.context, chunks=chunks, activations=options.activations or pipeline.default_activations(target),
     )  # fmt: skip
+    pipeline.refuse_half_without_gpu(request)
     made = []
     if options.model is not None:
         made.append(pipeline.import_checkpoint(hub.resolve(options.model), request).model)

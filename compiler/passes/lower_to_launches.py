@@ -10,7 +10,7 @@ leaves for a head. Behind it temporaries and results share space by lifetime, fu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import tvm
@@ -19,7 +19,7 @@ from tvm import relax
 from compiler.errors import UnsupportedError
 from compiler.graph import ops
 from compiler.graph.ops import Op
-from compiler.passes.lower_to_schedules import key_of, request_of
+from compiler.passes.lower_to_schedules import Decide, Decision, key_of, request_of
 from schedules.cuda.kernel import CudaKernel, Launch, lowerings
 from schedules.kernel import Packing, TensorSpec, Unsupported
 from targets import Target
@@ -62,13 +62,17 @@ class FunctionPlan:
 
 @dataclass(frozen=True)
 class Launches:
-    """A whole module. `parameters` are the names of weights and caches in the order of their numbers."""
+    """A whole module. `parameters` are the names of weights and caches in the order of their numbers.
+
+    tuned: decisions that were applied, by kernel name.
+    """
 
     functions: tuple[FunctionPlan, ...]
     parameters: tuple[str, ...]
     kernels: Mapping[str, CudaKernel]
     packings: Mapping[str, Packing]
     arena_bytes: int
+    tuned: Mapping[str, Decision] = field(default_factory=dict)
 
     def script(self) -> str:
         """One line a launch, for people."""
@@ -111,9 +115,12 @@ class _Function:
     row_bytes: int = 0
 
 
-def lower_to_launches(mod: tvm.IRModule, target: Target) -> Launches:
-    """quern.OP(args) -> launches of its CUDA kernel. Raises UnsupportedError where the target has no kernel for one."""
-    made = _Lowering(target)
+def lower_to_launches(mod: tvm.IRModule, target: Target, decide: Decide = lambda request: None) -> Launches:
+    """quern.OP(args) -> launches of its CUDA kernel. `decide` gives the knobs of a request, or None for the default.
+
+    Raises UnsupportedError where the target has no kernel for one.
+    """
+    made = _Lowering(target, decide)
     functions = [made.function(var.name_hint, f) for var, f in mod.functions_items() if isinstance(f, relax.Function)]
     functions.sort(key=lambda f: f.name)
     ids = max((f.tokens for f in functions if f.takes == "ids"), default=0)
@@ -122,14 +129,15 @@ def lower_to_launches(mod: tvm.IRModule, target: Target) -> Launches:
     start = front + _up(rows)
     end = max((_place(f, front, start) for f in functions), default=start)
     plans = tuple(_plan(f) for f in functions)
-    return Launches(plans, tuple(made.parameters), made.kernels, made.packings, end)
+    return Launches(plans, tuple(made.parameters), made.kernels, made.packings, end, made.tuned)
 
 
 class _Lowering:
     """What the functions of a module share: kernels, layouts of weights, numbers of parameters."""
 
-    def __init__(self, target: Target) -> None:
-        self.target, self.table = target, lowerings()
+    def __init__(self, target: Target, decide: Decide) -> None:
+        self.target, self.table, self.decide = target, lowerings(), decide
+        self.tuned: dict[str, Decision] = {}
         self.parameters: list[str] = []
         self.kernels: dict[str, CudaKernel] = {}
         self.packings: dict[str, Packing] = {}
@@ -196,10 +204,15 @@ class _Lowering:
         if key not in self._known:
             if request.op not in self.table:
                 raise UnsupportedError(f"{self.target.name}: there is no CUDA kernel for {request.op}.")
+            decision = self.decide(request)
+            if decision is not None:
+                request = replace(request, knobs=decision.knobs)
             try:
                 kernel = self.table[request.op](request)
             except Unsupported as error:
                 raise UnsupportedError(f"{self.target.name}: {error}") from error
+            if decision is not None:
+                self.tuned[kernel.name] = decision
             known = self.kernels.setdefault(kernel.name, kernel)
             assert known.source == kernel.source, f"two kernels are called {kernel.name}"
             self._known[key] = kernel

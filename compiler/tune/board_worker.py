@@ -26,12 +26,13 @@ from tvm import rpc
 import targets
 from compiler.codegen import link
 from compiler.measure import read_bandwidth
-from compiler.tune import canaries, candidates
+from compiler.tune import canaries, candidates, cuda_candidates
 from compiler.tune.candidates import MOST_COPIES, READ_BYTES, Lost, NoBoard
 from runtime import rpc_server, timing
 from runtime.rpc_session import KERNEL, PROTOCOL
 from runtime.rpc_tracker import Address, Tracker
-from schedules.kernel import Request
+from schedules.cuda.kernel import CudaKernel
+from schedules.kernel import Kernel, Request
 from targets import Target
 
 SESSION_S = 1200.0  # a session older than half of it is exchanged before the next batch
@@ -86,6 +87,8 @@ class Worker:
             about = self._json("about")
             if about.get("protocol") != PROTOCOL or not isinstance(about.get("name"), str):
                 raise self._lost(f"its rpc-server speaks protocol {about.get('protocol')!r}, not {PROTOCOL}")
+            if self._machine().gpu is not None:
+                about["gpu"] = self._json("gpu")
             self._about = about | {"address": str(Address(offer.host, offer.port)), "session": self._number}
         return self._about
 
@@ -93,17 +96,14 @@ class Worker:
         """Take up a workload: send arguments, canaries and the default, whose results count as right from then on."""
         self._workload = None
         made = candidates.Call.of(request, default)
-        library = self._linked({KERNEL: made.kernel.func}, (request, sorted(default.items())))
-        shared = self._linked(canaries.functions(), "canaries")
+        library = self._library(made.kernel, request, default)
+        shared, about = self._canaries(least_bytes)
         arguments, data = _laid_out(made)
         self._upload(ARGUMENTS, data)
         self._send(shared)
-        spec = {
+        spec = about | {
             "file": ARGUMENTS, "arguments": arguments, "least_bytes": least_bytes, "most_copies": MOST_COPIES,
             "outs": [{"shape": out.shape, "dtype": out.dtype} for out in request.outs], "canaries": shared.name,
-            "readers": [canaries.READER.format(i) for i in range(len(read_bandwidth.VARIANTS))],
-            "read_bytes": READ_BYTES, "reader_out": (read_bandwidth.SLICES, read_bandwidth.LANES),
-            "spin_out": (canaries.SLICES,),
         }  # fmt: skip
         rotated = self._json("open", json.dumps(spec)).get("rotated_bytes")
         if not isinstance(rotated, int) or rotated < 0:
@@ -123,11 +123,11 @@ class Worker:
         made = self._workload
         assert made is not None
         kernel = candidates.candidate(made.request, knobs, made.call.kernel)
-        library = self._linked({KERNEL: kernel.func}, (made.request, sorted(knobs.items())))
+        library = self._library(kernel, made.request, knobs)
         outs = self._run(made, library)
         number = made.count - 1
         try:
-            candidates.check(outs, made.reference)
+            candidates.check(outs, made.reference, candidates.tolerance(made.request))
         except ValueError:
             again = self._run(made, made.default)
             if not all(np.array_equal(a, b) for a, b in zip(again, made.reference, strict=True)):
@@ -179,13 +179,37 @@ class Worker:
             for (shape, kind), start in zip(specs, starts[:-1].tolist(), strict=True)
         ]
 
-    def _linked(self, funcs: Mapping[str, Any], what: Any) -> Path:
-        """A library of these functions for the board, made once."""
+    def _library(self, kernel: Kernel | CudaKernel, request: Request, knobs: Mapping[str, int]) -> Path:
+        """A candidate as the board takes it."""
+        what = (request, sorted(knobs.items()))
+        if isinstance(kernel, CudaKernel):
+            return self._made(what, lambda path: cuda_candidates.build(kernel, request, path))
+        return self._linked({KERNEL: kernel.func}, what)
+
+    def _canaries(self, least_bytes: int) -> tuple[Path, dict[str, Any]]:
+        """Their library, and what the board must know to use it."""
         target = self._machine()
-        name = hashlib.sha256(repr((target, what)).encode()).hexdigest()[:16]
+        if target.gpu is not None:
+            library = self._made("canaries", lambda path: cuda_candidates.canaries(path, target))
+            front, copied = cuda_candidates.SPIN_BYTES, cuda_candidates.copy_bytes(least_bytes)
+            return library, {"gpu": True, "front_bytes": front, "copy_bytes": copied}
+        return self._linked(canaries.functions(), "canaries"), {
+            "readers": [canaries.READER.format(i) for i in range(len(read_bandwidth.VARIANTS))],
+            "read_bytes": READ_BYTES, "reader_out": (read_bandwidth.SLICES, read_bandwidth.LANES),
+            "spin_out": (canaries.SLICES,),
+        }  # fmt: skip
+
+    def _linked(self, funcs: Mapping[str, Any], what: Any) -> Path:
+        """A library of these functions for the board's CPU."""
+        target = self._machine()
+        return self._made(what, lambda path: link.export(candidates.generate(funcs, target), path, target))
+
+    def _made(self, what: Any, make: Callable[[Path], None]) -> Path:
+        """A library for the board, made once."""
+        name = hashlib.sha256(repr((self._machine(), what)).encode()).hexdigest()[:16]
         path = Path(self.folder) / f"{name}.so"
         if not path.is_file():
-            link.export(candidates.generate(funcs, target), path, target)
+            make(path)
         return path
 
     def _machine(self) -> Target:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from compiler.codegen.cuda import tables
 from compiler.errors import UserError
 from compiler.tune.measure import (
     DRIFT,
@@ -32,7 +33,7 @@ from compiler.tune.measure import (
 )  # fmt: skip
 from runtime import device, timing
 from schedules.kernel import Request, Space
-from targets import Target
+from targets import Gpu, Target
 
 WAIT_S, SOON_S = 20.0, 3.0  # for a board: before a batch, and in the middle of one
 MEMORY_SHARE = 4  # rotated weights take at most this part of a board's memory
@@ -91,20 +92,38 @@ class BoardMeasurer(WorkerMeasurer):
                 f"{where} has tvm-ffi {'.'.join(map(str, about.get('tvm_ffi', [])))}, but kernels are made here for "
                 f"{'.'.join(map(str, _own_ffi()))}. Give it the libraries of this release: build --self-contained."
             )
-        missing = sorted(set(target.cpuinfo) - set(about.get("features", ())))
+        missing = sorted(set(target.cpuinfo) - set(about.get("features", ()))) if target.gpu is None else []
         glibc = about.get("glibc")
         fits = about.get("arch") == target.arch and glibc and device.version(glibc) >= device.version(target.glibc)
         part = PARTS.get(target.mcpu, about.get("cpu"))
+        gpu = target.gpu and self._admit_gpu(target.gpu, about, where)
         if missing or not fits or about.get("cpu") != part:
             raise BoardError(
                 f"{where} is offered as {self.key!r}, but is no {target.name}: it is {about.get('arch')}, CPU "
                 f"{about.get('cpu')}, glibc {glibc}"
                 f"{', without ' + ', '.join(missing) if missing else ''}. Give boards of another kind another --key."
             )
-        measured = EMULATED if about.get("emulator") else RPC
-        setting = replace(self.setting, cpu=str(about["cpu"]), measured=measured)
+        measured = EMULATED if about.get("emulator") or about.get("gpu", {}).get("emulated") else RPC
+        setting = replace(self.setting, cpu=gpu or str(about["cpu"]), measured=measured)
         self.admit(setting)
         self.setting = setting
+
+    def _admit_gpu(self, gpu: Gpu, about: dict[str, Any], where: str) -> str:
+        """The GPU in words; BoardError unless it is of the target's architecture and its driver takes our code."""
+        found = about.get("gpu", {})
+        if "error" in found:
+            raise BoardError(f"{where} is offered as {self.key!r}, but it has no GPU: {found['error']}.")
+        said = f"{found.get('name')}, {found.get('multiprocessors')} multiprocessors"
+        if found.get("arch") != gpu.sm:
+            raise BoardError(
+                f"{where} is offered as {self.key!r}, but its GPU is sm_{found.get('arch')} ({said}) and kernels are "
+                f"tuned for {gpu.arch}. Give boards of another kind another --key."
+            )
+        driver, needed = int(found.get("driver") or 0), tables.driver_version(gpu)
+        if driver < needed:
+            have, need = (f"{v // 1000}.{v % 1000 // 10}" for v in (driver, needed))
+            raise BoardError(f"{where} has an NVIDIA driver of CUDA {have}, but kernels need {need}. Update it.")
+        return said
 
     def _open(self, request: Request, space: Space) -> None:
         self.ready(SOON_S)
@@ -117,11 +136,13 @@ class BoardMeasurer(WorkerMeasurer):
         self._opened, self._quickest_s = request, math.inf
 
     def _rotated(self) -> int:
-        """As many bytes of weights as a board can hold, beyond its caches."""
+        """As many bytes of weights as a board can hold, beyond its caches; least_bytes exceeds those of any GPU."""
         memory = self._about.get("memory_bytes")
         most = int(memory) // MEMORY_SHARE if isinstance(memory, int) else self.least_bytes
         target = self.target
         assert target is not None
+        if target.gpu is not None:
+            return min(self.least_bytes, most)
         cache = max(int(self._about.get("cache_bytes") or 0), 1024 * (target.l2_kib or 0))
         return max(min(self.least_bytes, most), CACHES * cache)
 

@@ -18,6 +18,8 @@ import numpy as np
 import tvm
 
 from compiler.tune import inputs
+from schedules.cuda import kernel as cuda
+from schedules.cuda.kernel import CudaKernel
 from schedules.kernel import Kernel, Request, lowerings
 from targets import Target
 
@@ -27,6 +29,9 @@ READ_BYTES = 32 << 20  # of the arena, each time that the reader is timed
 # Rows differ in the order of their fp32 sums only: some thousand roundings of 2^-24 each, far below this share of the
 # largest result, and a kernel that forgets a block is far above it.
 TOLERANCE = 1e-4
+# Kernels of half precision round their sums to fp16 now and then, and each in an order of its own: 2^-11 a rounding, a
+# few of which meet in one result. A kernel that forgets one block of 64 is off by a tenth and more.
+HALF_TOLERANCE = 4 * 2.0**-11
 PR_SET_PDEATHSIG = 1
 
 
@@ -42,7 +47,7 @@ class NoBoard(Exception):
 class Call:
     """An operator's default kernel and its arguments as the kernel wants them to lie, by name, in order."""
 
-    kernel: Kernel
+    kernel: Kernel | CudaKernel
     arrays: Mapping[str, np.ndarray]
     streamed: tuple[str, ...]
     bytes_per_call: float
@@ -64,12 +69,13 @@ def padded(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def lower(request: Request, knobs: Mapping[str, int]) -> Kernel:
-    """The kernel of a request with these knobs."""
-    return lowerings()[request.op](replace(request, knobs=dict(knobs)))
+def lower(request: Request, knobs: Mapping[str, int]) -> Kernel | CudaKernel:
+    """The kernel of a request with these knobs, for the CPU or the GPU of its target."""
+    chosen = replace(request, knobs=dict(knobs))
+    return (lowerings() if request.target.gpu is None else cuda.lowerings())[request.op](chosen)
 
 
-def candidate(request: Request, knobs: Mapping[str, int], default: Kernel) -> Kernel:
+def candidate(request: Request, knobs: Mapping[str, int], default: Kernel | CudaKernel) -> Kernel | CudaKernel:
     """The same, if it takes its weights as the default does."""
     kernel = lower(request, knobs)
     if {i: p.name for i, p in kernel.packings.items()} != {i: p.name for i, p in default.packings.items()}:
@@ -83,11 +89,16 @@ def generate(funcs: Mapping[str, Any], target: Target) -> Any:
     return tvm.compile(module, target=tvm.target.Target(target.tvm_target()))
 
 
-def check(outs: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> None:
+def tolerance(request: Request) -> float:
+    """How far results of an operator's kernels may lie apart, as a share of the largest."""
+    return HALF_TOLERANCE if "half" in request.op else TOLERANCE
+
+
+def check(outs: Sequence[np.ndarray], reference: Sequence[np.ndarray], allowed: float = TOLERANCE) -> None:
     """Raise ValueError unless the results are the default's."""
     for out, want in zip(outs, reference, strict=True):
         error = np.abs(out.astype(np.float64) - want).max()
-        if not error <= TOLERANCE * np.abs(want).max():
+        if not error <= allowed * np.abs(want).max():
             raise ValueError(f"wrong results: off by {error:.3g} from the default's, whose largest is {want.max():.3g}")
 
 

@@ -9,7 +9,6 @@ import mmap
 import os
 import statistics
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -44,18 +43,16 @@ class Workload:
     windows: list[Any]
     turn: int = 0
 
-    def call(self, function: Any) -> None:
-        """With the copies of the weights that have not been used for longest."""
+    def call(self, function: Any) -> float:
+        """Seconds with the copies of the weights that have not been used for longest."""
         self.turn = (self.turn + 1) % len(self.sets)
-        function(*self.sets[self.turn], *self.outs)
+        return timing.seconds(function, *self.sets[self.turn], *self.outs)
 
     def read(self) -> float:
         """GB/s of the fastest reader."""
         self.turn += 1
-        started = time.perf_counter()
         function, out = self.reader
-        function(self.windows[self.turn % len(self.windows)], out)
-        return READ_BYTES / (time.perf_counter() - started) / 1e9
+        return READ_BYTES / timing.seconds(function, self.windows[self.turn % len(self.windows)], out) / 1e9
 
 
 def arena(nbytes: int) -> np.ndarray:
@@ -70,7 +67,7 @@ def open_workload(request: Request, default: Mapping[str, int], least_bytes: int
     made = candidates.Call.of(request, default)
     arrays = made.arrays
     one = sum(padded(arrays[name].nbytes) for name in made.streamed)
-    copies = min(max(1, -(-least_bytes // one)), MOST_COPIES) if one else 1
+    copies = timing.copies(one, least_bytes, MOST_COPIES)
     memory = arena(max(copies * one, READ_BYTES))
     held = {name: tvm.runtime.tensor(array) for name, array in arrays.items() if name not in made.streamed}
     sets, place = [], 0
@@ -84,6 +81,7 @@ def open_workload(request: Request, default: Mapping[str, int], least_bytes: int
             place += padded(array.nbytes)
         sets.append([views.get(name, held.get(name)) for name in arrays])
     outs = [tvm.runtime.tensor(np.zeros(out.shape, out.dtype)) for out in request.outs]
+    assert isinstance(made.kernel, Kernel), "a GPU's kernels are timed over RPC"
     function = compiled(made.kernel.func, request.target)
     function(*sets[0], *outs)
     pin()
@@ -132,6 +130,7 @@ def fastest_reader(workload: Workload) -> Any:
 def prepare(workload: Workload, knobs: Mapping[str, int]) -> int:
     """Compile a candidate and compare its results with the default's; gives its number for `time`."""
     kernel = candidates.candidate(workload.request, knobs, workload.default)
+    assert isinstance(kernel, Kernel)
     function = compiled(kernel.func, workload.request.target)
     for out in workload.outs:
         out.copyfrom(np.full(out.shape, 77, str(out.dtype)))

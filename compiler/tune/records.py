@@ -192,7 +192,10 @@ class Database:
 
 @dataclass
 class Tuned:
-    """What `lower_to_schedules` asks for decisions. Remembers how many records no longer fit their schedule."""
+    """What `lower_to_schedules` and `lower_to_launches` ask for decisions.
+
+    Remembers how many records no longer fit their schedule.
+    """
 
     database: Database
     threads: int
@@ -200,8 +203,8 @@ class Tuned:
 
     @classmethod
     def of(cls, folder: Path, target: Target) -> Tuned:
-        """The records of a target, for as many threads as it has cores."""
-        return cls(Database.read(folder, target.tuning_key), target.cores)
+        """The records of a target, for as many threads as it has cores, or the one that feeds its GPU."""
+        return cls(Database.read(folder, target.tuning_key), target.cores if target.gpu is None else 1)
 
     def __call__(self, request: Request) -> Decision | None:
         """The measured knobs of a request, or None for the schedule's default."""

@@ -1,19 +1,18 @@
 """What a CUDA schedule file offers: operator name -> launches of CUDA functions. Files are found by walking the folder.
 
 As in `schedules/kernel.py`, every file has `LOWERS: dict[str, Lower]`, and may have a `RANK` and `SPACES`; a `Lower`
-gets the same `Request` and gives a `CudaKernel`, or raises `Unsupported` or `NotSuited`.
+gets the same `Request` and gives a `CudaKernel`, or raises `Unsupported` or `NotSuited`. What may be chosen for a
+request, `schedules.kernel.space` says for these files, too.
 
 Shapes are static, so a launch is data: the host walks a table, and nothing of a token is decided on the CPU.
 """
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from schedules.kernel import NotSuited, Packing, Request, TensorSpec, Unsupported
+from schedules.kernel import NotSuited, Packing, Request, TensorSpec, Unsupported, families
 
 Dim3 = tuple[int, int, int]
 
@@ -57,20 +56,13 @@ def lowerings() -> dict[str, Lower]:
     """All operators that have a CUDA kernel, collected from every module of this package."""
     import schedules.cuda
 
-    offers: dict[str, list[tuple[int, Lower]]] = {}
-    for info in pkgutil.iter_modules(schedules.cuda.__path__):
-        module = importlib.import_module(f"schedules.cuda.{info.name}")
-        for op, lower in getattr(module, "LOWERS", {}).items():
-            offers.setdefault(op, []).append((int(getattr(module, "RANK", 0)), lower))
-    for op, found in offers.items():
-        assert len({rank for rank, _ in found}) == len(found), f"{op} is lowered by two files of equal RANK"
-        found.sort(key=lambda pair: pair[0], reverse=True)
-    return {op: _first_suited(op, [lower for _, lower in found]) for op, found in offers.items()}
+    offers = families(schedules.cuda)
+    return {op: _first_suited(op, [module.LOWERS[op] for module in found]) for op, found in offers.items()}
 
 
-def _first_suited(op: str, families: list[Lower]) -> Lower:
+def _first_suited(op: str, lowers: list[Lower]) -> Lower:
     def lower(request: Request) -> CudaKernel:
-        for family in families:
+        for family in lowers:
             try:
                 return family(request)
             except NotSuited:  # noqa: PERF203 two or three families

@@ -140,6 +140,8 @@ static CUresult flush(void) {
   return broken ? LAUNCH_FAILED : CUDA_SUCCESS;
 }
 
+const int quern_emulated = 1; /* runtime/cuda_driver.py: times on this GPU are none */
+
 CUresult cuInit(unsigned flags) {
   (void)flags;
   if (refuses("init")) return NO_DEVICE;

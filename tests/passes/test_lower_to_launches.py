@@ -15,8 +15,9 @@ from compiler.graph.build import Function, Graph
 from compiler.graph.weights import Linear, Table
 from compiler.passes import lower_to_launches as lowering
 from compiler.passes.lower_to_launches import ALIGNMENT, HEADER, Launches, Place, lower_to_launches
+from compiler.passes.lower_to_schedules import Decision
 from compiler.quant.ir import WeightType
-from schedules.cuda.kernel import lowerings
+from schedules.cuda.kernel import CudaKernel, lowerings
 from schedules.kernel import Request, TensorSpec, Unsupported
 
 SM90 = targets.load("cuda-sm90")
@@ -69,6 +70,29 @@ def test_one_kernel_serves_equal_calls() -> None:
     functions = [step.launch.function for plan in found.functions for step in plan.steps]
     assert len(functions) == 7
     assert len(found.kernels) == 5  # embeddings of 1 and 16 rows, sums of 1 and 16 rows, one linear layer
+
+
+def test_a_decision_is_applied_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def lower(request: Request) -> CudaKernel:
+        seen.append(dict(request.knobs))
+        kernel = lowerings()["quern.add"](replace(request, knobs={}))
+        name = f"tuned_{kernel.name}" if request.knobs else kernel.name
+        launches = tuple(replace(launch, function=name) for launch in kernel.launches)
+        return replace(kernel, name=name, source=kernel.source.replace(kernel.name, name), launches=launches)
+
+    table = {**lowerings(), "quern.add": lower}
+    monkeypatch.setattr(lowering, "lowerings", lambda: table)
+    decision = Decision({"threads": 64}, "0123456789abcdef")
+    found = lower_to_launches(
+        module(), SM90, lambda r: decision if r.op == "quern.add" and r.args[0].shape[0] == 1 else None
+    )
+    (name,) = found.tuned
+    assert found.tuned[name] == decision and name.startswith("tuned_") and sorted(map(len, seen)) == [0, 1]
+    decode, _, prefill = found.functions
+    assert [step.launch.function == name for step in decode.steps] == [False, True, True, False]
+    assert all(step.launch.function != name for step in prefill.steps)
 
 
 lifetimes = st.lists(st.tuples(st.integers(1, 5000), st.integers(0, 12), st.integers(0, 12)), min_size=1, max_size=30)

@@ -41,7 +41,20 @@ def test_the_largest_cache(tmp_path: Path) -> None:
 def test_the_firmwares_word_counts_for_now_only(tmp_path: Path, bits: str, hot: bool) -> None:
     (tmp_path / "get_throttled").write_text(f"{bits}\n")  # 0x50000: has been, since the start
     assert board.throttled(tmp_path / "get_throttled") is hot
-    assert not board.throttled(tmp_path / "nothing")
+    assert not board.throttled(tmp_path / "nothing", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "state", "hot"),
+    [("gpu-throttle-alert", "1", True), ("gpu-throttle-alert", "0", False), ("pwm-fan", "3", False)],
+)
+def test_a_jetson_says_which_part_is_held_down(tmp_path: Path, kind: str, state: str, hot: bool) -> None:
+    for i, (type_, now) in enumerate([("cpu-throttle-alert", "0"), (kind, state), ("devfreq", "so")]):
+        folder = tmp_path / f"cooling_device{i}"
+        folder.mkdir()
+        (folder / "type").write_text(f"{type_}\n")
+        (folder / "cur_state").write_text(f"{now}\n")
+    assert board.throttled(tmp_path / "nothing", tmp_path) is hot
 
 
 def test_who_emulates(tmp_path: Path) -> None:

@@ -63,8 +63,11 @@ def _restore_threads(monkeypatch: pytest.MonkeyPatch) -> None:
          "tvm.exec.rpc_tracker --host ADDRESS --port PORT`."),
         ([*SHAPE, "--ssh=-pi"],
          "'-pi' is no device. Write user@host or user@host:folder, such as pi@raspberrypi:story."),
-        (["--target", "jetson-orin", "--shapes", "a72-count"],
-         "jetson-orin: tune measures the kernels of CPUs, and this target computes on a GPU."),
+        (["--target", "jetson-nano", "--shapes", "a72-count", "--threads", "2", "--ssh", "nano"],
+         "jetson-nano: runs on a GPU, and threads are the CPU's. Leave --threads out."),
+        ([*SHAPE, "--rpc", "pi:9190", "--activations", "float16"],
+         "rpi4: --activations float16 is for targets with a GPU, and this one computes on its CPU. Leave --activations "
+         "out, or give int8 or exact."),
     ],
     ids=str,
 )  # fmt: skip

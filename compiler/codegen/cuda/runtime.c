@@ -12,7 +12,7 @@
 #include "driver.h"
 #include "model.h"
 
-enum { STAGING_BYTES = 8 << 20, STAGES = 2, LOG_BYTES = 8 << 10, COHERENT_SM = 72 };
+enum { STAGING_BYTES = 8 << 20, STAGES = 2, LOG_BYTES = 8 << 10, COHERENT_SM = 72, UNWRITTEN = 77 };
 
 struct quern {
   driver cu;
@@ -26,9 +26,10 @@ struct quern {
   CUmodule module;
   CUfunction *functions;  /* by kernel */
   CUdeviceptr weights, caches, arena;
-  CUdeviceptr *parameters; /* by number */
-  CUdeviceptr *values;    /* by place: what kernels get */
-  void **arguments;       /* by place: where in `values` it is */
+  uint32_t sets;          /* how often all parameters are there: 1, but for measuring */
+  CUdeviceptr *parameters; /* by set and number */
+  CUdeviceptr *values;    /* by set and place: what kernels get */
+  void **arguments;       /* by set and place: where in `values` it is */
   CUgraphExec *graphs;    /* by function; NULL until its second call */
   unsigned *calls;        /* by function */
   int options, sm, retained, timed;
@@ -184,6 +185,7 @@ int32_t quern_memory(quern *model, uint64_t weights_bytes, uint64_t caches_bytes
   if (code) return code;
   TRY(model, cuMemsetD8Async, model->caches, 0, caches_bytes ? caches_bytes : 1, model->stream);
   TRY(model, cuMemsetD8Async, model->arena, 0, quern_this.arena_bytes, model->stream);
+  model->sets = 1;
   model->parameters = calloc(quern_this.parameters + 1, sizeof *model->parameters);
   if (!model->parameters) return fail(QUERN_NO_MEMORY, "out of host memory");
   for (uint32_t i = 0; i < quern_this.parameters; i++)
@@ -191,6 +193,24 @@ int32_t quern_memory(quern *model, uint64_t weights_bytes, uint64_t caches_bytes
         offsets[i] & QUERN_PARAMETER ? model->caches + (offsets[i] & ~QUERN_PARAMETER) : model->weights + offsets[i];
   return QUERN_OK;
 }
+
+/* Measuring, instead of quern_memory: the parameters lie in memory of another model of this process, `sets` times.
+ * addresses: [sets][parameters]. What a kernel does not write of its results stays UNWRITTEN. */
+int32_t quern_borrow(quern *model, uint32_t sets, const uint64_t *addresses) {
+  TRY(model, cuCtxSetCurrent, model->context);
+  int32_t code = allocate(model, "the activations", quern_this.arena_bytes, &model->arena);
+  if (code) return code;
+  TRY(model, cuMemsetD8Async, model->arena, UNWRITTEN, quern_this.arena_bytes, model->stream);
+  size_t count = (size_t)sets * quern_this.parameters;
+  model->sets = sets;
+  model->parameters = calloc(count + 1, sizeof *model->parameters);
+  if (!model->parameters) return fail(QUERN_NO_MEMORY, "out of host memory");
+  for (size_t i = 0; i < count; i++) model->parameters[i] = addresses[i];
+  return QUERN_OK;
+}
+
+/* Where the weights begin in GPU memory, for quern_borrow. */
+uint64_t quern_weights(quern *model) { return model->weights; }
 
 /* Host memory that the GPU copies from and to by itself.
  *
@@ -313,16 +333,17 @@ int32_t quern_load(quern *model) {
   if (!code) code = find_kernels(model);
   if (code) return code;
   uint32_t places = quern_this.places, functions = quern_this.functions;
-  model->values = calloc(places + 1, sizeof *model->values);
-  model->arguments = calloc(places + 1, sizeof *model->arguments);
+  size_t values = (size_t)model->sets * places;
+  model->values = calloc(values + 1, sizeof *model->values);
+  model->arguments = calloc(values + 1, sizeof *model->arguments);
   model->graphs = calloc(functions + 1, sizeof *model->graphs);
   model->calls = calloc(functions + 1, sizeof *model->calls);
   if (!model->values || !model->arguments || !model->graphs || !model->calls)
     return fail(QUERN_NO_MEMORY, "out of host memory");
-  for (uint32_t i = 0; i < places; i++) {
-    uint64_t place = quern_places[i];
-    model->values[i] =
-        place & QUERN_PARAMETER ? model->parameters[place & ~QUERN_PARAMETER] : model->arena + place;
+  for (size_t i = 0; i < values; i++) {
+    uint64_t place = quern_places[i % places];
+    const CUdeviceptr *parameters = model->parameters + i / places * quern_this.parameters;
+    model->values[i] = place & QUERN_PARAMETER ? parameters[place & ~QUERN_PARAMETER] : model->arena + place;
     model->arguments[i] = &model->values[i];
   }
   return QUERN_OK;
@@ -330,18 +351,21 @@ int32_t quern_load(quern *model) {
 
 /* ---- running ---- */
 
-static int32_t launch_all(quern *model, const quern_function *function) {
+static int32_t launch_set(quern *model, const quern_function *function, uint32_t set) {
+  void **arguments = model->arguments + (size_t)set * quern_this.places;
   for (uint32_t i = 0; i < function->steps; i++) {
     const quern_step *s = &quern_steps[function->first_step + i];
     CUresult code = model->cu.cuLaunchKernel(model->functions[s->kernel], s->grid[0], s->grid[1], s->grid[2],
                                              s->block[0], s->block[1], s->block[2], s->shared, model->stream,
-                                             model->arguments + s->first_place, NULL);
+                                             arguments + s->first_place, NULL);
     if (code != CUDA_SUCCESS)
       return fail(QUERN_FAILED, "launching %s failed: %s (%d)", quern_kernel_names[s->kernel], name_of(model, code),
                   code);
   }
   return QUERN_OK;
 }
+
+static int32_t launch_all(quern *model, const quern_function *function) { return launch_set(model, function, 0); }
 
 static void no_graphs(quern *model, const char *call, CUresult code) {
   model->info.graphs = 0;
@@ -428,6 +452,22 @@ int32_t quern_replay(quern *model, int32_t on) {
 int32_t quern_milliseconds(quern *model, float *out) {
   if (!model->timed) return fail(QUERN_FAILED, "the model was not opened with QUERN_TIMED, or has not run");
   TRY(model, cuEventElapsedTime, out, model->began, model->ended);
+  return QUERN_OK;
+}
+
+/* `calls` calls behind each other, the first with parameters number `set`, the next with the set after it: time on the
+ * GPU of all of them, the gaps between them included. */
+int32_t quern_measure(quern *model, int32_t function, uint32_t set, uint32_t calls, float *milliseconds) {
+  if (function < 0 || (uint32_t)function >= quern_this.functions) return fail(QUERN_FAILED, "there is no such function");
+  TRY(model, cuCtxSetCurrent, model->context);
+  TRY(model, cuEventRecord, model->began, model->stream);
+  for (uint32_t i = 0; i < calls; i++) {
+    int32_t code = launch_set(model, &quern_functions[function], (set + i) % model->sets);
+    if (code) return code;
+  }
+  TRY(model, cuEventRecord, model->ended, model->stream);
+  TRY(model, cuStreamSynchronize, model->stream);
+  TRY(model, cuEventElapsedTime, milliseconds, model->began, model->ended);
   return QUERN_OK;
 }
 
