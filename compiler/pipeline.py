@@ -264,6 +264,8 @@ def _for_cpu(mod: tvm.IRModule, request: Request, report: Reporter) -> Code:
         _checked(lowered.mod, "scheduled", request)
         kernels = sum(isinstance(f, tvm.tirx.PrimFunc) for _, f in lowered.mod.functions_items())
         stage.note = f"{kernels} kernels for {target.name} ({target.mcpu}), {len(lowered.tuned)} of them tuned"
+        if modelled := sum(decision.modelled for decision in lowered.tuned.values()):
+            stage.note += f", {modelled} by a model's cycles and not by measuring"
     for why, count in tuned.misfits.items():
         report.line(f"{tuned.database.path}: {count} records do not fit any more and were passed over: {why}")
     with report.stage("codegen"):
@@ -359,7 +361,7 @@ def _manifest(
         },
         target=_manifest_target(target),
         tvm=manifest.TvmVersions(version("apache-tvm"), version("apache-tvm-ffi")),
-        tuning={name: manifest.TunedKernel(d.record, dict(d.knobs)) for name, d in sorted(code.tuned.items())},
+        tuning={name: manifest.TunedKernel(d.record, dict(d.knobs), d.modelled) for name, d in sorted(code.tuned.items())},
         library=LIBRARY,
         functions={
             f.name: manifest.Function(

@@ -77,11 +77,13 @@ class TvmVersions:
 class TunedKernel:
     """A kernel with measured knobs instead of its schedule's default.
 
-    `record`: the first 16 hex digits of the SHA-256 of the line in tuning_logs/ that the knobs come from.
+    `record`: the first 16 hex digits of the SHA-256 of the line in tuning_logs/ that the knobs come from. `modelled`: the
+    line has a model's cycles, and nobody has measured the kernel.
     """
 
     record: str
     knobs: dict[str, int]
+    modelled: bool = False
 
 
 @dataclass(frozen=True)
