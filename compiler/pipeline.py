@@ -361,7 +361,9 @@ def _manifest(
         },
         target=_manifest_target(target),
         tvm=manifest.TvmVersions(version("apache-tvm"), version("apache-tvm-ffi")),
-        tuning={name: manifest.TunedKernel(d.record, dict(d.knobs), d.modelled) for name, d in sorted(code.tuned.items())},
+        tuning={
+            name: manifest.TunedKernel(d.record, dict(d.knobs), d.modelled) for name, d in sorted(code.tuned.items())
+        },
         library=LIBRARY,
         functions={
             f.name: manifest.Function(

@@ -43,8 +43,8 @@ LAW: dict[str, set[str]] = {
         "runtime", "schedules", "targets", "tvm", "xgboost",
     },
     "compiler.tune.model": {
-        "compiler.measure.cycles", "compiler.measure.emulator", "compiler.measure.instructions", "compiler.tune", "numpy",
-        "schedules", "targets",
+        "compiler.measure.cycles", "compiler.measure.emulator", "compiler.measure.instructions", "compiler.tune",
+        "numpy", "schedules", "targets",
     },
     "compiler.tune.ssh": {
         "asyncssh", "compiler.codegen.carried", "compiler.deploy", "compiler.tune", "runtime", "targets",
