@@ -265,6 +265,8 @@ def _for_cpu(mod: tvm.IRModule, request: Request, report: Reporter) -> Code:
         _checked(lowered.mod, "scheduled", request)
         kernels = sum(isinstance(f, tvm.tirx.PrimFunc) for _, f in lowered.mod.functions_items())
         stage.note = f"{kernels} kernels for {target.name} ({target.mcpu}), {len(lowered.tuned)} of them tuned"
+        if modelled := sum(decision.modelled for decision in lowered.tuned.values()):
+            stage.note += f", {modelled} by a model's cycles and not by measuring"
     _report_misfits(tuned, report)
     with report.stage("codegen"):
         compiled = compile_module(lowered.mod, target)
@@ -370,7 +372,9 @@ def _manifest(
         },
         target=manifest_target(target),
         tvm=manifest.TvmVersions(version("apache-tvm"), version("apache-tvm-ffi")),
-        tuning={name: manifest.TunedKernel(d.record, dict(d.knobs)) for name, d in sorted(code.tuned.items())},
+        tuning={
+            name: manifest.TunedKernel(d.record, dict(d.knobs), d.modelled) for name, d in sorted(code.tuned.items())
+        },
         library=LIBRARY,
         functions={
             f.name: manifest.Function(

@@ -52,7 +52,9 @@ def _tuning(manifest: Manifest) -> str:
     if not manifest.tuning:
         return "none: every kernel has its schedule's default knobs"
     records = sorted({tuned.record for tuned in manifest.tuning.values()})
-    return f"{len(manifest.tuning)} kernels by records {' '.join(records)}"
+    modelled = sum(tuned.modelled for tuned in manifest.tuning.values())
+    note = f"; {modelled} of them chosen by a model's cycles, not measured" if modelled else ""
+    return f"{len(manifest.tuning)} kernels by records {' '.join(records)}{note}"
 
 
 def _memory(manifest: Manifest) -> str:

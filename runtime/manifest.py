@@ -75,13 +75,15 @@ class TvmVersions:
 
 @dataclass(frozen=True)
 class TunedKernel:
-    """A kernel with measured knobs instead of its schedule's default.
+    """A kernel with tuned knobs instead of its schedule's default.
 
     `record`: the first 16 hex digits of the SHA-256 of the line in tuning_logs/ that the knobs come from.
+    `modelled`: the line has a model's cycles, and no times.
     """
 
     record: str
     knobs: dict[str, int]
+    modelled: bool = False
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,10 @@ LAW: dict[str, set[str]] = {
         "compiler.codegen.link", "compiler.graph.ops", "compiler.measure.read_bandwidth", "compiler.passes", "numpy",
         "runtime", "schedules", "targets", "tvm", "xgboost",
     },
+    "compiler.tune.model": {
+        "compiler.measure.cycles", "compiler.measure.emulator", "compiler.measure.instructions", "compiler.tune",
+        "numpy", "schedules", "targets",
+    },
     "compiler.tune.ssh": {
         "asyncssh", "compiler.codegen.carried", "compiler.deploy", "compiler.tune", "runtime", "targets",
     },

@@ -51,6 +51,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--trials", type=positive, default=48, metavar="N", help="points tried a shape, counting earlier runs (48)"
     )
     parser.add_argument("--time-budget", type=_seconds, metavar="T", help="stop after this time, e.g. 10m")
+    parser.add_argument(
+        "--cost", choices=("time", "model"), default="time",
+        help="choose by measured time, or without the device by counted instructions and llvm-mca's cycles (time)",
+    )  # fmt: skip
     parser.add_argument("--threads", type=positive, metavar="N", help="threads (default: what the runtime would take)")
     parser.add_argument(
         "--drift", type=positive, metavar="PERCENT", help="repeat a batch whose canaries drift further (default: 25)"
@@ -81,6 +85,8 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("tune needs either a --model or --shapes: give one of the two.")
     _check_boards(options)
     target = targets.load(options.target)
+    if options.cost == "model":
+        return _run_modelled(options, target)
     if target.gpu is not None and options.threads:
         raise UserError(f"{target.name}: runs on a GPU, and threads are the CPU's. Leave --threads out.")
     if options.rpc or options.ssh:
@@ -113,6 +119,26 @@ def _run_here(options: argparse.Namespace, target: Target) -> int:
         measurer.close()
         database.close()
     _print(options, target, threads, database.path, outcomes, len(found))
+    return 0
+
+
+def _run_modelled(options: argparse.Namespace, target: Target) -> int:
+    """On no device: under qemu, by a model of the target's pipelines, into a database of its own."""
+    os.environ["TVM_NUM_THREADS"] = "1"  # of this process, which only compiles
+    from compiler.tune import records, search
+    from compiler.tune.model import ModelMeasurer
+
+    measurer = ModelMeasurer.of(target)
+    stop = search.until(options.time_budget)
+    folder = options.tuning_logs or records.DEFAULT_FOLDER
+    database = records.Database.writing(folder, target.tuning_key, records.MODEL_FILE_NAME)
+    try:
+        found = _tasks(options, target)
+        tuner = search.Tuner(database, measurer, options.trials, stop)
+        outcomes = [tuner.tune(task) for task in _shown(tuner, found, quiet=options.json)]
+    finally:
+        database.close()
+    _print(options, target, measurer.setting.threads, database.path, outcomes, len(found))
     return 0
 
 
@@ -164,6 +190,10 @@ def _check_boards(options: argparse.Namespace) -> None:
 
     if options.rpc and options.ssh:
         raise UserError("--rpc takes boards from a tracker that runs already, --ssh starts one: give one of the two.")
+    if options.cost == "model":
+        for name in ("rpc", "ssh", "threads", "drift", "key", "boards", "port", "identity"):
+            if getattr(options, name) is not None:
+                raise UserError(f"--cost model asks no device and no clock: leave out --{name}.")
     given = [f"--{name}" for name in ("key", "boards", "port", "identity") if getattr(options, name) is not None]
     if given and not (options.rpc or options.ssh):
         raise UserError(f"{given[0].replace('_', '-')} belongs to --rpc or --ssh, which is missing. Give one of them.")
@@ -335,13 +365,17 @@ def _print(
     complete = [o for o in outcomes if o.choice is not None and o.trials >= min(options.trials, o.points)]
     if options.json:
         record = {"target": target.name, "key": target.tuning_key, "database": str(path), "threads": threads}
-        record |= {"gained": len(gained), "complete": len(complete) == asked}
+        record |= {"cost": options.cost, "gained": len(gained), "complete": len(complete) == asked}
         print(json.dumps(record | {"shapes": [_as_json(outcome) for outcome in outcomes]}))
         return
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("shape", "tried", "default", "best", "gain (min to max)", "verdict", box=None, pad_edge=False)
+    from compiler.tune.search import MIN_GAIN
+
+    modelled = options.cost == "model"
+    gain = "gain (of cycles, modelled)" if modelled else "gain (min to max)"
+    table = Table("shape", "tried", "default", "best", gain, "verdict", box=None, pad_edge=False)
     for outcome in outcomes:
         table.add_row(*_row(outcome))
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
@@ -352,10 +386,16 @@ def _print(
             f"the same command again: it goes on where it stopped."
         )
     kept = len(complete) - sum(o in gained for o in complete)
+    rest, new = f"{asked - len(complete)} are not complete.", f"{sum(o.new for o in outcomes)} new trials."
+    if modelled:
+        console.print(
+            f"{path}: {len(gained)} of {asked} shapes gained, {kept} keep the default because nothing beat it by "
+            f"{MIN_GAIN - 1:.0%}, {rest} Cycles of a model, not times: nothing was measured. {new}"
+        )
+        return
     console.print(
         f"{path}: {len(gained)} of {asked} shapes gained, {kept} keep the default because nothing beat it beyond the "
-        f"noise, {asked - len(complete)} are not complete. {threads} threads, {sum(o.new for o in outcomes)} new "
-        f"trials."
+        f"noise, {rest} {threads} threads, {new}"
     )
 
 
@@ -364,8 +404,8 @@ def _as_json(outcome: Outcome) -> dict[str, Any]:
     about = {"schedule": space.schedule, "workload": dict(space.workload), "points": outcome.points}
     about |= {"noise": outcome.noise, "trials": outcome.trials, "new": outcome.new, "failed": outcome.failed}
     keys = ("gained", "knobs", "best", "default", "seconds", "default_seconds", "speedup", "wins", "rounds", "gb_s",
-            "gmac_s", "read_gb_s")  # fmt: skip
-    return about | {"choice": None if choice is None else {key: choice[key] for key in keys}}
+            "gmac_s", "read_gb_s", "instructions", "cycles", "default_instructions", "default_cycles")  # fmt: skip
+    return about | {"choice": None if choice is None else {key: choice[key] for key in keys if key in choice}}
 
 
 def _row(outcome: Outcome) -> list[str]:
@@ -374,15 +414,23 @@ def _row(outcome: Outcome) -> list[str]:
     choice = outcome.choice
     if choice is None:
         return [outcome.task.name, tried, "", "", "", "nothing measured"]
-    best, default, speedup = choice["seconds"], choice["default_seconds"], choice["speedup"]
-    verdict = "default stays: the gain is inside the noise"
+    speedup, modelled = choice["speedup"], "cycles" in choice
+    verdict = f"default stays: the gain is {'too small' if modelled else 'inside the noise'}"
     if choice["gained"]:
         changed = {k: v for k, v in choice["best"].items() if v != choice["default"][k]}
         verdict = " ".join(f"{k}={v}" for k, v in changed.items())
     elif speedup["median"] <= 1:
         verdict = "default stays: nothing was faster"
+    if modelled:
+        figures = (_cost(choice, "default_"), _cost(choice, ""))
+        return [outcome.task.name, tried, *figures, f"{speedup['median']:.3f}x", verdict]
+    best, default = choice["seconds"], choice["default_seconds"]
     gain = f"{speedup['median']:.2f}x ({speedup['min']:.2f} to {speedup['max']:.2f})"
     return [outcome.task.name, tried, _speed(choice, default["median"]), _speed(choice, best["median"]), gain, verdict]
+
+
+def _cost(choice: dict[str, Any], whose: str) -> str:
+    return f"{choice[f'{whose}cycles']:.4g} cycles, {choice[f'{whose}instructions']:.4g} instructions"
 
 
 def _speed(choice: dict[str, Any], seconds: float) -> str:

@@ -69,10 +69,16 @@ class Program:
 
     def count(self, tensors: Tensors, calls: Sequence[Call]) -> list[Executed]:
         """Every instruction that ran, driver included, by address."""
+        return self.watch(tensors, calls, [])[1]
+
+    def watch(
+        self, tensors: Tensors, calls: Sequence[Call], outputs: Sequence[str]
+    ) -> tuple[list[np.ndarray], list[Executed]]:
+        """`run` and `count` at once."""
         with tempfile.TemporaryDirectory(prefix="quern-count-") as folder:
             out = Path(folder) / "counts"
-            self._run(tensors, calls, [], None, ["-plugin", f"{counter()},out={out}"])
-            return read_counts(out)
+            found = self._run(tensors, calls, outputs, None, ["-plugin", f"{counter()},out={out}"])
+            return found, read_counts(out)
 
     def _run(
         self, tensors: Tensors, calls: Sequence[Call], outputs: Sequence[str], cpu: str | None, plugin: list[str]

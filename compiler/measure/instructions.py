@@ -119,7 +119,7 @@ def measure(
     tensors: dict[str, np.ndarray | Type] = {**found.inputs, **found.results, "span": span}
     executed = program.count(tensors, found.calls)
     kernels = [call.kernel for call in found.calls]
-    by_kernel = _by_function(executed, program.symbols(), set(kernels))
+    by_kernel = by_function(executed, program.symbols(), set(kernels))
     modelled = cycles.of(by_kernel, program.target) if cycles_too else {}
     work: Counter[str] = Counter()
     for call in found.calls:
@@ -131,7 +131,7 @@ def measure(
     )  # fmt: skip
 
 
-def _by_function(
+def by_function(
     executed: Sequence[Executed], symbols: Sequence[tuple[int, str]], kernels: set[str]
 ) -> dict[str, list[Executed]]:
     """What each kernel executed: its wrapper, its body, and the unnamed bodies of its parallel loops behind it."""

@@ -21,10 +21,14 @@ TILED = "_amx"
 
 @dataclass(frozen=True)
 class Decision:
-    """Knobs that were measured to be better than a schedule's default, and the name of the record that says so."""
+    """Knobs that are better than a schedule's default, and the name of the record that says so.
+
+    modelled: by the cycles of a model; False: by measured times.
+    """
 
     knobs: Mapping[str, int]
     record: str
+    modelled: bool = False
 
 
 Decide = Callable[[Request], Decision | None]

@@ -34,6 +34,7 @@ REPLY_S = 60.0  # to compile one candidate, to run it, or to time a batch: secon
 OPEN_S = 300.0  # to load TVM and fill the arena
 STEP_S = 0.5  # replies are waited for in steps: while this process is stopped, at most one of them runs out
 LOCAL, RPC, EMULATED = "local", "rpc", "emulated"  # by what clock a record was measured
+MODEL = "model"  # by none: counted instructions, and cycles of a model of the pipeline
 
 Knobs = Mapping[str, int]
 
@@ -71,12 +72,24 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What one call executes, and the cycles that a model makes of it: exact and repeatable, and no time."""
+
+    instructions: int
+    cycles: float
+
+
+@dataclass(frozen=True)
 class Timing:
-    """One candidate in one batch. seconds: all calls; speedups: the default's median / its own, by round."""
+    """One candidate in one batch. seconds: all calls; speedups: the default's median / its own, by round.
+
+    A model gives `cost` and no seconds; its one speedup is the default's cycles / its own.
+    """
 
     seconds: list[float]
     speedups: list[float]
     failure: str | None = None
+    cost: Cost | None = None
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ A `trial` is one measured (or failed) point of a schedule's space; a `choice` is
 trials met the default once more; the last one counts. `build` applies a choice when schedule, workload and the default
 that it beat are still the same. The target key is `Target.tuning_key`, written into every line as well.
 `measured` says by what clock: "local", "rpc" (a board), or "emulated", which never stands beside the others in a file.
+Costs of a model ("model", see model.py) are no times and have a file of their own, model.jsonl beside the other one. A
+build asks it only about workloads on which there is no measured verdict.
 """
 
 from __future__ import annotations
@@ -21,12 +23,12 @@ from typing import IO, Any
 
 from compiler.errors import UserError
 from compiler.passes.lower_to_schedules import Decision
-from compiler.tune.measure import EMULATED
+from compiler.tune.measure import EMULATED, MODEL
 from schedules.kernel import OutsideSpace, Request, Space, space
 from targets import Target
 
 DEFAULT_FOLDER = Path(__file__).parents[2] / "tuning_logs"
-FILE_NAME = "tune.jsonl"
+FILE_NAME, MODEL_FILE_NAME = "tune.jsonl", "model.jsonl"
 ID_DIGITS = 16  # hexadecimal, of the SHA-256 of a record's line
 
 Record = dict[str, Any]
@@ -46,6 +48,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "choice": {"best": dict, "gained": bool, "seconds": _SPREAD, "default_seconds": _SPREAD, "speedup": _SPREAD,
                "wins": int, "rounds": int, "trials": int, "gb_s": _NUMBER, "gmac_s": _NUMBER, "read_gb_s": _NUMBER,
                "rotated_bytes": int},
+}  # fmt: skip
+MODEL_KINDS: dict[str, dict[str, Any]] = {  # of one call, by one thread; speedup: default's cycles / this one's
+    "trial": {"instructions": int, "cycles": _NUMBER, "speedup": _SPREAD},
+    "failure": KINDS["failure"],
+    "choice": {"best": dict, "gained": bool, "instructions": int, "cycles": _NUMBER, "default_instructions": int,
+               "default_cycles": _NUMBER, "speedup": _SPREAD, "trials": int},
 }  # fmt: skip
 
 
@@ -78,19 +86,19 @@ class Database:
     _file: IO[bytes] | None = None
 
     @classmethod
-    def read(cls, folder: Path, key: str) -> Database:
+    def read(cls, folder: Path, key: str, name: str = FILE_NAME) -> Database:
         """All whole lines; a last line without its end was being written when the power went, and is passed over.
 
         Raises DatabaseError for a line that is not a record of this target key; no file is no records.
         """
-        found = cls(folder / key / FILE_NAME, key)
+        found = cls(folder / key / name, key)
         found._load(found.path.read_bytes() if found.path.exists() else b"")
         return found
 
     @classmethod
-    def writing(cls, folder: Path, key: str) -> Database:
+    def writing(cls, folder: Path, key: str, name: str = FILE_NAME) -> Database:
         """The same, ready for `append`: a half-written last line is cut off. One process at a time."""
-        found = cls(folder / key / FILE_NAME, key)
+        found = cls(folder / key / name, key)
         found.path.parent.mkdir(parents=True, exist_ok=True)
         file = found.path.open("a+b", buffering=0)
         try:
@@ -117,6 +125,9 @@ class Database:
             )
 
     def _mixed(self, measured: str) -> str | None:
+        if (measured == MODEL) != (self.path.name == MODEL_FILE_NAME):
+            return "it takes costs of a model alone, and this is a time" if measured != MODEL else (
+                "it takes times alone, and this is the cost of a model")  # fmt: skip
         if not self.records or (self.records[0]["measured"] == EMULATED) == (measured == EMULATED):
             return None
         return "it has times of an emulated board, this one is real" if measured != EMULATED else (
@@ -157,6 +168,10 @@ class Database:
             if r["kind"] == "choice" and same_workload(r, asked)
         }
 
+    def knows(self, asked: Space) -> bool:
+        """Whether there is a verdict on this workload."""
+        return bool(self._last_choices(asked))
+
     def decision(self, asked: Space, threads: int) -> Decision | None:
         """What a build does: the verdict for `threads`, else for the most threads; None: the schedule's default.
 
@@ -169,7 +184,7 @@ class Database:
         if not record["gained"]:
             return None
         asked.check(record["knobs"])
-        return Decision(dict(record["knobs"]), name)
+        return Decision(dict(record["knobs"]), name, record["measured"] == MODEL)
 
     def _load(self, raw: bytes) -> None:
         for number, line in enumerate(raw.split(b"\n")[:-1], 1):
@@ -194,25 +209,30 @@ class Database:
 class Tuned:
     """What `lower_to_schedules` and `lower_to_launches` ask for decisions.
 
-    Remembers how many records no longer fit their schedule.
+    Remembers how many records no longer fit their schedule. modelled: asked about workloads that `database` has no
+    verdict on.
     """
 
     database: Database
+    modelled: Database
     threads: int
     misfits: Counter[str] = field(default_factory=Counter)
 
     @classmethod
     def of(cls, folder: Path, target: Target) -> Tuned:
         """The records of a target, for as many threads as it has cores, or the one that feeds its GPU."""
-        return cls(Database.read(folder, target.tuning_key), target.cores if target.gpu is None else 1)
+        key, threads = target.tuning_key, target.cores if target.gpu is None else 1
+        return cls(Database.read(folder, key), Database.read(folder, key, MODEL_FILE_NAME), threads)
 
     def __call__(self, request: Request) -> Decision | None:
-        """The measured knobs of a request, or None for the schedule's default."""
-        if not self.database.records:
+        """The measured knobs of a request, else the modelled ones, or None for the schedule's default."""
+        if not self.database.records and not self.modelled.records:
             return None
         asked = space(request)
+        if asked is None:
+            return None
         try:
-            return None if asked is None else self.database.decision(asked, self.threads)
+            return (self.database if self.database.knows(asked) else self.modelled).decision(asked, self.threads)
         except OutsideSpace as error:
             self.misfits[str(error)] += 1
             return None
@@ -229,7 +249,7 @@ def _check(record: Any, key: str) -> None:
     kind = record.get("kind")
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}, but must be one of {', '.join(KINDS)}")
-    wanted = COMMON | KINDS[kind]
+    wanted = COMMON | (MODEL_KINDS if record.get("measured") == MODEL else KINDS)[kind]
     if odd := sorted(set(record) ^ set(wanted)):
         raise ValueError(f"unknown key {odd[0]!r}" if odd[0] in record else f"key {odd[0]!r} is missing")
     for name, want in wanted.items():

@@ -215,8 +215,9 @@ class Tuner:
             if timing.failure is not None:
                 self.database.append(_record(task, "failure", knobs, setting) | {"error": timing.failure})
             else:
-                figures = {"runs": len(timing.seconds), "speedup": spread(timing.speedups)}
-                self.database.append(_record(task, "trial", knobs, setting) | _figures(task, batch, timing) | figures)
+                runs = {"runs": len(timing.seconds)} if timing.cost is None else {}
+                figures = _figures(task, batch, timing) | {"speedup": spread(timing.speedups)} | runs
+                self.database.append(_record(task, "trial", knobs, setting) | figures)
             self.advance(1)
         self.give_back(job)
 
@@ -241,8 +242,11 @@ class Tuner:
         wins = sum(speedup > 1 for speedup in timing.speedups)
         gained = statistics.median(timing.speedups) >= MIN_GAIN and wins >= MIN_WINS * len(timing.speedups)
         record = _record(task, "choice", best if gained else task.space.default, setting)
-        record |= {"best": best, "gained": gained, "default_seconds": spread(batch.default.seconds)}
-        record |= {"wins": wins, "rounds": len(timing.speedups), "trials": len(self._done(task))}
+        record |= {"best": best, "gained": gained, "trials": len(self._done(task))}
+        if batch.default.cost is None:
+            record |= {"default_seconds": spread(batch.default.seconds), "wins": wins, "rounds": len(timing.speedups)}
+        else:
+            record |= {f"default_{name}": figure for name, figure in asdict(batch.default.cost).items()}
         record |= _figures(task, batch, timing) | {"speedup": spread(timing.speedups)}
         self.database.append(record)
 
@@ -266,6 +270,8 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def _figures(task: Task, batch: Batch, timing: Timing) -> dict[str, Any]:
+    if timing.cost is not None:
+        return asdict(timing.cost)
     median = statistics.median(timing.seconds)
     return {
         "seconds": spread(timing.seconds),

@@ -96,6 +96,7 @@ def test_json_tells_about_the_build(built: tuple[Built, Built]) -> None:
         },
         "weights_bytes": (built[0].bundle / "weights.bin").stat().st_size,
         "tuned_kernels": len(made.tuning),
+        "modelled_kernels": 0,
         "planned_peak_bytes": made.memory.planned_peak_bytes,
     }  # fmt: skip
     assert [stage["stage"] for stage in stages] == STAGES
