@@ -11,6 +11,7 @@ from pathlib import Path
 
 import tvm
 
+from compiler.codegen import nvrtc
 from compiler.codegen.cuda import device_code, library, tables
 from compiler.passes.lower_to_launches import ALIGNMENT, FunctionPlan, Launches, Place, Step
 from schedules.cuda.kernel import CudaKernel, Launch
@@ -69,7 +70,7 @@ def _write(
     steps = tuple(Step(launch, tuple(places[i] for i in launch.arguments)) for launch in kernel.launches)
     plan = FunctionPlan(FUNCTION, 1, "hidden", 0, 0, result_bytes, steps)
     launches = Launches((plan,), parameters, {kernel.name: kernel}, {}, max(ALIGNMENT, sum(arena)))
-    code = device_code.compile_unit(device_code.unit([kernel]), gpu)
+    code = nvrtc.compile(device_code.unit([kernel]), gpu)
     library.build(tables.source(launches, code, gpu), path, target)
 
 

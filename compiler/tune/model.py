@@ -75,6 +75,7 @@ class ModelMeasurer:
         """The default's results, which count as right, and its cost."""
         self.close()
         call = candidates.Call.of(request, space.default)
+        assert isinstance(call.kernel, Kernel), "a CPU's"
         self._reference, cost = run(call.kernel, call, request)
         if not all(np.isfinite(out).all() for out in self._reference if out.dtype.kind == "f"):
             raise RuntimeError(f"{space.schedule} {dict(space.workload)}: the default's results are no numbers")
@@ -86,6 +87,7 @@ class ModelMeasurer:
             assert self._request is not None and self._call is not None
             try:
                 kernel = candidates.candidate(self._request, knobs, self._call.kernel)
+                assert isinstance(kernel, Kernel), "a CPU's"
                 outs, cost = run(kernel, self._call, self._request)
                 candidates.check(outs, self._reference)
                 self._costs[_key(knobs)] = cost
