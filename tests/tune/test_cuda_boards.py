@@ -94,6 +94,7 @@ def measurer(address: Address, tmp_path_factory: pytest.TempPathFactory) -> Iter
     made.close()
 
 
+@pytest.mark.slow
 def test_candidates_beside_the_default(measurer: BoardMeasurer, address: Address, tmp_path: Path) -> None:
     with fake_board.offered(address, KEY, "Board", tmp_path):
         batch = measurer.measure(REQUEST, SPACE, [GOOD, WRONG], rounds=3)
@@ -108,6 +109,7 @@ def test_candidates_beside_the_default(measurer: BoardMeasurer, address: Address
     assert (measurer.setting.measured, measurer.setting.cpu) == (EMULATED, "Mock GPU, 2 multiprocessors")
 
 
+@pytest.mark.slow
 def test_a_kernel_that_takes_the_gpu_down(measurer: BoardMeasurer, address: Address, tmp_path: Path) -> None:
     """Its session ends, twice; the default does well in between, and so do those that come after it."""
     with fake_board.offered(address, KEY, "Board", tmp_path):
