@@ -373,7 +373,8 @@ def _manifest(
         target=manifest_target(target),
         tvm=manifest.TvmVersions(version("apache-tvm"), version("apache-tvm-ffi")),
         tuning={
-            name: manifest.TunedKernel(d.record, dict(d.knobs), d.modelled) for name, d in sorted(code.tuned.items())
+            name: manifest.TunedKernel(d.record, dict(d.knobs), d.modelled or None)
+            for name, d in sorted(code.tuned.items())
         },
         library=LIBRARY,
         functions={

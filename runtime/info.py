@@ -52,7 +52,7 @@ def _tuning(manifest: Manifest) -> str:
     if not manifest.tuning:
         return "none: every kernel has its schedule's default knobs"
     records = sorted({tuned.record for tuned in manifest.tuning.values()})
-    modelled = sum(tuned.modelled for tuned in manifest.tuning.values())
+    modelled = sum(bool(tuned.modelled) for tuned in manifest.tuning.values())
     note = f"; {modelled} of them chosen by a model's cycles, not measured" if modelled else ""
     return f"{len(manifest.tuning)} kernels by records {' '.join(records)}{note}"
 

@@ -78,12 +78,12 @@ class TunedKernel:
     """A kernel with tuned knobs instead of its schedule's default.
 
     `record`: the first 16 hex digits of the SHA-256 of the line in tuning_logs/ that the knobs come from.
-    `modelled`: the line has a model's cycles, and no times.
+    `modelled`: true where the line has a model's cycles, and no times; else there is no such key.
     """
 
     record: str
     knobs: dict[str, int]
-    modelled: bool = False
+    modelled: Optional[bool] = None
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ def dumps(manifest: Manifest) -> str:
 
     check(manifest, FILE_NAME)
     data = {"format": FORMAT, "version": VERSION, "abi": ABI, **asdict(manifest)}
-    for part in ("files", "functions"):
+    for part in ("files", "functions", "tuning"):
         data[part] = {name: {k: v for k, v in entry.items() if v is not None} for name, entry in data[part].items()}
     if manifest.target.gpu is None:
         del data["target"]["gpu"]

@@ -120,7 +120,7 @@ def run(options: argparse.Namespace) -> int:
             "parameters": made.model.parameters,
             "quantization": made.quantization,
             "tuned_kernels": len(made.tuning),
-            "modelled_kernels": sum(tuned.modelled for tuned in made.tuning.values()),
+            "modelled_kernels": sum(bool(tuned.modelled) for tuned in made.tuning.values()),
             "weights_bytes": made.memory.weights_bytes,
             "planned_peak_bytes": made.memory.planned_peak_bytes,
             "stages": stages,

@@ -27,6 +27,7 @@ from targets import Target
 HERE = Path(__file__).parent
 QEMU = {"aarch64": "qemu-aarch64", "riscv64": "qemu-riscv64"}
 ALIGNMENT = 64
+LIMIT_S = 3600  # of one run: the largest take minutes, and what takes longer hangs
 DLPACK_CODES = {"i": 0, "u": 1, "f": 2}  # numpy's kind -> dlpack.h
 # What qemu 7.2 calls the CPUs it has; another one is stood for by `max`, which knows every extension.
 MODELS = ("cortex-a53", "cortex-a72", "cortex-a76")
@@ -88,7 +89,7 @@ class Program:
             _write(plan, data, tensors, calls, outputs, self.kernels)
             command = [qemu(self.target), "-cpu", cpu or model(self.target), *plugin, str(self.path)]
             command += [str(plan), str(data), str(data.stat().st_size), str(out)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT_S)
             if done.returncode:
                 raise RuntimeError(f"{' '.join(command)}\nleft with {done.returncode}\n{done.stdout}{done.stderr}")
             raw, results, at = out.read_bytes(), [], 0
