@@ -54,7 +54,7 @@ QUERN_INLINE void put(const Ahead& from, const Half* table, Half* activations, H
     if constexpr (AFFINE == 2) {
       pairs(from.words[i], table, found[i]);
     } else {
-      pairs(from.words[i], zero_of(from.zero[BITS == 8 ? (PARTS > 1 ? side : 0) : 0], 0), found[i]);
+      pairs(from.words[i], zero_of(BITS == 8 && side == 1 ? from.zero[PARTS - 1] : from.zero[0], 0), found[i]);
       if constexpr (BITS == 4 && PARTS > 1) {
         Half2 second[PAIRS];
         pairs(from.words[i], zero_of(from.zero[PARTS - 1], 0), second);

@@ -23,7 +23,7 @@ be on its way from memory if that answers after 0.7 us:
   H100                   12.8         24             5.3         2.6     17.8 KB
 So memory is the limit by a factor of 2.7 at least (tables: 1), where enough bytes are on their way: a lane asks for
 `loads` pieces before it needs the first one, that is 4 KB a warp at 8, and before the block's activations are staged
-in shared memory. At 80 registers 24 warps are resident: 96 KB (128 with an offset, a table or scales of fp32: 64 KB).
+in shared memory. At 128 registers 16 warps are resident: 64 KB. (A bound of 80 spills on some shapes.)
 The ceiling of a call is its bytes / read_mb_per_s; activations come on top from the second-level cache, a byte for
 each 16 of a block's weights (8 warps, `split` 1). sm_53 has no dp4a: a multiply-add an input, 3.6 instructions of PTX
 a weight against 128 lanes * 921 MHz / 31 G weights a second = 3.8: right, and not the mode to take there. None of
@@ -50,7 +50,7 @@ COMMON = "linear_int8_common.cu"
 CODES, SCALE = 3, 4  # argument positions of the weight; its zero or offset is next
 DP4A = 61  # the first compute capability with it
 SHARED_MOST = 40 << 10  # bytes of activations that a block stages; beyond, lanes read them from the cache
-WARPS_A_MULTIPROCESSOR = 32  # that the default wants: half of what is resident at 64 registers
+WARPS_A_MULTIPROCESSOR = 32  # that the default wants: two for each that is resident
 
 
 @dataclass(frozen=True)
@@ -158,9 +158,7 @@ def lower(request: Request) -> CudaKernel:
         "STAGED": int(tokens * geometry.spans * (geometry.width + 8) <= SHARED_MOST),
     }  # fmt: skip
     grid = (-(-blocks(call.n) // (warps // split)), -(-call.m // tokens), 1)
-    resident = 8
-    if dots and tokens == 1 and run == MOST_RUN and knobs["loads"] <= 8:
-        resident = 24 if call.affine == "zero" and call.scale == "float16" else 16
+    resident = 16 if dots and tokens == 1 and run == MOST_RUN and knobs["loads"] <= 8 else 8
     return call.kernel(call.name("dp4a"), "linear_int8.cu", sizes, grid, warps, resident)
 
 

@@ -26,21 +26,21 @@ CAPACITY = 304
 EPS16, SMALLEST16 = 2.0**-11, 2.0**-25  # largest relative error of an fp16 operation; absolute, near zero
 HALF = ("mma", "wmma")  # families that round queries and weights to fp16
 DECODE = [
-    ("float16", 14, 2, 80), ("float16", 4, 2, 256), ("float16", 6, 2, 12), ("float32", 8, 1, 64), ("float32", 3, 3, 10),
+    ("float16", 14, 2, 80), ("float16", 4, 2, 256), ("float16", 6, 2, 12), ("float32", 3, 3, 10),
     ("int8", 8, 1, 64), ("int8", 12, 4, 20),
 ]  # fmt: skip
-PROMPT = {  # m, query heads, kv heads, d
-    "tile": (NANO, [("float16", 40, 14, 2, 80), ("float32", 3, 7, 1, 12), ("int8", 8, 4, 2, 256)]),
-    "wmma": (
-        XAVIER,
-        [("float16", 40, 14, 2, 80), ("float16", 3, 7, 1, 12), ("int8", 8, 4, 2, 256), ("int8", 6, 6, 2, 20)],
-    ),
-    "mma": (
-        ORIN,
-        [("float16", 40, 14, 2, 80), ("float16", 3, 7, 1, 12), ("int8", 8, 4, 2, 256), ("int8", 6, 6, 2, 20)],
-    ),
-}
-PROMPT_CASES = [(family, target, *case) for family, (target, cases) in PROMPT.items() for case in cases]
+PROMPT = [  # family, target, cache, m, query heads, kv heads, d
+    ("tile", NANO, "float16", 40, 14, 2, 80), ("tile", NANO, "float32", 3, 7, 1, 12),
+    ("tile", NANO, "int8", 8, 4, 2, 256),
+    ("wmma", XAVIER, "float16", 40, 14, 2, 80), ("wmma", XAVIER, "int8", 6, 6, 2, 20),
+    ("mma", ORIN, "float16", 40, 14, 2, 80), ("mma", ORIN, "int8", 8, 4, 2, 256), ("mma", ORIN, "int8", 6, 6, 2, 20),
+]  # fmt: skip
+SLOW = [
+    ("wmma", XAVIER, "float16", 3, 7, 1, 12),
+    ("wmma", XAVIER, "int8", 8, 4, 2, 256),
+    ("mma", SM90, "float16", 3, 7, 1, 12),
+]
+PROMPT_CASES = [*PROMPT, *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in SLOW)]
 
 
 def request_of(

@@ -219,10 +219,19 @@ BUDGETS = {"token": 128, "tile": 136, "wmma": 176, "mma": 184}
 
 @pytest.mark.parametrize("target", ALL, ids=lambda t: t.name)
 @pytest.mark.parametrize("m", [1, pytest.param(16, marks=pytest.mark.slow), 128])
-@pytest.mark.parametrize(("grid", "group"), [("int4", 32), ("int8", 128)])
+@pytest.mark.parametrize(("grid", "group"), [("int4", 32), pytest.param("int8", 128, marks=pytest.mark.slow)])
 def test_registers(target: Target, m: int, grid: str, group: int) -> None:
     made = big(m, target, grid, group)
     check_resources(made.code, BUDGETS[family_of(made)])
+
+
+@pytest.mark.parametrize(
+    ("target", "m"), [(NANO, 1), (NANO, 16), (XAVIER, 16), (ORIN, 16)], ids=lambda v: getattr(v, "name", v)
+)
+def test_short_groups_do_not_spill(target: Target, m: int) -> None:
+    """Two scales in 32 inputs, and offsets, as Q6_K and Q2_K have them: the most that a kernel holds."""
+    for grid in ("int8", "int4"):
+        check_resources(big(m, target, grid, 16, offset=True, n=64, k=1024).code, 255)
 
 
 def count(code: DeviceCode, instruction: str) -> int:
