@@ -21,6 +21,7 @@ import pytest
 
 from runtime.__main__ import main
 from runtime.rpc_server import exception
+from runtime.rpc_session import PROTOCOL
 from runtime.rpc_tracker import Address, Offer, Tracker, TrackerError
 
 tvm = pytest.importorskip("tvm")
@@ -163,7 +164,7 @@ def test_any_client_of_tvm_is_served(place: Address, log: Path, library: Path, t
     with server(place, log) as process:
         client = session(place)
         about = json.loads(client.get_function("quern.about")())
-        assert (about["protocol"], about["threads"], about["emulator"]) == (1, 1, None)
+        assert (about["protocol"], about["threads"], about["emulator"]) == (PROTOCOL, 1, None)
         client.upload(bytearray(library.read_bytes()), "code.so")
         module = client.load_module("code.so")
         a = tvm.runtime.tensor(np.arange(8, dtype="float32"), client.cpu(0))
