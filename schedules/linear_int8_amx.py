@@ -40,6 +40,7 @@ from schedules import vector
 from schedules.geometry import Geometry
 from schedules.isa import broadcast_table
 from schedules.kernel import Kernel, NotSuited, Request
+from schedules.linear_function import linear_function
 from schedules.linear_int8 import CODES, SCALE, int8_levels
 from schedules.linear_int8 import LOWERS as FAMILY
 from schedules.packed import affine_of, blocks, interleave, weight_packings
@@ -280,29 +281,11 @@ def lower(request: Request) -> Kernel:
     tail = ("_offset" if affine == "offset" else "") + ("_residual" if residual else "")
     tiles = f"t{plan.token_tiles}x{plan.row_blocks}" + ("" if signed else "_unsigned")
     name = f"linear_{kind}a8_amx_{tiles}_m{m}_n{n}_k{k}_g{geometry.group}_s{scale_dtype[5:]}{tail}"
-    nb, spans, width = blocks(n), geometry.spans, geometry.width
-    x = interleave(n, isas.choose(request.target).KNOBS["row_blocks"])
-    shapes: dict[str, tuple[tuple[int, ...], str]] = {
-        "q": ((m, spans, width), "int8"),
-        "ascale": ((m, spans), "float32"),
-        "asum": ((m, spans), "int32"),
-        "codes": ((nb // x, spans, width // storage.inputs, x, storage.vectors, LANES, QUAD), "uint8"),
-        "scale": ((nb // x, spans, x, LANES), scale_dtype),
-    }
-    if affine != "table":
-        shapes[affine] = ((nb // x, spans, x, LANES), "uint8" if affine == "zero" else "float32")
-    if residual:
-        shapes["residual"] = ((m, n), "float32")
-    shapes["out"] = ((m, n), "float32")
-    with IRBuilder() as builder, T.prim_func(s_tir=True):
-        T.func_attr({"tirx.noalias": True, "global_symbol": name})
-        buffers = {label: T.arg(label, T.buffer(*spec, layout=None)) for label, spec in shapes.items()}
-        regions = {label: buffers[label][tuple(slice(0, d) for d in shape)] for label, (shape, _) in shapes.items()}
-        with T.sblock("linear"):
-            T.reads(*(region for label, region in regions.items() if label != "out"))
-            T.writes(regions["out"])
-            with T.parallel(nb // plan.row_blocks) as i:
-                Task(m, n, geometry, storage, x, plan, signed, levels, buffers, i * plan.row_blocks).emit()
+    nb, x = blocks(n), interleave(n, isas.choose(request.target).KNOBS["row_blocks"])
+    function = linear_function(name, m, n, geometry, storage, scale_dtype, affine, residual, x)
+    with IRBuilder() as builder, function as buffers:
+        with T.parallel(nb // plan.row_blocks) as i:
+            Task(m, n, geometry, storage, x, plan, signed, levels, buffers, i * plan.row_blocks).emit()
     return Kernel(name, builder.get(), weight_packings(CODES, n, geometry, storage, scale_dtype, affine, x))
 
 

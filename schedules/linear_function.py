@@ -1,0 +1,44 @@
+"""The PrimFunc around an integer linear layer that is written by hand, in place of a workload and a template."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tvm.script.ir_builder import tirx as T
+
+from schedules.geometry import Geometry
+from schedules.packed import blocks
+from schedules.storage import LANES, QUAD, Storage
+
+
+@contextmanager
+def linear_function(
+    name: str, m: int, n: int, geometry: Geometry, storage: Storage, scale_dtype: str, affine: str, residual: bool,
+    x: int,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """The open body, in an IRBuilder: buffers by name, q, ascale, asum, codes, scale, `affine` unless that is "table",
+    residual if there is one, out. Shapes as in schedules/packed.py, of blocks in groups of x.
+    """
+    nb, spans, width = blocks(n), geometry.spans, geometry.width
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {
+        "q": ((m, spans, width), "int8"),
+        "ascale": ((m, spans), "float32"),
+        "asum": ((m, spans), "int32"),
+        "codes": ((nb // x, spans, width // storage.inputs, x, storage.vectors, LANES, QUAD), "uint8"),
+        "scale": ((nb // x, spans, x, LANES), scale_dtype),
+    }
+    if affine != "table":
+        shapes[affine] = ((nb // x, spans, x, LANES), "uint8" if affine == "zero" else "float32")
+    if residual:
+        shapes["residual"] = ((m, n), "float32")
+    shapes["out"] = ((m, n), "float32")
+    with T.prim_func(s_tir=True):
+        T.func_attr({"tirx.noalias": True, "global_symbol": name})
+        buffers = {label: T.arg(label, T.buffer(*spec, layout=None)) for label, spec in shapes.items()}
+        regions = {label: buffers[label][tuple(slice(0, d) for d in shape)] for label, (shape, _) in shapes.items()}
+        with T.sblock("linear"):
+            T.reads(*(region for label, region in regions.items() if label != "out"))
+            T.writes(regions["out"])
+            yield buffers
