@@ -92,6 +92,6 @@ def test_the_family_that_lowers_states_the_space(monkeypatch: pytest.MonkeyPatch
     shy_too, plain = SimpleNamespace(LOWERS={"op": refuse}), SimpleNamespace(LOWERS={"op": accept})
     asked = Request("op", (), (), {}, NATIVE)
     for order, want in (([shy, shy_too, last], "last"), ([plain, last], None), ([shy], None)):
-        monkeypatch.setattr(kernel, "_families", lambda order=order: {"op": order})
+        monkeypatch.setattr(kernel, "families", lambda package, order=order: {"op": order})
         found = space(asked)
         assert (None if found is None else found.schedule) == want
