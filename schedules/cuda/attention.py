@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from math import gcd
 
 from schedules.attention import Scores, largest_divisor, scores_of
+from schedules.cuda.kernel import CudaKernel, Launch
 from schedules.cuda.source import Constant, source
-from schedules.kernel import Request
+from schedules.kernel import NotSuited, Request
 from schedules.vector import LOG2_E
 from targets.target import Gpu
 
@@ -96,6 +97,31 @@ def tile_of(call: Call, rows: int) -> dict[str, int]:
     """What lies in a tile of up to `rows` rows: SHARED query heads of a kv head, for TOKENS tokens each."""
     shared = largest_divisor(call.group, rows)
     return {"SHARED": shared, "TOKENS": min(call.m, rows // shared)}
+
+
+def prompt(
+    call: Call, family: str, tile: dict[str, int], rows: int, block: int, threads: int, *files: str, **more: Constant
+) -> CudaKernel:
+    """A block of `threads` for every tile of tokens and group of heads; `block` positions at a time."""
+    name = f"attention_{family}_{call.shape_name}_r{rows}p{block}"
+    constants: dict[str, Constant] = {**tile, "ROWS": rows, "BLOCK": block, "THREADS": threads, **more}
+    entry = "attention_entry_int8.cu" if call.codes else "attention_entry.cu"
+    text = call.text(name, constants, *files, f"attention_{family}.cu", entry)
+    grid = (-(-call.m // tile["TOKENS"]), call.heads // tile["SHARED"], 1)
+    return CudaKernel(name, text, (Launch(name, grid, (threads, 1, 1), tuple(range(call.span_argument + 2))),))
+
+
+def on_tensor_cores(
+    request: Request, family: str, first_sm: int, tiles: tuple[tuple[int, int, int], ...], swizzled: int
+) -> CudaKernel:
+    """A prompt on fp16 tensor cores, a warp for 16 rows. tiles: up to d, rows, positions, from small d to large."""
+    call = call_of(request)
+    if call.m == 1 or call.gpu.sm < first_sm or call.cache == "float32" or call.d > tiles[-1][0]:
+        raise NotSuited
+    _, most_rows, block = next(tile for tile in tiles if call.d <= tile[0])
+    tile = tile_of(call, most_rows)
+    rows = -(-tile["TOKENS"] * tile["SHARED"] // 16) * 16
+    return prompt(call, family, tile, rows, block, 2 * rows, "attention_stage.cu", SWIZZLED=swizzled)
 
 
 def value_columns(call: Call) -> int:

@@ -14,10 +14,9 @@ For 16 positions and d = 128 a warp issues 32 mma and 16 ldmatrix; a lane has 8 
 
 from __future__ import annotations
 
-from schedules.cuda.attention import call_of, tile_of
-from schedules.cuda.kernel import CudaKernel, Launch
-from schedules.cuda.source import Constant
-from schedules.kernel import NotSuited, Request
+from schedules.cuda.attention import on_tensor_cores
+from schedules.cuda.kernel import CudaKernel
+from schedules.kernel import Request
 
 RANK = 6  # before the tiles in fp32
 FIRST_SM = 80
@@ -26,19 +25,7 @@ TILES = ((128, 64, 64), (256, 32, 16))  # up to d: rows, positions; sums, scores
 
 def lower(request: Request) -> CudaKernel:
     """A block for every tile of tokens and group of heads."""
-    call = call_of(request)
-    if call.m == 1 or call.gpu.sm < FIRST_SM or call.cache == "float32" or call.d > TILES[-1][0]:
-        raise NotSuited
-    _, most_rows, block = next(tile for tile in TILES if call.d <= tile[0])
-    tile = tile_of(call, most_rows)
-    rows = -(-tile["TOKENS"] * tile["SHARED"] // 16) * 16
-    name = f"attention_mma_{call.shape_name}_r{rows}p{block}"
-    constants: dict[str, Constant] = {**tile, "ROWS": rows, "BLOCK": block, "THREADS": 2 * rows, "SWIZZLED": 1}
-    entry = "attention_entry_int8.cu" if call.codes else "attention_entry.cu"
-    source = call.text(name, constants, "attention_stage.cu", "attention_mma.cu", entry)
-    grid = (-(-call.m // tile["TOKENS"]), call.heads // tile["SHARED"], 1)
-    arguments = tuple(range(call.span_argument + 2))
-    return CudaKernel(name, source, (Launch(name, grid, (2 * rows, 1, 1), arguments),))
+    return on_tensor_cores(request, "mma", FIRST_SM, TILES, swizzled=1)
 
 
 LOWERS = {"quern.attention": lower, "quern.attention_int8": lower}

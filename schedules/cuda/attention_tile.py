@@ -12,9 +12,8 @@ fp32 ceilings: Nano 236 GFLOP/s, Xavier NX 845, Orin Nano 1280. An element of 4 
 
 from __future__ import annotations
 
-from schedules.cuda.attention import call_of, tile_of
-from schedules.cuda.kernel import CudaKernel, Launch
-from schedules.cuda.source import Constant
+from schedules.cuda.attention import call_of, prompt, tile_of
+from schedules.cuda.kernel import CudaKernel
 from schedules.kernel import Request, Unsupported
 
 TILES = ((128, 32, 32), (256, 16, 16))  # up to d: rows, positions; queries, keys and scores must fit 48 KiB
@@ -28,14 +27,7 @@ def lower(request: Request) -> CudaKernel:
         raise Unsupported(f"{request.op}: heads of {call.d} elements do not fit shared memory; {MOST_D} do")
     _, rows, block = next(tile for tile in TILES if call.d <= tile[0])
     threads = min(128, rows * block // 4)
-    tile = tile_of(call, rows)
-    name = f"attention_tile_{call.shape_name}_r{rows}p{block}"
-    constants: dict[str, Constant] = {**tile, "ROWS": rows, "BLOCK": block, "THREADS": threads}
-    entry = "attention_entry_int8.cu" if call.codes else "attention_entry.cu"
-    source = call.text(name, constants, "attention_tile.cu", entry)
-    grid = (-(-call.m // tile["TOKENS"]), call.heads // tile["SHARED"], 1)
-    arguments = tuple(range(call.span_argument + 2))
-    return CudaKernel(name, source, (Launch(name, grid, (threads, 1, 1), arguments),))
+    return prompt(call, "tile", tile_of(call, rows), rows, block, threads)
 
 
 LOWERS = {"quern.attention": lower, "quern.attention_int8": lower}
