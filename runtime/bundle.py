@@ -109,7 +109,7 @@ def _check_digest(path: Path, digest: FileDigest) -> None:
 
 @contextmanager
 def _mapped(path: Path, found: Manifest, verify: bool) -> Iterator[Optional[mmap.mmap]]:
-    """Map the weights and start reading them ahead. If asked, threads check them while the block runs; the block's own
+    """Map the weights, to be read ahead. If asked, threads check them while the block runs; the block's own
 
     error wins, otherwise a wrong digest raises at its end. None when there are no weights.
     """
@@ -121,12 +121,25 @@ def _mapped(path: Path, found: Manifest, verify: bool) -> Iterator[Optional[mmap
             mapping = mmap.mmap(stream.fileno(), found.files[path.name].bytes, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:
         raise BundleError(f"{path}: cannot be mapped into memory: {error}.") from None
-    mapping.madvise(mmap.MADV_WILLNEED)
+    _read_ahead(mapping)
     if not verify:
         yield mapping
         return
     with _checking(path, mapping, found.files[path.name]):
         yield mapping
+
+
+def _read_ahead(mapping: mmap.mmap) -> None:
+    """Ask for pages of 2 MiB: what is not yet in the page cache comes in such pages, where the file system has them
+
+    (ext4 since Linux 6.16, XFS), and stays in them for later processes. A token then reads 300 pages instead of
+    160 000, one tenth faster (tuning_logs/LOG.md). MADV_WILLNEED would fill the cache with small pages first; it is for
+    kernels that know no others.
+    """
+    try:
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:
+        mapping.madvise(mmap.MADV_WILLNEED)
 
 
 @contextmanager
