@@ -10,7 +10,7 @@ import hashlib
 import mmap
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
@@ -130,16 +130,14 @@ def _mapped(path: Path, found: Manifest, verify: bool) -> Iterator[Optional[mmap
 
 
 def _read_ahead(mapping: mmap.mmap) -> None:
-    """Ask for pages of 2 MiB: what is not yet in the page cache comes in such pages, where the file system has them
+    """Have the kernel read the file, in pages of 2 MiB if it has them.
 
-    (ext4 since Linux 6.16, XFS), and stays in them for later processes. A token then reads 300 pages instead of
-    160 000, one tenth faster (tuning_logs/LOG.md). MADV_WILLNEED would fill the cache with small pages first; it is for
-    kernels that know no others.
+    What is not yet in the page cache then comes in large pages, where the file system has them (ext4 since Linux 6.16,
+    XFS), and later processes find it so. A token reads some 300 pages instead of 160 000: tuning_logs/LOG.md.
     """
-    try:
+    with suppress(OSError):  # a kernel without them
         mapping.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:
-        mapping.madvise(mmap.MADV_WILLNEED)
+    mapping.madvise(mmap.MADV_WILLNEED)
 
 
 @contextmanager
