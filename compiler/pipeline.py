@@ -187,7 +187,7 @@ def model_options(request: Request) -> models.Options:
         if not weight.dense or bits not in rtn.BITS:
             return weight
         size = min(group_size or rtn.default_group_size(weight.k), weight.k)
-        return replace(weight, grid=integer_grid(bits).name, group_size=size)
+        return replace(weight, grid=integer_grid(bits).name, group_size=size, symmetric=True)
 
     return models.Options(
         context=request.context,

@@ -119,7 +119,7 @@ def _parameters(name: str, dense: str, weight: QuantWeight | DenseWeight) -> Ite
     if weight.offset is not None:
         yield f"{name}.offset", weight.offset
     elif not weight.type.table:
-        yield f"{name}.zero", weight.zero
+        yield f"{name}.zero", weight.zero[:1, :1] if weight.symmetric else weight.zero
     if weight.permutation is not None:
         yield f"{name}.permutation", weight.permutation
 

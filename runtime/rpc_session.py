@@ -141,7 +141,7 @@ class Workload:
 
 
 class _Arena:
-    """Fresh memory in pages of 4 KiB, as the runtime's mapping of a weights file has them."""
+    """Fresh memory in pages of 4 KiB, as a mapped weights file has them on most kernels (bundle.py)."""
 
     def __init__(self, nbytes: int) -> None:
         self._area, self.nbytes = mmap.mmap(-1, nbytes), nbytes

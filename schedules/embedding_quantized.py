@@ -41,6 +41,10 @@ def _pack(codes: np.ndarray, *, storage: Storage) -> np.ndarray:
     return np.ascontiguousarray(np.concatenate(planes, axis=1))
 
 
+def _pack_zeros(zero: np.ndarray, *, groups: tuple[int, ...]) -> np.ndarray:
+    return np.ascontiguousarray(np.broadcast_to(zero, groups), np.uint8)
+
+
 def _plane(values: np.ndarray, bits: int) -> np.ndarray:
     fields = values.reshape(values.shape[0], 8 // bits, -1)
     byte = fields[:, 0]
@@ -50,13 +54,13 @@ def _plane(values: np.ndarray, bits: int) -> np.ndarray:
 
 
 def packings(request: Request, storage: Storage) -> dict[int, Packing]:
-    """Codes share bytes; a zero takes one."""
+    """Codes share bytes; a zero takes one, and stands at every group also where there is one in all, i16[1, 1]."""
     (vocab, d), affine = request.args[1].shape, affine_of(request.op)
     spec = TensorSpec((vocab, row_bytes(d, storage)), "uint8")
     found = {1: Packing(f"rows_{storage.name}", spec, partial(_pack, storage=storage), rows=1)}
     if affine == "zero":
-        zeros = TensorSpec(request.args[3].shape, "uint8")
-        found[3] = Packing("rows_zero", zeros, lambda zero: zero.astype(np.uint8), rows=1)
+        groups = request.args[2].shape
+        found[3] = Packing("rows_zero", TensorSpec(groups, "uint8"), partial(_pack_zeros, groups=groups))
     return found
 
 

@@ -18,7 +18,7 @@ def linear_function(
     name: str, m: int, n: int, geometry: Geometry, storage: Storage, scale_dtype: str, affine: str, residual: bool,
     x: int,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """The open body, in an IRBuilder: buffers by name, q, ascale, asum, codes, scale, `affine` unless that is "table",
+    """The open body, in an IRBuilder: buffers by name, q, ascale, asum, codes, scale, zero or offset as `affine` says,
     residual if there is one, out. Shapes as in schedules/packed.py, of blocks in groups of x.
     """
     nb, spans, width = blocks(n), geometry.spans, geometry.width
@@ -29,7 +29,9 @@ def linear_function(
         "codes": ((nb // x, spans, width // storage.inputs, x, storage.vectors, LANES, QUAD), "uint8"),
         "scale": ((nb // x, spans, x, LANES), scale_dtype),
     }
-    if affine != "table":
+    if affine == "one_zero":
+        shapes["zero"] = ((1,), "uint8")
+    elif affine != "table":
         shapes[affine] = ((nb // x, spans, x, LANES), "uint8" if affine == "zero" else "float32")
     if residual:
         shapes["residual"] = ((m, n), "float32")
@@ -42,3 +44,11 @@ def linear_function(
             T.reads(*(region for label, region in regions.items() if label != "out"))
             T.writes(regions["out"])
             yield buffers
+
+
+def zeros_of(buffer: Any, place: tuple[Any, ...], lanes: int) -> Any:
+    """int32 vector of zero points: those of `lanes` rows from `place` on, or the one that all rows have."""
+    if len(buffer.shape) == 1:
+        return T.broadcast(T.Cast("int32", buffer[0]), lanes)
+    *outer, first = place
+    return T.Cast(f"int32x{lanes}", buffer[(*outer, T.ramp(first, 1, lanes))])

@@ -9,7 +9,8 @@ stands for its int8 level, round(127 * value / largest value), and the scale for
 TIR, one template; the instruction set is a `tensorize` away (schedules.isa). Layout: schedules.packed.
 Operators (arguments in order), each also as *_residual with residual f32[m, n] at the end:
   quern.linear_int8         q i8[m, spans, width], ascale f32[m, spans], asum i32[m, spans],
-                            codes u8[n, k], scale f16|f32[n, groups], zero i16[n, groups]; bits, group -> f32[m, n]
+                            codes u8[n, k], scale f16|f32[n, groups], zero i16[n, groups], or i16[1, 1] where all
+                            are equal; bits, group -> f32[m, n]
   quern.linear_int8_offset  offset f32[n, groups] instead of zero
   quern.linear_int8_table   neither; grid, bits, group; the request's table has the values of the codes
 """
@@ -30,7 +31,7 @@ from schedules import storage as storages
 from schedules.balance import balanced
 from schedules.geometry import Geometry
 from schedules.kernel import Kernel, Request, Space
-from schedules.packed import affine_of, blocks, interleave, weight_packings
+from schedules.packed import affine_of, blocks, factors_of, interleave, name_tail, weight_packings
 from schedules.storage import LANES, QUAD, Storage, Table
 
 CODES, SCALE = 3, 4  # argument positions of the weight; its zero or offset is next
@@ -60,8 +61,8 @@ def workload(
 ) -> Any:
     """The layer in plain TIR: blocks `dot` (int32 per span), `scale` (fp32 over spans), `store` (residual, padding).
 
-    affine: "zero", "offset" or "table". levels: table of the instruction set, value of one level, level of zero.
-    x: blocks that lie beside each other.
+    affine: "zero", "one_zero", "offset" or "table". levels: the instruction set's table, value of one level, level of
+    zero. x: blocks that lie beside each other.
     """
     nb, spans, width, quads = blocks(n), geometry.spans, geometry.width, storage.quads
     steps, inputs, by_span = width // storage.inputs, storage.inputs, (nb // x, spans, x, LANES)
@@ -74,7 +75,8 @@ def workload(
             asum = T.arg("asum", T.buffer((m, spans), "int32"))
             codes = T.arg("codes", T.buffer((nb // x, spans, steps, x, storage.vectors, LANES, QUAD), "uint8"))
             scale = T.arg("scale", T.buffer(by_span, scale_dtype))
-            zero = T.arg("zero", T.buffer(by_span, "uint8")) if affine == "zero" else None
+            zero_shape = {"zero": by_span, "one_zero": (1,)}.get(affine)
+            zero = T.arg("zero", T.buffer(zero_shape, "uint8")) if zero_shape else None
             offset = T.arg("offset", T.buffer(by_span, "float32")) if affine == "offset" else None
             base = T.arg("residual", T.buffer((m, n), "float32")) if residual else None
             out = T.arg("out", T.buffer((m, n), "float32"))
@@ -100,7 +102,8 @@ def workload(
                             T.buffer_store(acc, T.float32(0), [vm, vb, vi])
                         centred, place = total[vm, vb, vs, vi], (vb // x, vs, vb % x, vi)
                         if zero is not None:
-                            centred = centred - T.Cast("int32", zero[place]) * asum[vm, vs]
+                            row_zero = zero[place if affine == "zero" else (0,)]
+                            centred = centred - T.Cast("int32", row_zero) * asum[vm, vs]
                         elif middle:
                             centred = centred - T.int32(middle) * asum[vm, vs]
                         by_token = ascale[vm, vs] if table is None else ascale[vm, vs] * T.float32(unit)
@@ -190,7 +193,7 @@ def template(sch: Any, intrinsic: str, knobs: Mapping[str, Any], aligned: bool) 
 
 def lower(request: Request) -> Kernel:
     """Workload, default or requested knobs, and this target's best instruction set."""
-    group, affine = int(request.attrs["group"]), affine_of(request.op)
+    group, affine = int(request.attrs["group"]), factors_of(request, SCALE)
     m, (n, k) = request.args[0].shape[0], request.args[CODES].shape
     scale_dtype = request.args[SCALE].dtype
     residual = request.op.endswith("_residual")
@@ -213,8 +216,7 @@ def lower(request: Request) -> Kernel:
         aligned=n == blocks(n) * LANES,
     )
     kind = request.attrs.get("grid", storage.name)
-    tail = ("_offset" if affine == "offset" else "") + ("_residual" if residual else "")
-    name = f"linear_{kind}a8_{isa.NAME}_m{m}_n{n}_k{k}_g{group}_s{scale_dtype[5:]}{tail}"
+    name = f"linear_{kind}a8_{isa.NAME}_m{m}_n{n}_k{k}_g{group}_s{scale_dtype[5:]}{name_tail(affine, residual)}"
     func = sch.mod["main"]
     if request.target.arch == "x86_64":  # nobody has measured it elsewhere
         func = balanced(func)
@@ -227,7 +229,7 @@ LOWERS = {
 
 
 def space(request: Request) -> Space:
-    """What tuning may try. Scale's dtype and a residual change a few bytes of the traffic: such calls share records."""
+    """What tuning may try. A residual, scale's dtype and symmetry change few bytes: such calls share records."""
     group, affine = int(request.attrs["group"]), affine_of(request.op)
     m, (n, k) = request.args[0].shape[0], request.args[CODES].shape
     geometry, isa = Geometry(k, group), isas.choose(request.target)

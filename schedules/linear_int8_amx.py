@@ -40,10 +40,10 @@ from schedules import vector
 from schedules.geometry import Geometry
 from schedules.isa import broadcast_table
 from schedules.kernel import Kernel, NotSuited, Request
-from schedules.linear_function import linear_function
+from schedules.linear_function import linear_function, zeros_of
 from schedules.linear_int8 import CODES, SCALE, int8_levels
 from schedules.linear_int8 import LOWERS as FAMILY
-from schedules.packed import affine_of, blocks, interleave, weight_packings
+from schedules.packed import blocks, factors_of, interleave, name_tail, weight_packings
 from schedules.storage import LANES, QUAD, Storage, Table
 from schedules.vector import Expr
 
@@ -179,7 +179,7 @@ class Task:
         storage, codes, wide, (outer, inner) = self.storage, self.buffers["codes"], QUAD * LANES, self._block(b)
         zero = None
         if self.signed and self.table is None:
-            row_zero = T.Cast(f"int32x{LANES}", self.buffers["zero"][outer, s, inner, T.ramp(0, 1, LANES)])
+            row_zero = zeros_of(self.buffers["zero"], (outer, s, inner, 0), LANES)
             each = T.reinterpret(f"int8x{wide}", row_zero * T.broadcast(T.int32(0x01010101), LANES))
             zero = vector.hold(each, wide, "int8")
         with T.serial(self.geometry.width // storage.inputs) as j:
@@ -202,6 +202,9 @@ class Task:
             buffer = self.buffers.get(name)
             if buffer is None or (name == "zero" and self.signed):
                 found.append(None)
+            elif name == "zero":
+                zeros = T.Cast(f"float32x{LANES}", zeros_of(buffer, (outer, s, inner, 0), LANES))
+                found.append(vector.hold(zeros, LANES))
             else:
                 found.append(vector.hold(vector.load(buffer, outer, s, inner, 0, lanes=LANES), LANES))
         scale, zero, offset = found
@@ -270,15 +273,15 @@ def lower(request: Request) -> Kernel:
     m, (n, k) = request.args[0].shape[0], request.args[CODES].shape
     if m < LEAST_TOKENS or not all(request.target.has(feature) for feature in NEEDS):
         raise NotSuited
-    geometry, affine = Geometry(k, int(request.attrs["group"])), affine_of(request.op)
+    geometry, affine = Geometry(k, int(request.attrs["group"])), factors_of(request, SCALE)
     bits, scale_dtype = int(request.attrs["bits"]), request.args[SCALE].dtype
     storage = storages.choose(bits, geometry.width)
     plan = _plan(request, m, n, geometry.width)
-    signed = affine == "table" or (affine == "zero" and bits <= SIGNED_BITS)
+    signed = affine == "table" or ("zero" in affine and bits <= SIGNED_BITS)
     levels = None if request.table is None else int8_levels(request.table)
     residual = request.op.endswith("_residual")
     kind = request.attrs.get("grid", storage.name)
-    tail = ("_offset" if affine == "offset" else "") + ("_residual" if residual else "")
+    tail = name_tail(affine, residual)
     tiles = f"t{plan.token_tiles}x{plan.row_blocks}" + ("" if signed else "_unsigned")
     name = f"linear_{kind}a8_amx_{tiles}_m{m}_n{n}_k{k}_g{geometry.group}_s{scale_dtype[5:]}{tail}"
     nb, x = blocks(n), interleave(n, isas.choose(request.target).KNOBS["row_blocks"])

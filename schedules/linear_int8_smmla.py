@@ -26,10 +26,10 @@ from schedules import vector
 from schedules.geometry import Geometry
 from schedules.isa import neon_dotprod, neon_i8mm
 from schedules.kernel import Kernel, NotSuited, Request
-from schedules.linear_function import linear_function
+from schedules.linear_function import linear_function, zeros_of
 from schedules.linear_int8 import CODES, SCALE, int8_levels
 from schedules.linear_int8 import LOWERS as FAMILY
-from schedules.packed import affine_of, blocks, interleave, weight_packings
+from schedules.packed import blocks, factors_of, interleave, name_tail, weight_packings
 from schedules.storage import LANES, QUAD, Storage, Table
 from schedules.vector import Expr
 
@@ -116,8 +116,7 @@ class _Tile:
         *place, lane = self._place(s, half)
         asum, by_token = buffers["asum"][token, s], buffers["ascale"][token, s]
         if "zero" in buffers:
-            zero = T.Cast("int32x4", buffers["zero"][(*place, T.ramp(lane, 1, VECTOR))])
-            centred = centred - zero * T.broadcast(asum, VECTOR)
+            centred = centred - zeros_of(buffers["zero"], (*place, lane), VECTOR) * T.broadcast(asum, VECTOR)
         if self.table is not None:
             by_token = by_token * T.float32(self.unit)
         factor = vector.load(buffers["scale"], *place, lane, lanes=VECTOR) * vector.splat(by_token, VECTOR)
@@ -152,13 +151,13 @@ def lower(request: Request) -> Kernel:
     m, (n, k) = request.args[0].shape[0], request.args[CODES].shape
     if m % min(TOKENS) or not all(request.target.has(feature) for feature in neon_i8mm.NEEDS):
         raise NotSuited
-    geometry, affine = Geometry(k, int(request.attrs["group"])), affine_of(request.op)
+    geometry, affine = Geometry(k, int(request.attrs["group"])), factors_of(request, SCALE)
     scale_dtype = request.args[SCALE].dtype
     storage = storages.choose(int(request.attrs["bits"]), geometry.width)
     table, unit = (None, 1.0) if request.table is None else int8_levels(request.table)
     tokens = int(request.knobs.get("tokens", next(t for t in TOKENS if m % t == 0)))
     kind, residual = request.attrs.get("grid", storage.name), request.op.endswith("_residual")
-    tail = ("_offset" if affine == "offset" else "") + ("_residual" if residual else "")
+    tail = name_tail(affine, residual)
     name = f"linear_{kind}a8_smmla_t{tokens}_m{m}_n{n}_k{k}_g{geometry.group}_s{scale_dtype[5:]}{tail}"
     nb, x = blocks(n), interleave(n, isas.choose(request.target).KNOBS["row_blocks"])
     function = linear_function(name, m, n, geometry, storage, scale_dtype, affine, residual, x)

@@ -31,8 +31,9 @@ from schedules import filled_bytes, vector
 from schedules.geometry import Geometry
 from schedules.isa import broadcast_table
 from schedules.kernel import Kernel, NotSuited, Request, Space
+from schedules.linear_function import zeros_of
 from schedules.linear_int8 import CODES, SCALE, int8_levels
-from schedules.packed import affine_of
+from schedules.packed import affine_of, factors_of, name_tail
 from schedules.packed_rows import BYTES, MIDDLE, ROWS, blocks, inputs_of, storage_of, weight_packings
 from schedules.packed_rows import steps as steps_of
 from schedules.storage import Storage, Table, unpack
@@ -119,7 +120,8 @@ class _Factors:
 
     def zero(self, s: int) -> Expr:
         """int32 vector [4] of the rows' zero points."""
-        return self._of_rows("zero", s, "int32")
+        buffer = self._tile.buffers["zero"]
+        return zeros_of(buffer, (), ROWS) if len(buffer.shape) == 1 else self._of_rows("zero", s, "int32")
 
     def scale(self, s: int) -> Expr:
         """fp32 vector [4]."""
@@ -258,7 +260,7 @@ class _Tile:
     def _scale(self, t: int, factors: _Factors, s: int, sums: list[_Sum]) -> None:
         """Bring four rows' sums into one vector, and add them to the token's fp32 results."""
         layer, centred = self.layer, _rows_together(sums)
-        if layer.affine == "zero":
+        if "zero" in layer.affine:
             centred = centred - factors.zero(s) * T.broadcast(factors.asum(t, s), ROWS)
         elif layer.storage.bits == 8:
             centred = centred + T.broadcast(factors.asum(t, s) * MIDDLE, ROWS)
@@ -329,9 +331,10 @@ def kernel(layer: Layer, name: str) -> Any:
         "codes": ((blocks(n), steps_of(geometry, storage), storage.vectors, ROWS, BYTES), "uint8"),
         "scale": (groups, layer.scale_dtype),
     }
-    if layer.affine != "table":
-        zero_dtype = "int8" if storage.bits == 8 else "uint8"
-        shapes[layer.affine] = (groups, "float32" if layer.affine == "offset" else zero_dtype)
+    if "zero" in layer.affine:
+        shapes["zero"] = (groups if layer.affine == "zero" else (1,), "int8" if storage.bits == 8 else "uint8")
+    elif layer.affine == "offset":
+        shapes["offset"] = (groups, "float32")
     if layer.residual:
         shapes["residual"] = ((m, n), "float32")
     shapes["out"] = ((m, n), "float32")
@@ -357,7 +360,7 @@ def _whole(buffer: Any, shape: tuple[int, ...]) -> Any:
 def lower(request: Request) -> Kernel:
     """For aarch64 with NEON and without dot products; other targets are not suited."""
     _require(request)
-    group, affine = int(request.attrs["group"]), affine_of(request.op)
+    group, affine = int(request.attrs["group"]), factors_of(request, SCALE)
     m, (n, k) = request.args[0].shape[0], request.args[CODES].shape
     geometry, storage = Geometry(k, group), storage_of(int(request.attrs["bits"]))
     table, unit = int8_levels(request.table) if request.table is not None else (None, 1.0)
@@ -369,7 +372,7 @@ def lower(request: Request) -> Kernel:
         layer, tokens=knobs["tokens"], unroll=knobs["unroll"], prefetch_bytes=knobs["prefetch_bytes"]
     )  # fmt: skip
     kind = request.attrs.get("grid", storage.name)
-    tail = ("_offset" if affine == "offset" else "") + ("_residual" if residual else "")
+    tail = name_tail(affine, residual)
     name = f"linear_{kind}a8_widening_m{m}_n{n}_k{k}_g{group}_s{scale_dtype[5:]}{tail}"
     return Kernel(name, kernel(layer, name), weight_packings(CODES, n, geometry, storage, scale_dtype, affine))
 
@@ -390,7 +393,7 @@ def default_knobs(layer: Layer) -> dict[str, int]:
 
 
 def space(request: Request) -> Space:
-    """What tuning may try. Scale's dtype and a residual change a few bytes of the traffic: such calls share records."""
+    """What tuning may try. A residual, scale's dtype and symmetry change few bytes: such calls share records."""
     _require(request)
     group, affine = int(request.attrs["group"]), affine_of(request.op)
     m, (n, k) = request.args[0].shape[0], request.args[CODES].shape

@@ -3,7 +3,8 @@
 W u8[blocks/x, spans, steps, x, vectors, 16, 4] 16 rows side by side, 4 consecutive inputs of a row in one 32-bit lane;
                                                 how many inputs a step has and how codes share bytes: schedules.storage
 S f16|f32[blocks/x, spans, x, 16]               scale of the row in that span (repeated when a weight group has parts)
-Z u8[blocks/x, spans, x, 16]                    zero point, or F f32[blocks/x, spans, x, 16], the offset
+Z u8[blocks/x, spans, x, 16]                    zero point, or F f32[blocks/x, spans, x, 16], the offset; of a symmetric
+                                                weight, whose zero is the same everywhere, Z u8[1]
 x = interleave: that many blocks lie step by step beside each other, so that a kernel that works on x blocks at once
 reads one stream. Spans and their padding: schedules.geometry. Rows are padded to a multiple of ROW_PAD with scale 0.
 """
@@ -16,7 +17,7 @@ from functools import partial
 import numpy as np
 
 from schedules.geometry import Geometry
-from schedules.kernel import Packing, TensorSpec
+from schedules.kernel import Packing, Request, TensorSpec
 from schedules.storage import LANES, QUAD, Storage
 
 ROW_PAD = 32  # two lane blocks, so that every kernel can keep at least two weight streams going
@@ -57,6 +58,11 @@ def zero_packing(n: int, geometry: Geometry, x: int = 1) -> Packing:
     return _group_packing("z", n, geometry, "uint8", x)
 
 
+def one_zero_packing() -> Packing:
+    """zero i16[1, 1] of a symmetric weight -> u8[1]."""
+    return Packing("z_one", TensorSpec((1,), "uint8"), lambda zero: zero.reshape(1).astype(np.uint8))
+
+
 def offset_packing(n: int, geometry: Geometry, x: int = 1) -> Packing:
     """offset f32[n, groups] -> F."""
     return _group_packing("f", n, geometry, "float32", x)
@@ -67,19 +73,37 @@ def affine_of(op: str) -> str:
     return next((kind for kind in ("offset", "table") if f"_{kind}" in op), "zero")
 
 
+def factors_of(request: Request, scale: int) -> str:
+    """`affine_of`, or "one_zero" where the zero, argument `scale` + 1, is i16[1, 1]: one for the whole weight."""
+    affine = affine_of(request.op)
+    return "one_zero" if affine == "zero" and request.args[scale + 1].shape == (1, 1) else affine
+
+
+def name_tail(factors: str, residual: bool) -> str:
+    """What a kernel's name says of these."""
+    return {"offset": "_offset", "one_zero": "_symmetric"}.get(factors, "") + ("_residual" if residual else "")
+
+
 def weight_packings(
     first: int, n: int, geometry: Geometry, storage: Storage, scale: str, affine: str, x: int = 1
 ) -> dict[int, Packing]:
-    """Layouts of codes, scale, and zero or offset, which are the arguments from `first` on."""
+    """Layouts of codes, scale, and zero or offset, which are the arguments from `first` on. affine: as `factors_of`."""
     found = {first: code_packing(n, geometry, storage, x), first + 1: scale_packing(n, geometry, scale, x)}
-    if affine != "table":
+    if affine == "one_zero":
+        found[first + 2] = one_zero_packing()
+    elif affine != "table":
         found[first + 2] = (offset_packing if affine == "offset" else zero_packing)(n, geometry, x)
     return found
 
 
+def by_group(array: np.ndarray, n: int, geometry: Geometry) -> np.ndarray:
+    """[n, groups], of that shape already or the [1, 1] of a symmetric weight."""
+    return np.broadcast_to(array, (n, -(-geometry.k // geometry.group)))
+
+
 def _group_packing(letter: str, n: int, geometry: Geometry, dtype: str, x: int) -> Packing:
     spec = TensorSpec((blocks(n) // x, geometry.spans, x, LANES), dtype)
-    pack = partial(_pack_groups, geometry=geometry, dtype=dtype, x=x)
+    pack = partial(_pack_groups, n=n, geometry=geometry, dtype=dtype, x=x)
     return Packing(f"{letter}_{dtype}_g{geometry.group}_x{x}", spec, pack)
 
 
@@ -184,8 +208,7 @@ def unpack_codes(packed: np.ndarray, n: int, geometry: Geometry, storage: Storag
     return codes
 
 
-def _pack_groups(array: np.ndarray, *, geometry: Geometry, dtype: str, x: int) -> np.ndarray:
-    n = array.shape[0]
+def _pack_groups(array: np.ndarray, *, n: int, geometry: Geometry, dtype: str, x: int) -> np.ndarray:
     spread = np.zeros((blocks(n) * LANES, geometry.spans), dtype)
-    spread[:n] = array[:, geometry.weight_group]
+    spread[:n] = by_group(array, n, geometry)[:, geometry.weight_group]
     return np.ascontiguousarray(spread.reshape(blocks(n) // x, x, LANES, geometry.spans).transpose(0, 3, 1, 2))

@@ -5,7 +5,7 @@ W u8[n / 4, steps, vectors, 4 rows, 16]  a step is 16 bytes a row times the fiel
                                          16 f + b of the step, so a row's low nibbles are its first 16 inputs.
                                          3, 5 and 6 bits share bytes as schedules.filled_bytes has it.
 S f16|f32[n / 4, spans, 4]               scale of the row in that span (repeated when a weight group has parts)
-Z u8|i8[n / 4, spans, 4]                 zero point, or F f32[n / 4, spans, 4], the offset
+Z u8|i8[n / 4, spans, 4]                 zero point, or F f32[n / 4, spans, 4], the offset; [1] of a symmetric weight
 Steps run over all stored inputs (spans times width, schedules.geometry), whatever the spans: a step may hold several
 short spans, or the end of one and the start of the next. The last step is filled up with code 0, and so are rows up to
 a multiple of 4, with scale 0. 8-bit codes and their zeros are stored minus 128, as the signed bytes that SMULL takes.
@@ -59,10 +59,17 @@ def weight_packings(
     found = {first: codes, first + 1: _group_packing("s", n, geometry, scale)}
     if affine == "offset":
         found[first + 2] = _group_packing("f", n, geometry, "float32")
-    elif affine == "zero":
-        signed = storage == ONE_BYTE
-        found[first + 2] = _group_packing("z", n, geometry, "int8" if signed else "uint8", MIDDLE if signed else 0)
+    elif affine in ("zero", "one_zero"):
+        dtype, less = ("int8", MIDDLE) if storage == ONE_BYTE else ("uint8", 0)
+        found[first + 2] = _group_packing("z", n, geometry, dtype, less)
+        if affine == "one_zero":
+            pack = partial(_pack_one, dtype=dtype, less=less)
+            found[first + 2] = Packing(f"rows_z_one_{dtype}", TensorSpec((1,), dtype), pack)
     return found
+
+
+def _pack_one(zero: np.ndarray, *, dtype: str, less: int) -> np.ndarray:
+    return (zero.reshape(1) - less).astype(dtype)
 
 
 def _group_packing(letter: str, n: int, geometry: Geometry, dtype: str, less: int = 0) -> Packing:

@@ -139,7 +139,7 @@ class Function:
         return self._coded("linear_exact", [x], name, weight.type)
 
     def _coded(self, op: str, x: list[relax.Var], name: str, kind: WeightType, **attrs: ops.Attr) -> relax.Var:
-        """`op` on a weight in codes: as it is with a zero, or its variant with an offset or a table."""
+        """`op` on a weight in codes: as it is with zeros (one in all if symmetric), or with an offset or a table."""
         args = [*x, self.argument(f"{name}.codes", (kind.n, kind.k), "uint8")]
         args.append(self.argument(f"{name}.scale", (kind.n, kind.groups), kind.scale))
         attrs = {"bits": kind.bits, "group": kind.group_size, **attrs}
@@ -149,7 +149,8 @@ class Function:
         if kind.offset:
             args.append(self.argument(f"{name}.offset", (kind.n, kind.groups), "float32"))
             return self._emit(f"{op}_offset", args, out, **attrs)
-        args.append(self.argument(f"{name}.zero", (kind.n, kind.groups), "int16"))
+        zeros = (1, 1) if kind.symmetric else (kind.n, kind.groups)
+        args.append(self.argument(f"{name}.zero", zeros, "int16"))
         return self._emit(op, args, out, **attrs)
 
     def attention(self, qkv: relax.Var, rope: relax.Var, cache: KvCache, layer: int, how: Attention) -> relax.Var:

@@ -15,7 +15,8 @@ class Linear:
     """y = x W^T. Rows of all `sources` (checkpoint modules that read the same x) one below the other.
 
     Graph parameters of a quantised one: NAME.codes, NAME.scale, then NAME.offset if it has offsets or NAME.zero if its
-    grid is no table, and NAME.permutation if it is permuted; NAME.weight of a dense one; NAME.bias if there is a bias.
+    grid is no table (i16[1, 1] if it is symmetric, where one says it all), and NAME.permutation if it is permuted;
+    NAME.weight of a dense one; NAME.bias if there is a bias.
     `rows` counts the rows of each source. order: for each row of the graph's, which of the sources' rows it is; None:
     the same one.
     """

@@ -116,7 +116,7 @@ class RandomSource:
                  "lm_head": (vocab, hidden)}  # fmt: skip
         n, k = sizes[module.rpartition(".")[2]]
         bits = self._head_bits if module == "lm_head" else self._bits
-        return WeightType(n, k, integer_grid(bits).name, min(self._group, k))
+        return WeightType(n, k, integer_grid(bits).name, min(self._group, k), symmetric=True)
 
     def load(self, module: str) -> QuantWeight | DenseWeight:
         """Random codes; scales so small that activations stay near one."""
@@ -127,7 +127,8 @@ class RandomSource:
         codes = random.integers(0, 2 * middle, (kind.n, kind.k), np.uint8)
         spread = 2 * middle / 12**0.5 * kind.k**0.5  # standard deviation of codes . x for x of size one
         scale = (random.uniform(0.5, 1.5, (kind.n, kind.groups)) / spread).astype(np.float16)
-        return QuantWeight(codes, scale, np.full(scale.shape, middle, np.int16), kind.grid, kind.group_size)
+        zero = np.full(scale.shape, middle, np.int16)
+        return QuantWeight(codes, scale, zero, kind.grid, kind.group_size, symmetric=True)
 
     def bias(self, module: str) -> F32 | None:
         """None: made models have no biases."""

@@ -30,6 +30,8 @@ class WeightType:
     scale is the element type of the scales, float16 or float32; it says nothing of a dense weight.
     offset: there is a float32 offset a group. permuted: inputs must be gathered first (act-order); `order` is then the
     digest of the permutation (`order_digest`), or "" when only reading the data would tell.
+    symmetric: every zero is the grid's middle. False where zeros may differ, and where there are none to differ: of a
+    dense weight, a table grid, an offset.
     activations: what the weight was made for: "any", or where the checkpoint quantises activations itself "int8-token"
     (a scale a token, found at run time) or "int8-static" (one stored scale). A remark: it changes no arithmetic.
     """
@@ -43,6 +45,7 @@ class WeightType:
     permuted: bool = False
     activations: str = "any"
     order: str = ""
+    symmetric: bool = False
 
     def __post_init__(self) -> None:
         assert min(self.n, self.k) > 0, self
@@ -54,6 +57,7 @@ class WeightType:
         assert self.permuted or not self.order, self
         assert not (self.dense and (self.offset or self.permuted)), self
         assert not (self.offset and self.table), self
+        assert not (self.symmetric and (self.dense or self.offset or self.table)), self
 
     @property
     def dense(self) -> bool:
@@ -77,7 +81,7 @@ class WeightType:
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """Weights of equal kind may be joined along n. A permutation of unknown order equals no other."""
+        """Weights of equal kind may be joined along n, symmetric ones with others. An unknown order equals no other."""
         order = object() if self.permuted and not self.order else self.order
         return (self.k, self.grid, self.group_size, self.offset, self.permuted, order)
 
@@ -90,7 +94,7 @@ class QuantWeight:
     permutation (act-order): None, or i32[k] where stored column j holds original input permutation[j]; whoever
     multiplies must gather x[permutation] first. offset: None, or f32[n, groups] added to every weight of the group.
     Codes and zeros are below the grid's number of levels, scales and offsets finite. zero is 0 on table grids and where
-    there is an offset.
+    there is an offset. symmetric: every zero is the grid's middle, and kernels are told so.
     """
 
     stored: NDArray[np.uint8] | PackedRows | Codes
@@ -101,6 +105,7 @@ class QuantWeight:
     permutation: NDArray[np.int32] | None = None
     offset: NDArray[np.float32] | None = None
     activations: str = "any"
+    symmetric: bool = False
 
     def __post_init__(self) -> None:
         assert self.grid in GRIDS, f"unknown grid {self.grid!r}"
@@ -123,6 +128,7 @@ class QuantWeight:
             else:
                 assert 1 << part.bits == levels, part.bits
         assert int(self.zero.view(np.uint16).max()) < levels, f"a zero is outside 0..{levels - 1}"
+        assert not self.symmetric or (self.zero == GRIDS[self.grid].middle).all(), "a zero is not the grid's middle"
         assert all_finite(self.scale), "a scale is not finite"
         if self.permutation is not None:
             assert self.permutation.dtype == np.int32, self.permutation.dtype
@@ -145,7 +151,7 @@ class QuantWeight:
         permuted = self.permutation is not None
         order = "" if self.permutation is None else order_digest(self.permutation)
         return WeightType(n, k, self.grid, self.group_size, str(self.scale.dtype), self.offset is not None, permuted,
-                          self.activations, order)
+                          self.activations, order, self.symmetric)
 
     def rows(self, order: Sequence[int]) -> QuantWeight:
         """The same weight with row order[i] in place i."""
@@ -187,7 +193,7 @@ def join(weights: Sequence[QuantWeight] | Sequence[DenseWeight] | Sequence[Quant
     """One weight with the rows of all, in order: q, k, v or gate, up read the same x.
 
     Raises UnsupportedError unless k, kind, group size, presence of offsets and permutation agree. Scales of float16 and
-    float32 meet as float32, which is exact.
+    float32 meet as float32, which is exact. The result is symmetric where all are.
     """
     if len(weights) == 1:
         return weights[0]
@@ -211,7 +217,7 @@ def join(weights: Sequence[QuantWeight] | Sequence[DenseWeight] | Sequence[Quant
         np.concatenate([w.scale for w in quantised]),
         np.concatenate([w.zero for w in quantised]),
         first.grid, first.group_size, first.permutation,
-        np.concatenate(offsets) if offsets else None, first.activations)
+        np.concatenate(offsets) if offsets else None, first.activations, all(w.symmetric for w in quantised))
 
 
 def all_finite(values: NDArray[Any]) -> bool:

@@ -55,7 +55,7 @@ def quantize(w: DenseWeight, bits: int, group_size: int, symmetric: bool = True,
             raise FormatError(f"{where} has values that are not finite. The checkpoint is damaged: fetch it again.")
         block_codes, scale[rows], zero[rows] = _block(x, grid, symmetric, where)
         codes[rows] = block_codes.reshape(x.shape[0], -1)[:, :k]
-    return QuantWeight(codes, scale, zero, grid.name, size)
+    return QuantWeight(codes, scale, zero, grid.name, size, symmetric=symmetric)
 
 
 def _grouped(x: F32, size: int) -> F32:

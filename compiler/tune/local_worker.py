@@ -56,7 +56,7 @@ class Workload:
 
 
 def arena(nbytes: int) -> np.ndarray:
-    """Fresh memory in pages of 4 KiB, as the runtime's mapping of the weights file has them."""
+    """Fresh memory in pages of 4 KiB, as a mapped weights file has them on most kernels (runtime/bundle.py)."""
     area = mmap.mmap(-1, nbytes)
     area.madvise(mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(area, np.uint8)

@@ -24,6 +24,7 @@ import numpy as np
 
 from schedules.geometry import Geometry
 from schedules.kernel import Packing, TensorSpec
+from schedules.packed import by_group
 
 ROWS = 4  # side by side
 LANES = 32
@@ -108,12 +109,12 @@ def weight_packings(first: int, n: int, layout: Layout, scale: str, affine: str)
 
 def _groups(letter: str, n: int, layout: Layout, dtype: str, less: int = 0) -> Packing:
     spec = TensorSpec((blocks(n), layout.geometry.spans, ROWS), dtype)
-    pack = partial(_pack_groups, geometry=layout.geometry, dtype=dtype, less=less)
+    pack = partial(_pack_groups, n=n, geometry=layout.geometry, dtype=dtype, less=less)
     return Packing(f"cuda_{letter}_{dtype}_g{layout.geometry.group}", spec, pack)
 
 
-def _pack_groups(array: np.ndarray, *, geometry: Geometry, dtype: str, less: int) -> np.ndarray:
-    n = array.shape[0]
+def _pack_groups(array: np.ndarray, *, n: int, geometry: Geometry, dtype: str, less: int) -> np.ndarray:
+    array = by_group(array, n, geometry)
     spread = np.zeros((blocks(n) * ROWS, geometry.spans), dtype)
     spread[:n] = array[:, geometry.weight_group] - less if less else array[:, geometry.weight_group]
     return np.ascontiguousarray(spread.reshape(blocks(n), ROWS, geometry.spans).transpose(0, 2, 1))

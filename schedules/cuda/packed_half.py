@@ -109,7 +109,8 @@ def weight_packings(first: int, n: int, places: Places, scale: str, affine: str)
 
 def _by_group(letter: str, n: int, places: Places, dtype: str) -> Packing:
     spec = TensorSpec((padded_rows(n) // ROWS, places.groups, ROWS), dtype)
-    return Packing(f"half_{letter}_{dtype}_g{places.group}", spec, partial(_pack_groups, dtype=dtype))
+    pack = partial(_pack_groups, shape=(n, places.groups), dtype=dtype)
+    return Packing(f"half_{letter}_{dtype}_g{places.group}", spec, pack)
 
 
 def _pack_codes(codes: np.ndarray, *, places: Places) -> np.ndarray:
@@ -125,11 +126,11 @@ def _pack_codes(codes: np.ndarray, *, places: Places) -> np.ndarray:
     return np.ascontiguousarray(fields).reshape(len(placed), -1)
 
 
-def _pack_groups(array: np.ndarray, *, dtype: str) -> np.ndarray:
-    n, groups = array.shape
+def _pack_groups(array: np.ndarray, *, shape: tuple[int, int], dtype: str) -> np.ndarray:
+    n, groups = shape
     assert dtype != "uint8" or (array.min() >= 0 and array.max() < 256), "a zero is below 256"
     padded = np.zeros((padded_rows(n), groups), dtype)
-    padded[:n] = array
+    padded[:n] = array  # a symmetric weight's one zero goes everywhere
     return np.ascontiguousarray(padded.reshape(-1, ROWS, groups).transpose(0, 2, 1))
 
 

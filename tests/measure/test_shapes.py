@@ -25,9 +25,10 @@ def source(monkeypatch: pytest.MonkeyPatch) -> shapes.RandomSource:
 
 def test_kinds_by_hand(source: shapes.RandomSource) -> None:
     assert source.describe("model.embed_tokens") == WeightType(50, 64, "float16", 0)
-    assert source.describe("model.layers.1.self_attn.k_proj") == WeightType(16, 64, "int4", 64)  # 128 cut to k
-    assert source.describe("model.layers.1.mlp.down_proj") == WeightType(64, 172, "int4", 128)
-    assert source.describe("lm_head") == WeightType(50, 64, "int8", 64)
+    # 128 is cut to k
+    assert source.describe("model.layers.1.self_attn.k_proj") == WeightType(16, 64, "int4", 64, symmetric=True)
+    assert source.describe("model.layers.1.mlp.down_proj") == WeightType(64, 172, "int4", 128, symmetric=True)
+    assert source.describe("lm_head") == WeightType(50, 64, "int8", 64, symmetric=True)
     assert len(source.modules()) == 2 + 2 * 7
     assert source.has("lm_head")
     assert not source.has("model.layers.2.mlp.down_proj")

@@ -21,6 +21,7 @@ K = 64
 PLAIN = WeightType(32, K, "int4", 32)
 KINDS = {
     "int3": WeightType(32, K, "int3", 32),
+    "symmetric": WeightType(32, K, "int4", 32, symmetric=True),
     "offset": WeightType(32, K, "int4", 32, offset=True),
     "nf4": WeightType(32, K, "nf4", 64, "float32"),
     "permuted": WeightType(32, K, "int4", 32, permuted=True, order="a"),
@@ -88,6 +89,8 @@ def test_parameters_are_what_the_kind_needs() -> None:
         found = {p.name: (ops.shape_of(p.ty), str(p.ty.dtype)) for p in graph(kind, norm=False)["main"].params}
         return {name: type_ for name, type_ in found.items() if name.startswith("w0")}
 
+    codes, scale = {"w0.codes": ((32, K), "uint8")}, {"w0.scale": ((32, 2), "float16")}
+    assert parameters(KINDS["symmetric"]) == codes | scale | {"w0.zero": ((1, 1), "int16")}
     assert parameters(KINDS["nf4"]) == {"w0.codes": ((32, K), "uint8"), "w0.scale": ((32, 1), "float32")}
     assert parameters(KINDS["permuted offset"]) == {
         "w0.permutation": ((K,), "int32"), "w0.codes": ((32, K), "uint8"), "w0.scale": ((32, 4), "float16"),

@@ -83,7 +83,7 @@ def test_double_quantisation_by_hand(tmp_path: Path) -> None:  # absmax = map[co
 def test_int8_by_hand(tmp_path: Path) -> None:
     eight = source(tmp_path, {"m.weight": np.array([[-128, 0, 127]], np.int8), "m.SCB": np.array([254], np.float32),
                               "m.weight_format": np.array(0, np.uint8)}, INT8_CONFIG)
-    assert eight.describe("m") == WeightType(1, 3, "int8", 3, "float32")
+    assert eight.describe("m") == WeightType(1, 3, "int8", 3, "float32", symmetric=True)
     w = eight.load("m")
     assert isinstance(w, QuantWeight)
     assert w.codes.tolist() == [[0, 128, 255]]

@@ -68,7 +68,7 @@ def load(folder: Path, config: dict[str, Any], **changed: Any) -> QuantWeight:
 def test_packed_by_hand(tmp_path: Path) -> None:  # nibbles 0..7 are q = -8..-1, scale 0.5
     w = load(tmp_path, settings())
     assert dequantize(w)[0].tolist() == [-4, -3.5, -3, -2.5, -2, -1.5, -1, -0.5] * 2
-    assert w.type == WeightType(2, 16, "int4", 8, "float32")
+    assert w.type == WeightType(2, 16, "int4", 8, "float32", symmetric=True)
 
 
 def test_zero_points_are_packed_along_n_by_hand(tmp_path: Path) -> None:  # row 0: stored 9 and 1, row 1: 2 and 15
@@ -76,6 +76,7 @@ def test_zero_points_are_packed_along_n_by_hand(tmp_path: Path) -> None:  # row 
     packed = np.array([[0x29, 0xF1]], np.uint32).view(np.int32)
     w = load(tmp_path, asymmetric, m__weight_zero_point=packed)
     assert w.zero.tolist() == [[9, 1], [2, 15]]
+    assert not w.symmetric
     assert dequantize(w)[0, 7:9].tolist() == [-1, -0.5]
     old = np.array([[1, -7], [-6, 7]], np.int8)  # before 0.9 they were not packed: 9 - 8, 1 - 8...
     assert np.array_equal(load(tmp_path, asymmetric, m__weight_zero_point=old).zero, w.zero)
@@ -83,7 +84,7 @@ def test_zero_points_are_packed_along_n_by_hand(tmp_path: Path) -> None:  # row 
 
 def test_plain_by_hand(tmp_path: Path) -> None:
     w = load(tmp_path, settings(**PLAIN), **plain())
-    assert w.type == WeightType(2, 4, "int8", 4, "float32")
+    assert w.type == WeightType(2, 4, "int8", 4, "float32", symmetric=True)
     assert w.codes[0].tolist() == [0, 127, 128, 255]
     assert dequantize(w)[0].tolist() == [-64, -0.5, 0, 63.5]
     group = {"weights": weights(num_bits=8, strategy="channel", group_size=None, symmetric=False)}
@@ -363,7 +364,7 @@ def test_frozen_files_of_older_llm_compressors_are_the_same(tmp_path: Path) -> N
     np.array([0.02], np.float32), np.array([0x3CA4], np.uint16), np.array(0.5, np.float16)])
 def test_static_activations_as_llm_compressor_writes_them(tmp_path: Path, scale: np.ndarray) -> None:
     w = load(tmp_path, settings(**STATIC), **plain(m__input_scale=scale))
-    assert w.type == WeightType(2, 4, "int8", 4, "float32", activations="int8-static")
+    assert w.type == WeightType(2, 4, "int8", 4, "float32", activations="int8-static", symmetric=True)
 
 
 @pytest.mark.parametrize(("scale", "said"), [

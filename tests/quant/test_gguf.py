@@ -26,7 +26,7 @@ EXTREMES = np.array([65504, -65504, 6e-8, -6e-8, 6.1e-5, 0.0, -0.0, 1.0], np.flo
 def test_a_block_by_hand() -> None:  # q4_0: d = 0.5, nibbles 0xF1: weight 0 is code 1, weight 16 is code 15
     block = np.frombuffer(np.float16(0.5).tobytes() + bytes([0xF1] * 16), np.uint8).reshape(1, 18)
     w = gguf.decode(block, "q4_0", "x")
-    assert w.type == WeightType(1, 32, "int4", 32, "float16")
+    assert w.type == WeightType(1, 32, "int4", 32, "float16", symmetric=True)
     assert dequantize(w)[0].tolist() == [-3.5] * 16 + [3.5] * 16
 
 
@@ -53,7 +53,9 @@ def test_every_type_equals_the_package_bit_for_bit(kind: str) -> None:
         flat[:, at:at + 2] = np.roll(half, at).view(np.uint8).reshape(-1, 2)
     theirs = package.quants.dequantize(stored, package.GGMLQuantizationType[kind.upper()])
     w = gguf.decode(stored, kind, "x")
-    assert w.type == WeightType(7, 5 * block.weights, block.grid, block.group, block.scale, offset=block.offset)
+    columns, symmetric = 5 * block.weights, not block.offset and not kind.startswith("iq4")
+    want = WeightType(7, columns, block.grid, block.group, block.scale, block.offset, symmetric=symmetric)
+    assert w.type == want
     mine = dequantize(w)
     assert np.array_equal(mine.view(np.uint32), theirs.view(np.uint32))
 

@@ -182,7 +182,7 @@ def test_a_checkpoint(tmp_path: Path) -> None:
     source = checkpoint(tmp_path, settings())
     assert source.modules() == ["m", "lm_head"]
     assert (source.has("m"), source.has("lm_head"), source.has("n")) == (True, True, False)
-    assert source.describe("m") == source.load("m").type == WeightType(16, 64, "int4", 32)
+    assert source.describe("m") == source.load("m").type == WeightType(16, 64, "int4", 32, symmetric=True)
     assert source.describe("lm_head") == source.load("lm_head").type == WeightType(4, 64, "bfloat16", 0)
     assert isinstance(source.load("lm_head"), DenseWeight)
     assert source.vector("norm").tolist() == source.vector("norm.weight").tolist() == [1.0] * 64

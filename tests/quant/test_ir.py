@@ -34,6 +34,7 @@ def test_type() -> None:
     {"scale": np.ones((2, 3), np.float64)}, {"grid": "nf4"}, {"grid": "int7"}, {"offset": np.zeros((2, 3), np.float32)},
     {"zero": np.zeros((2, 3), np.int16), "offset": np.zeros((2, 3), np.float16)}, {"group_size": 6},
     {"permutation": np.array([0, 1, 2, 3, 3], np.int32)}, {"permutation": np.arange(5)},
+    {"zero": np.array([[8, 8, 8], [8, 8, 7]], np.int16), "symmetric": True},
 ])
 def test_a_weight_that_breaks_the_contract_is_our_bug(changed: dict[str, Any]) -> None:
     weight()
@@ -55,6 +56,15 @@ def test_join_of_float16_and_float32_scales_is_exact() -> None:
     joined = join([weight(1), weight(1, scale=np.full((1, 3), 1 / 3, np.float32))])
     assert joined.scale.dtype == np.float32
     assert joined.scale[:, 0].tolist() == [1.0, float(np.float32(1 / 3))]
+
+
+def test_join_of_symmetric_weights_is_symmetric_where_all_are() -> None:
+    symmetric, plain = weight(symmetric=True), weight()
+    assert symmetric.type == WeightType(2, 5, "int4", 2, symmetric=True)
+    assert symmetric.type.kind == plain.type.kind
+    assert join([symmetric, symmetric]).symmetric
+    assert not join([symmetric, plain]).symmetric
+    assert symmetric.rows([1, 0]).symmetric
 
 
 def test_join_refuses_what_differs() -> None:

@@ -37,7 +37,7 @@ def test_asymmetric_by_hand() -> None:  # 0..15 in steps of 1
 
 def test_a_short_last_group_and_float16_input() -> None:
     w = quantize(DenseWeight(np.array([[-8, 7, 1, -0.5, 0.25]], np.float16), "float16"), 4, 2)
-    assert w.type == WeightType(1, 5, "int4", 2)
+    assert w.type == WeightType(1, 5, "int4", 2, symmetric=True)
     assert dequantize(w)[0, 4] == 0.25
 
 

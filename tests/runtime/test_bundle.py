@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from runtime import device
-from runtime.bundle import open_bundle
+from runtime.bundle import _read_ahead, open_bundle
 from runtime.errors import BundleError, DeviceError, InputError, ManifestError
 from tests.runtime import tiny
 
@@ -44,6 +45,20 @@ def test_weights_are_exact_read_only_views(toy: Path) -> None:
         assert not array.flags.writeable
         assert not array.flags.owndata
         assert array.ctypes.data % 64 == 0
+
+
+@pytest.mark.parametrize("has_large_pages", [True, False])
+def test_weights_are_asked_for_in_large_pages_before_they_are_read(has_large_pages: bool) -> None:
+    asked: list[int] = []
+
+    class Mapping:
+        def madvise(self, advice: int) -> None:
+            asked.append(advice)
+            if not has_large_pages and advice == mmap.MADV_HUGEPAGE:
+                raise OSError(22, "Invalid argument")  # what a kernel without them says
+
+    _read_ahead(Mapping())
+    assert asked == [mmap.MADV_HUGEPAGE, mmap.MADV_WILLNEED]
 
 
 @pytest.mark.parametrize("name", ["model.so", "tokenizer.json"])

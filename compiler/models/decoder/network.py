@@ -85,7 +85,8 @@ class Decoder:
         for i, run in enumerate(runs):
             modules, rows = tuple(module for module, _ in run), tuple(type_.n for _, type_ in run)
             scale = "float32" if any(type_.scale == "float32" for _, type_ in run) else "float16"
-            joined = kind(replace(run[0][1], n=sum(rows), scale=scale))
+            symmetric = all(type_.symmetric for _, type_ in run)
+            joined = kind(replace(run[0][1], n=sum(rows), scale=scale, symmetric=symmetric))
             label = f"{name}.{i}" if len(runs) > 1 else name
             made.append(Linear(label, modules, joined, rows, bias, _joined_order(modules, rows, order)))
         self._weights.extend(made)

@@ -84,8 +84,10 @@ class AwqSource(QweightSource[AwqConfig]):
 
     def describe_packed(self, module: str) -> WeightType:
         """From the header alone."""
-        k, n, group_size = _check_shapes(self._checkpoint, module, self._config_of(module))
-        return WeightType(n, k, GRID.name, group_size, scale_type(self._checkpoint, f"{module}.scales"))
+        config = self._config_of(module)
+        k, n, group_size = _check_shapes(self._checkpoint, module, config)
+        scale = scale_type(self._checkpoint, f"{module}.scales")
+        return WeightType(n, k, GRID.name, group_size, scale, symmetric=config.sym)
 
     def load_packed(self, module: str) -> QuantWeight:
         """Through AWQ's own unpacking."""
@@ -108,7 +110,8 @@ def decode(raw: Raw, config: AwqConfig, where: str) -> QuantWeight:
         wrong = int(zero[zero != GRID.middle][0])
         raise FormatError(f"{where}.qzeros: a zero is {wrong}, but zero_point = false needs {GRID.middle} everywhere. "
                           f"If the file has zero points, config.json must say zero_point = true.")
-    return QuantWeight(unpack(raw.qweight), np.ascontiguousarray(raw.scales.T), zero, GRID.name, group_size)
+    scale = np.ascontiguousarray(raw.scales.T)
+    return QuantWeight(unpack(raw.qweight), scale, zero, GRID.name, group_size, symmetric=config.sym)
 
 
 def unpack(words: NDArray[np.int32]) -> NDArray[np.uint8]:

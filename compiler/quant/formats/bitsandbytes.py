@@ -99,7 +99,7 @@ class BitsandbytesSource:
             return WeightType(state.n, state.k, state.kind, state.block, "float32")
         if bits == 8:
             n, k = self._checked_int8(module)
-            return WeightType(n, k, integer_grid(8).name, k, "float32")
+            return WeightType(n, k, integer_grid(8).name, k, "float32", symmetric=True)
         return self._dense.describe(module)
 
     def load(self, module: str) -> QuantWeight | DenseWeight:
@@ -220,7 +220,7 @@ class BitsandbytesSource:
         codes = array(f"{module}.weight").view(np.uint8) ^ np.uint8(128)
         scale = (row_max * np.float32(1 / 127)).reshape(n, 1)
         middle = np.full((n, 1), integer_grid(8).middle, np.int16)
-        return QuantWeight(codes, scale, middle, integer_grid(8).name, k)
+        return QuantWeight(codes, scale, middle, integer_grid(8).name, k, symmetric=True)
 
 
 def _state_name(kind: str) -> str:

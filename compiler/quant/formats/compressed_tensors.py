@@ -113,7 +113,7 @@ class CompressedSource:
         digest = "" if order is None else order_digest(order)
         return WeightType(shapes.n, shapes.k, integer_grid(scheme.bits).name, shapes.group_size,
                           scale_type(self._checkpoint, f"{module}.weight_scale"), permuted=bool(digest),
-                          activations=scheme.activations, order=digest)
+                          activations=scheme.activations, order=digest, symmetric=scheme.symmetric)
 
     def load(self, module: str) -> QuantWeight | DenseWeight:
         """Decode one module."""
@@ -129,7 +129,7 @@ class CompressedSource:
         zero = self._zeros(module, scheme, shapes)
         self._refuse_wrong_input_scale(module, scheme)
         return QuantWeight(codes, scale, zero, integer_grid(scheme.bits).name, shapes.group_size, order,
-                           activations=scheme.activations)
+                           activations=scheme.activations, symmetric=scheme.symmetric)
 
     def bias(self, module: str) -> F32 | None:
         """What the linear layer adds, if anything."""

@@ -53,6 +53,11 @@ class Block:
     offset: bool
     unpack: Callable[[U8], Parts]
 
+    @property
+    def symmetric(self) -> bool:
+        """True when every zero is the grid's middle."""
+        return not self.offset and GRIDS[self.grid].values is None
+
 
 def claims(config: dict[str, Any]) -> bool:
     """Only a GGUF file becomes such a configuration; see compiler/checkpoint/gguf_model.py."""
@@ -103,7 +108,7 @@ class GgufSource:
             raise FormatError(f"{info.file}: {module} is {spelled(info)}, but a weight needs two dimensions, neither "
                               f"of them 0. Fetch the file again.")
         block = BLOCKS[info.dtype]
-        return WeightType(*info.shape, block.grid, block.group, block.scale, offset=block.offset)
+        return WeightType(*info.shape, block.grid, block.group, block.scale, block.offset, symmetric=block.symmetric)
 
     def load(self, module: str) -> QuantWeight | DenseWeight:
         """Decode one module, rows back in transformers' order."""
@@ -155,7 +160,8 @@ def decode(raw: U8, kind: str, where: str) -> QuantWeight:
             raise FormatError(f"{where}: {bad} of {values.size} scales or offsets are NaN or infinite. The file is "
                               f"damaged or the quantisation failed: fetch it again.")
     zero = np.full((n, groups), block.zero, np.int16)
-    return QuantWeight(codes.reshape(n, count * block.weights), scale, zero, block.grid, block.group, offset=offset)
+    return QuantWeight(codes.reshape(n, count * block.weights), scale, zero, block.grid, block.group, offset=offset,
+                       symmetric=block.symmetric)
 
 
 def _half(blocks: U8, at: int) -> NDArray[np.float16]:

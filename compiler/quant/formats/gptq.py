@@ -98,7 +98,8 @@ class GptqSource(QweightSource[GptqConfig]):
         scale = scale_type(self._checkpoint, f"{module}.scales")
         order = act_order.permutation(self._g_idx(module), k, group_size, f"{self._where(module)}.g_idx")
         digest = "" if order is None else order_digest(order)
-        return WeightType(n, k, integer_grid(config.bits).name, group_size, scale, permuted=bool(digest), order=digest)
+        return WeightType(n, k, integer_grid(config.bits).name, group_size, scale, permuted=bool(digest), order=digest,
+                          symmetric=config.sym)
 
     def load_packed(self, module: str) -> QuantWeight:
         """Through GPTQ's own unpacking."""
@@ -133,7 +134,7 @@ def decode(raw: Raw, config: GptqConfig, where: str) -> QuantWeight:
     codes = Fields(raw.qweight.T, config.bits, k, permutation)
     assert codes.shape == (n, k), codes.shape
     return QuantWeight(codes, np.ascontiguousarray(raw.scales.T), np.ascontiguousarray(zero.T),
-                       integer_grid(config.bits).name, group_size, permutation)
+                       integer_grid(config.bits).name, group_size, permutation, symmetric=config.sym)
 
 
 def _refuse_other_version(qweight: NDArray[np.int32], zero: NDArray[np.int16], config: GptqConfig, where: str) -> None:
