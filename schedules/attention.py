@@ -25,7 +25,7 @@ never from the threads or the target, so neither changes a result.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import reduce
 from math import gcd
@@ -39,6 +39,7 @@ from schedules import vector
 from schedules.kernel import Kernel, Request, Space, spelled
 from schedules.vector import LANES, LOG2_E, Expr
 
+Columns = list[tuple[Expr, int]]  # (first column, lanes) of vectors of V
 MASKED = -1e30  # below any score of finite fp16 keys; 2^(MASKED - maximum) is exactly 0
 # Accumulators, in vectors of 16 lanes, by vector_bits. For scores: what fits in registers; what hides the latency of a
 # multiply-add. For values: with up to 3 rows, where reading whole lines of V beats a spill; with more, what fits.
@@ -172,13 +173,29 @@ class Task:
             base = vector.hold(low + i * self.plan.block, 1, "int32")
             count = vector.hold(T.min(high - base, T.int32(self.plan.block)), 1, "int32")
             vectors = vector.hold((count + (LANES - 1)) // LANES, 1, "int32")
-            for group in balanced(self.rows, self.plan.key_rows):
-                with T.serial(vectors) as j:
-                    self._scores(group, start, base, j)
-            with T.serial(self.rows) as r:
-                self._softmax(r, base, vectors)
-            for group in balanced(self.rows, self.plan.value_rows):
-                self._values(group, base, count)
+            self._all_scores(start, base, vectors)
+            self._all_softmax(base, vectors)
+            self._all_values(base, count)
+
+    def _all_scores(self, start: Expr, base: Expr, vectors: Expr) -> None:
+        """Scores of all rows with the block's positions, 16 at a time."""
+        for group in balanced(self.rows, self.plan.key_rows):
+            with T.serial(vectors) as j:
+                self._scores(group, start, base, j)
+
+    def _all_softmax(self, base: Expr, vectors: Expr) -> None:
+        """Weights, maxima and factors of all rows."""
+        with T.serial(self.rows) as r:
+            self._softmax(r, base, vectors)
+
+    def _all_values(self, base: Expr, count: Expr) -> None:
+        """Weighted sums of all rows over the block's positions."""
+        for group in balanced(self.rows, self.plan.value_rows):
+            self._values(group, base, count)
+
+    def _prefetches(self, group: Sequence[Expr]) -> bool:
+        """Whether these rows are the ones that ask for what comes next."""
+        return bool(self.plan.prefetch) and group[0] == 0
 
     def divide(self) -> None:
         """Weighted sums to weighted means."""
@@ -213,26 +230,35 @@ class Task:
             mean = vector.load(self.out, token, column + c, lanes=lanes) * vector.splat(inverse, lanes)
             vector.store(self.out, mean, token, column + c, lanes=lanes)
 
-    def _scores(self, group: range, start: Expr, base: Expr, j: Expr) -> None:
+    def _scores(self, group: Sequence[Expr], start: Expr, base: Expr, j: Expr) -> None:
         """Scores of rows `group` at the block's j-th 16 positions, times log2 e, MASKED where they see too far."""
         chains = self.plan.key_chains
-        sums = {(r, a): vector.registers(1) for r in group for a in range(chains)}
+        sums = {(i, a): vector.registers(1) for i in range(len(group)) for a in range(chains)}
         for cell in sums.values():
             vector.store(cell, vector.splat(0.0, LANES), 0, 0, lanes=LANES)
         unroll = multiple(chains, self.line // LANES, self.d)
         with T.serial(self.d // unroll) as c:
             for u in range(unroll):
                 element, a = c * unroll + u, u % chains
-                if self.plan.prefetch and group.start == 0 and u * LANES % self.line == 0:
+                if self._prefetches(group) and u * LANES % self.line == 0:
                     vector.prefetch(self.values, self._linear(base) + (j * self.d + element) * LANES)
-                keys = vector.hold(vector.load(self.keys, self.head, base // LANES + j, element, 0, lanes=LANES), LANES)
-                for r in group:
+                keys = vector.hold(self._key(base, j, element), LANES)
+                for i, r in enumerate(group):
                     product = vector.splat(self.work[r, self.query + element], LANES) * keys
-                    vector.store(sums[r, a], vector.load(sums[r, a], 0, 0, lanes=LANES) + product, 0, 0, lanes=LANES)
-        for r in group:
-            score = reduce(add, [vector.load(sums[r, a], 0, 0, lanes=LANES) for a in range(chains)])
+                    vector.store(sums[i, a], vector.load(sums[i, a], 0, 0, lanes=LANES) + product, 0, 0, lanes=LANES)
+        for i, r in enumerate(group):
+            score = reduce(add, [vector.load(sums[i, a], 0, 0, lanes=LANES) for a in range(chains)])
             masked = self._masked(score, r, start, base + j * LANES, LANES)
             vector.store(self.work, masked, r, j * LANES, lanes=LANES)
+
+    def _key(self, base: Expr, j: Expr, element: Expr) -> Expr:
+        """One element of the block's j-th 16 keys."""
+        return vector.load(self.keys, self.head, base // LANES + j, element, 0, lanes=LANES)
+
+    def _value(self, base: Expr, p: Expr, columns: Columns, v: int) -> Expr:
+        """The v-th of some vectors of the block's p-th value."""
+        column, lanes = columns[v]
+        return vector.load(self.values, self.head, base + p, column, lanes=lanes)
 
     def _masked(self, score: Expr, r: Expr, start: Expr, first: Expr, lanes: int) -> Expr:
         """Products of row r with the keys of positions first.., capped, and MASKED where the row does not see them."""
@@ -246,16 +272,30 @@ class Task:
 
     def _softmax(self, r: Expr, base: Expr, vectors: Expr) -> None:
         """Row r's scores of the positions from `base` on to weights; its maximum, sums and factor."""
-        most = vector.registers(1)
-        old = vector.hold(self.work[r, self.maximum], 1)
-        vector.store(most, vector.splat(old, LANES), 0, 0, lanes=LANES)
+        ((new, factor),) = self._maxima([r], vectors)
+        self._weights(r, base, vectors, new, factor)
+
+    def _maxima(self, rows: Sequence[Expr], vectors: Expr) -> list[tuple[Expr, Expr]]:
+        """Rows' new maxima, and the factors for what is summed so far."""
+        most = [vector.registers(1) for _ in rows]
+        old = [vector.hold(self.work[r, self.maximum], 1) for r in rows]
+        for cell, before in zip(most, old, strict=True):
+            vector.store(cell, vector.splat(before, LANES), 0, 0, lanes=LANES)
         with T.serial(vectors) as j:
-            larger = T.max(vector.load(most, 0, 0, lanes=LANES), vector.load(self.work, r, j * LANES, lanes=LANES))
-            vector.store(most, larger, 0, 0, lanes=LANES)
-        new = vector.largest(vector.load(most, 0, 0, lanes=LANES), LANES)
-        factor = vector.hold(vector.exp2(old - new, 1), 1)
-        T.buffer_store(self.work, new, [r, self.maximum])
-        T.buffer_store(self.work, factor, [r, self.factor])
+            for cell, r in zip(most, rows, strict=True):
+                larger = T.max(vector.load(cell, 0, 0, lanes=LANES), vector.load(self.work, r, j * LANES, lanes=LANES))
+                vector.store(cell, larger, 0, 0, lanes=LANES)
+        found = []
+        for cell, before, r in zip(most, old, rows, strict=True):
+            new = vector.largest(vector.load(cell, 0, 0, lanes=LANES), LANES)
+            factor = vector.hold(vector.exp2(before - new, 1), 1)
+            T.buffer_store(self.work, new, [r, self.maximum])
+            T.buffer_store(self.work, factor, [r, self.factor])
+            found.append((new, factor))
+        return found
+
+    def _weights(self, r: Expr, base: Expr, vectors: Expr, new: Expr, factor: Expr) -> None:
+        """Row r's scores to weights, and their sums."""
         sums = vector.registers(1)
         before = vector.load(self.work, r, self.sums, lanes=LANES) * vector.splat(factor, LANES)
         vector.store(sums, before, 0, 0, lanes=LANES)
@@ -270,8 +310,12 @@ class Task:
         """Row r's weights of the j-th 16 positions from `base` on, for `_values`."""
         vector.store(self.work, weight, r, j * LANES, lanes=LANES)
 
-    def _values(self, group: range, base: Expr, count: Expr) -> None:
-        """out = out * factor + weights x V, for rows `group` over the block's `count` positions.
+    def _values(self, group: Sequence[Expr], base: Expr, count: Expr) -> None:
+        """out = out * factor + weights x V, for rows `group` over the block's `count` positions."""
+        self._by_columns(lambda columns: self._value_columns(group, base, count, columns))
+
+    def _by_columns(self, body: Callable[[Columns], None]) -> None:
+        """body(vectors that go together) for all of d.
 
         A loop over the columns, though they are few: with constant addresses LLVM would keep all of `out` in registers
         over the whole context, and spill.
@@ -280,27 +324,22 @@ class Task:
         whole = self.d - self.d % width
         if whole:
             with T.serial(whole // width) as part:
-                columns = [(part * width + v * LANES, LANES) for v in range(self.plan.value_vectors)]
-                self._value_columns(group, base, count, columns)
+                body([(part * width + v * LANES, LANES) for v in range(self.plan.value_vectors)])
         if whole < self.d:
-            rest = [(whole + c, lanes) for c, lanes in vector.pieces(self.d - whole)]
-            self._value_columns(group, base, count, rest)
+            body([(whole + c, lanes) for c, lanes in vector.pieces(self.d - whole)])
 
-    def _value_columns(self, group: range, base: Expr, count: Expr, columns: list[tuple[Expr, int]]) -> None:
-        """The same for some columns; each (row, vector) has an accumulator."""
+    def _value_columns(self, group: Sequence[Expr], base: Expr, count: Expr, columns: Columns) -> None:
+        """As `_values`, for some columns; each (row, vector) has an accumulator."""
         cells = [(r, v, vector.registers(1, lanes)) for r in group for v, (_, lanes) in enumerate(columns)]
         for r, v, cell in cells:
             (token, column), (c, lanes) = self.place(r), columns[v]
             before = vector.load(self.out, token, column + c, lanes=lanes)
             vector.store(cell, before * vector.splat(self.work[r, self.factor], lanes), 0, 0, lanes=lanes)
         with T.serial(count) as p:
-            if self.plan.prefetch and group.start == 0:
+            if self._prefetches(group):
                 for c, _ in columns[:: max(1, self.line // LANES)]:
                     vector.prefetch(self.keys, self._linear(base + (self.plan.block + p)) + c)
-            held = [
-                vector.hold(vector.load(self.values, self.head, base + p, c, lanes=lanes), lanes)
-                for c, lanes in columns
-            ]
+            held = [vector.hold(self._value(base, p, columns, v), lanes) for v, (_, lanes) in enumerate(columns)]
             for r, v, cell in cells:
                 lanes = columns[v][1]
                 product = vector.splat(self.work[r, p], lanes) * held[v]
@@ -370,12 +409,18 @@ def scores_of(request: Request, d: int) -> Scores:
 
 def lower(request: Request) -> Kernel:
     """Tasks (kv head, tile of tokens, part) in parallel, heads outermost so that a thread keeps its head's cache."""
+    heads, kv_heads, d = (int(request.attrs[key]) for key in ("heads", "kv_heads", "head_dim"))
+    m, item_bytes = request.args[0].shape[0], 2 if request.args[1].dtype == "float16" else 4
+    return kernel(request, plan(request, m, kv_heads, heads // kv_heads, d, item_bytes), "attention", Task)
+
+
+def kernel(request: Request, chosen: Plan, family: str, made: type[Task]) -> Kernel:
+    """The kernel of all tasks of one kind."""
     q_spec, k_spec, v_spec, _ = request.args
     heads, kv_heads, d = (int(request.attrs[key]) for key in ("heads", "kv_heads", "head_dim"))
     m, capacity, group = q_spec.shape[0], v_spec.shape[1], heads // kv_heads
-    chosen = plan(request, m, kv_heads, group, d, 2 if k_spec.dtype == "float16" else 4)
     scores = scores_of(request, d)
-    name = f"attention_{k_spec.dtype}_m{m}_h{heads}_kv{kv_heads}_d{d}_c{capacity}_{scores.name}_{chosen.name}"
+    name = f"{family}_{k_spec.dtype}_m{m}_h{heads}_kv{kv_heads}_d{d}_c{capacity}_{scores.name}_{chosen.name}"
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_attr({"tirx.noalias": True, "global_symbol": name})
         q = T.arg("q", T.buffer((m, heads * d), "float32", layout=None))
@@ -385,7 +430,7 @@ def lower(request: Request) -> Kernel:
         out = T.arg("out", T.buffer((m, heads * d), "float32", layout=None))
 
         def task(sums: Any, head: Expr, first: Expr, part: Expr) -> Task:
-            return Task(chosen, scores, group, d, (q, keys, values, sums), head, first, part)
+            return made(chosen, scores, group, d, (q, keys, values, sums), head, first, part)
 
         with T.sblock("attention"):
             T.reads(

@@ -18,6 +18,7 @@ Both roundings are 2^7 times finer than that of the cache. Scores, softmax and s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import reduce
 from operator import add
 from typing import Any
@@ -148,7 +149,7 @@ class Int8Task(Task):
         T.buffer_store(cell, T.broadcast(T.int32(0), self.lanes), [0, T.ramp(0, 1, self.lanes)])
         return cell
 
-    def _scores(self, group: range, start: Expr, base: Expr, j: Expr) -> None:
+    def _scores(self, group: Sequence[Expr], start: Expr, base: Expr, j: Expr) -> None:
         """Scores of rows `group` at the block's j-th 16 positions, times log2 e, MASKED where they see too far."""
         chains, lanes, pairs = self.plan.key_chains, self.lanes, self.d // 2
         registers = range(LANES // lanes)
@@ -157,7 +158,7 @@ class Int8Task(Task):
         with T.serial(pairs // unroll) as c:
             for u in range(unroll):
                 element = c * unroll + u
-                if self.plan.prefetch and group.start == 0 and u % 2 == 0:
+                if self._prefetches(group) and u % 2 == 0:
                     vector.prefetch(self.values, self._linear_values(base) + (j * pairs + element) * 2 * LANES)
                 held = [self._codes(self.keys, self.head, base // LANES + j, element, h * 2 * lanes) for h in registers]
                 for r in group:
@@ -206,7 +207,7 @@ class Int8Task(Task):
         most = T.max(vector.load(self.most, 0, 0, lanes=LANES), scaled)
         vector.store(self.most, most, 0, 0, lanes=LANES)
 
-    def _values(self, group: range, base: Expr, count: Expr) -> None:
+    def _values(self, group: Sequence[Expr], base: Expr, count: Expr) -> None:
         """total = total * factor + weights x V, for rows `group` over the block's `count` positions.
 
         An odd last position goes with the next one, whose weight is 0.
@@ -216,7 +217,7 @@ class Int8Task(Task):
             columns = [part * width + v * self.lanes for v in range(self.plan.value_vectors)]
             cells = [(r, c, self._integers()) for r in group for c in columns]
             with T.serial((count + 1) // 2) as p:
-                if self.plan.prefetch and group.start == 0:
+                if self._prefetches(group):
                     for c in columns[:: max(1, self.line // (2 * self.lanes))]:
                         ahead = (self.head * self.values.shape[1] * 2 + base + self.plan.block + 2 * p) * self.d
                         vector.prefetch(self.keys, ahead + 2 * c)

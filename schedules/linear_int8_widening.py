@@ -31,7 +31,6 @@ from schedules import filled_bytes, vector
 from schedules.geometry import Geometry
 from schedules.isa import broadcast_table
 from schedules.kernel import Kernel, NotSuited, Request, Space
-from schedules.linear_function import zeros_of
 from schedules.linear_int8 import CODES, SCALE, int8_levels
 from schedules.packed import affine_of, factors_of, name_tail
 from schedules.packed_rows import BYTES, MIDDLE, ROWS, blocks, inputs_of, storage_of, weight_packings
@@ -100,7 +99,7 @@ class _Sum:
         if self.products == self.most:
             self.move()
         product = T.Cast("int16x8", code) * T.Cast("int16x8", activation)
-        self.short = product if self.short is None else self.short + product
+        self.short = vector.hold(product if self.short is None else self.short + product, HALF, "int16")
         self.products += 1
 
     def move(self) -> None:
@@ -119,9 +118,10 @@ class _Factors:
         self._loaded: dict[tuple[str, int, int], Expr] = {}
 
     def zero(self, s: int) -> Expr:
-        """int32 vector [4] of the rows' zero points."""
-        buffer = self._tile.buffers["zero"]
-        return zeros_of(buffer, (), ROWS) if len(buffer.shape) == 1 else self._of_rows("zero", s, "int32")
+        """int16 vector [4] of the rows' zero points."""
+        if self._tile.layer.affine == "one_zero":
+            return T.broadcast(T.Cast("int16", self._tile.buffers["zero"][0]), ROWS)
+        return self._of_rows("zero", s, "int16")
 
     def scale(self, s: int) -> Expr:
         """fp32 vector [4]."""
@@ -261,7 +261,9 @@ class _Tile:
         """Bring four rows' sums into one vector, and add them to the token's fp32 results."""
         layer, centred = self.layer, _rows_together(sums)
         if "zero" in layer.affine:
-            centred = centred - factors.zero(s) * T.broadcast(factors.asum(t, s), ROWS)
+            # |asum| <= 127 * 128 fits in 16 bits, and SMLSL takes half as long as MLS of 32 bits.
+            asum = T.broadcast(T.Cast("int16", factors.asum(t, s)), ROWS)
+            centred = centred - T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.smull", factors.zero(s), asum)
         elif layer.storage.bits == 8:
             centred = centred + T.broadcast(factors.asum(t, s) * MIDDLE, ROWS)
         by_token = factors.ascale(t, s)

@@ -97,11 +97,12 @@ class QuantizedRows:
     def _span(self, t: Expr, s: Expr, held: list[tuple[int, int, Expr]]) -> None:
         """One span from its (offset, lanes, values), all unrolled: between maximum and rounding it is all registers."""
         by_width = [(lanes, list(group)) for lanes, group in groupby(held, key=itemgetter(1))]
-        amax: Expr = T.float32(0)
+        bits: Expr = T.int32(0)  # of |x|: they rise as numbers do, and an A72 compares integers in a quarter of the time
         for lanes, group in by_width:
-            most = reduce(T.max, [vector.absolute(x, lanes) for _, _, x in group])
-            amax = T.max(amax, vector.largest(most, lanes))
-        amax = vector.hold(amax, 1)
+            kind = vector.kind("int32", lanes)
+            most = reduce(T.max, [T.reinterpret(kind, vector.absolute(x, lanes)) for _, _, x in group])
+            bits = T.max(bits, vector.fold(most, lanes, T.max, "int32"))
+        amax = vector.hold(T.reinterpret("float32", bits), 1)
         some = amax >= T.float32(SMALLEST)
         T.buffer_store(self.scale, T.Select(some, amax / T.float32(127), T.float32(0)), [t, s])
         inverse = vector.hold(T.Select(some, T.float32(127) / amax, T.float32(0)), 1)

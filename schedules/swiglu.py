@@ -22,19 +22,13 @@ from schedules.kernel import Kernel, Request
 from schedules.vector import Expr
 
 
-def sigmoid_times(gate: Expr, exponent: Expr, lanes: int) -> Expr:
-    """gate / (1 + 2^exponent)."""
-    exponent = T.min(exponent, vector.splat(127.0, lanes))
-    return gate / (vector.splat(1.0, lanes) + vector.exp2(exponent, lanes))
+def silu(gate: Expr, lanes: int) -> Expr:
+    """The exponent of a gate's sigmoid, 1 / (1 + 2^exponent)."""
+    return gate * vector.splat(-vector.LOG2_E, lanes)
 
 
-def _silu(gate: Expr, lanes: int) -> Expr:
-    """gate * sigmoid(gate)."""
-    return sigmoid_times(gate, gate * vector.splat(-vector.LOG2_E, lanes), lanes)
-
-
-def gated(request: Request, kind: str, activation: Callable[[Expr, int], Expr]) -> Kernel:
-    """activation(gate) * up, in one pass over a token's row. Tokens in parallel."""
+def gated(request: Request, kind: str, exponent: Callable[[Expr, int], Expr]) -> Kernel:
+    """gate / (1 + 2^exponent(gate)) * up, in one pass over a token's row. Tokens in parallel."""
     (m, columns), group = request.args[0].shape, request.attrs.get("group")
     f = columns // 2
     name = f"{request.op.partition('.')[2]}_m{m}_f{f}" + (f"_g{group}" if group else "")
@@ -51,7 +45,9 @@ def gated(request: Request, kind: str, activation: Callable[[Expr, int], Expr]) 
                 def value(k: Expr, lanes: int) -> Expr:
                     place = places.at(k, lanes)
                     gate = vector.hold(gate_up[t, place], lanes)
-                    return activation(gate, lanes) * gate_up[t, place + f]
+                    power = vector.exp2(T.min(exponent(gate, lanes), vector.splat(127.0, lanes)), lanes)
+                    divisor = vector.splat(1.0, lanes) + power
+                    return vector.quotient(gate, divisor, lanes, request.target.arch) * gate_up[t, place + f]
 
                 out.emit(t, value)
     return Kernel(name, builder.get())
@@ -59,7 +55,7 @@ def gated(request: Request, kind: str, activation: Callable[[Expr, int], Expr]) 
 
 def lower(request: Request) -> Kernel:
     """SwiGLU."""
-    return gated(request, "swiglu", _silu)
+    return gated(request, "swiglu", silu)
 
 
 LOWERS = {"quern.swiglu": lower, "quern.swiglu_quantize": lower, "quern.swiglu_quantize_permuted": lower}
