@@ -165,17 +165,21 @@ KERNEL(const float* __restrict__ x, {layer.weight_parameters}{base}, float* __re
 LOWERS = {f"quern.linear_half{kind}{tail}": lower for kind in ("", "_offset", "_table") for tail in ("", "_residual")}
 
 
+def workload(layer: Layer) -> dict[str, int | str]:
+    """What tells calls apart for tuning. Scale's dtype and a residual change a few bytes of the traffic."""
+    shape = {"m": layer.m, "n": layer.n, "k": layer.places.k, "bits": layer.bits, "group": layer.places.group}
+    return {**shape, "kind": layer.kind}
+
+
 def space(request: Request) -> Space:
-    """What tuning may try. Scale's dtype and a residual change a few bytes of the traffic: such calls share records."""
+    """What tuning may try."""
     layer = layer_of(request)
     if layer.m > 1:
         raise NotSuited
-    workload: dict[str, int | str] = {"m": 1, "n": layer.n, "k": layer.places.k, "bits": layer.bits}
-    workload |= {"group": layer.places.group, "kind": layer.kind}
     tried = {"rows": (8, 16), "threads": (64, 128, 256)}
     macs = layer.n * layer.places.k
     schedule = f"cuda.linear_half.{layer.gpu.arch}"
-    return Space.around(default_knobs(layer), tried, schedule=schedule, workload=workload, macs=macs)
+    return Space.around(default_knobs(layer), tried, schedule=schedule, workload=workload(layer), macs=macs)
 
 
 SPACES = dict.fromkeys(LOWERS, space)

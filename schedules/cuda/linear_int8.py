@@ -79,13 +79,14 @@ class Call:
         """The weight arguments' layouts."""
         return weight_packings(CODES, self.n, self.layout, self.scale, self.affine)
 
-    def name(self, family: str) -> str:
-        """Family, shape and kind, as a C identifier."""
+    def name(self, family: str, knobs: Mapping[str, int]) -> str:
+        """Family, shape and kind, then the knobs by their first letters, as a C identifier."""
         request, geometry = self.request, self.layout.geometry
         kind = request.attrs.get("grid", f"w{self.layout.bits}")
         more = ("_offset" if self.affine == "offset" else "") + ("_residual" if self.residual else "")
         shape = f"m{self.m}_n{self.n}_k{geometry.k}_g{geometry.group}_s{self.scale[5:]}"
-        return f"linear_{kind}a8_{family}_{self.gpu.arch}_{shape}{more}"
+        chosen = "".join(f"{name[0]}{value}" for name, value in knobs.items())
+        return f"linear_{kind}a8_{family}_{self.gpu.arch.replace('_', '')}_{shape}{more}_{chosen}"
 
     def kernel(
         self, name: str, file: str, sizes: Mapping[str, int], grid: Dim3, warps: int, resident: int, shared: int = 0
@@ -159,7 +160,7 @@ def lower(request: Request) -> CudaKernel:
     }  # fmt: skip
     grid = (-(-blocks(call.n) // (warps // split)), -(-call.m // tokens), 1)
     resident = 16 if dots and tokens == 1 and run == MOST_RUN and knobs["loads"] <= 8 else 8
-    return call.kernel(call.name("dp4a"), "linear_int8.cu", sizes, grid, warps, resident)
+    return call.kernel(call.name("dp4a", knobs), "linear_int8.cu", sizes, grid, warps, resident)
 
 
 LOWERS = {

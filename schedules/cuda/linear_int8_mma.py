@@ -100,7 +100,7 @@ def lower(request: Request) -> CudaKernel:
     }  # fmt: skip
     grid = (-(-call.n // rows), -(-call.m // tokens), 1)
     resident = RESIDENT if call.layout.bits == 4 and call.affine == "zero" else 8
-    return call.kernel(call.name("mma"), "linear_int8_mma.cu", sizes, grid, knobs["warps"], resident, shared)
+    return call.kernel(call.name("mma", knobs), "linear_int8_mma.cu", sizes, grid, knobs["warps"], resident, shared)
 
 
 def suited(request: Request) -> Call:

@@ -57,7 +57,7 @@ def lower(request: Request) -> CudaKernel:
         "STAGE_SPANS": spans,
     }  # fmt: skip
     grid = (-(-call.n // rows), -(-call.m // tokens), 1)
-    return call.kernel(call.name("wmma"), "linear_int8_wmma.cu", sizes, grid, warps, RESIDENT)
+    return call.kernel(call.name("wmma", knobs), "linear_int8_wmma.cu", sizes, grid, warps, RESIDENT)
 
 
 def suited(request: Request) -> Call:
