@@ -161,7 +161,7 @@ def test_a_gpu_gives_records_its_name() -> None:
 
 def test_a_build_takes_a_gpus_records(tmp_path: Path) -> None:
     """By the knobs of a CUDA schedule; threads are none of a GPU's business. The nearest in size decides."""
-    other = {**SPACE.default, "threads": 128}
+    other = WRONG
 
     def record(multiprocessors: int, knobs: dict[str, int]) -> dict[str, Any]:
         return choice(**ABOUT_SPACE, knobs=knobs, gpu={"name": "H", "multiprocessors": multiprocessors})
