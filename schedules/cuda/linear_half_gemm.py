@@ -37,7 +37,7 @@ MOST_TOKENS = {MMA: 64, WMMA: 32, HALF2: 32}  # of the default
 ROUND_THREADS = 256
 SHARED = 48 << 10
 STEP, PITCH = 64, 72  # inputs of a step of mma, and halves that they take in shared memory
-MOST_HALF2 = 64 * 64  # results of a block: for 64 x 128 ptxas keeps to 128 registers a thread, and spills
+MOST_HALF2 = 64 * 64  # results of a block: sm_53 gives it 32 K registers, and 64 x 128 would take 168 of 256 threads
 MOST_TILE = 8  # mma: 16 x 8 results of a warp, 8 registers each in fp32, for groups of 32 and more
 
 

@@ -34,7 +34,8 @@ FEW = 4  # tokens that the dot-product kernel serves
 K_STEP = 32  # inputs of an mma
 STAGE_INPUTS = 128  # at most, of one token in one buffer
 SHARED = 48 << 10
-RESIDENT = 16  # warps: 128 registers a thread
+RESIDENT = 16  # warps: 128 registers a thread, for up to FEW_OUTPUTS a warp
+FEW_OUTPUTS, MOST_OUTPUTS = 1024, 2048  # of a warp: 32 and 64 fp32 sums a thread
 TILES = ((64, 128), (64, 64), (32, 64), (16, 64), (16, 32))  # tokens x rows of a block, the least memory traffic first
 
 
@@ -99,7 +100,8 @@ def lower(request: Request) -> CudaKernel:
         "STAGE_SPANS": spans, "A_STRIDE": a_stride, "W_STRIDE": w_stride, "STAGES": stages, "SHARED_BYTES": shared,
     }  # fmt: skip
     grid = (-(-call.n // rows), -(-call.m // tokens), 1)
-    resident = RESIDENT if call.layout.bits == 4 and call.affine == "zero" else 8
+    few = tokens * rows // knobs["warps"] <= FEW_OUTPUTS
+    resident = RESIDENT if few and call.layout.bits == 4 and call.affine == "zero" else 8
     return call.kernel(call.name("mma", knobs), "linear_int8_mma.cu", sizes, grid, knobs["warps"], resident, shared)
 
 
@@ -129,6 +131,7 @@ def space(request: Request) -> Space:
         tokens, rows, warps = knobs["tokens"], knobs["rows"], knobs["warps"]
         warps_m = max(1, tokens // 32)
         whole = warps % warps_m == 0 and rows % (8 * (warps // warps_m)) == 0
+        whole = whole and tokens * rows // warps <= MOST_OUTPUTS
         return whole and knobs["stages"] * stage_bytes(call, tokens, rows) <= SHARED
 
     tried = {"tokens": (16, 32, 64), "rows": (32, 64, 128), "warps": (2, 4, 8), "stages": (2, 3, 4)}

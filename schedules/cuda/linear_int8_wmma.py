@@ -21,6 +21,7 @@ from collections.abc import Mapping
 
 from schedules.cuda.kernel import CudaKernel
 from schedules.cuda.linear_int8 import Call, read, workload
+from schedules.cuda.packed import ROWS
 from schedules.kernel import NotSuited, Request, Space
 
 RANK = 1
@@ -30,12 +31,27 @@ K_STEP = 16
 STAGE_INPUTS = 128
 RESIDENT = 8  # warps: registers are what bounds them
 MOST_OUTPUTS = 1024  # of a warp: 32 fp32 sums a thread
+MOST_FETCHED = 64  # registers of a thread for what it reads ahead; with 1024 outputs and 92 of them, 40 bytes spill
 
 
 def steps(call: Call) -> tuple[int, int]:
     """(k-steps of a span, spans in shared memory at a time)."""
     k_steps = -(-call.layout.geometry.width // K_STEP)
     return k_steps, min(max(1, STAGE_INPUTS // (k_steps * K_STEP)), call.layout.geometry.spans)
+
+
+def fetched(call: Call, tokens: int, rows: int, warps: int) -> int:
+    """Registers that hold the next stage on its way to shared memory (`Fetched`)."""
+    _, spans = steps(call)
+    width, blocks, threads = call.layout.geometry.width, rows // ROWS, 32 * warps
+    piece = 4 if width % 16 == 0 else 2
+    each = [
+        (tokens * spans * (width // (4 * piece)), piece),
+        (blocks * spans * call.layout.units, 4),
+        (tokens * spans, 2),
+        (blocks * spans, (2 if call.scale == "float16" else 4) + {"zero": 1, "offset": 4, "table": 0}[call.affine]),
+    ]
+    return sum(-(-items // threads) * registers for items, registers in each)
 
 
 def default_knobs(call: Call) -> dict[str, int]:
@@ -76,16 +92,19 @@ LOWERS = {
 def space(request: Request) -> Space:
     """What tuning may try."""
     call = suited(request)
+    default = default_knobs(call)
 
     def allowed(knobs: Mapping[str, int]) -> bool:
         warps_m = max(1, knobs["tokens"] // 32)
         whole = knobs["warps"] % warps_m == 0 and knobs["rows"] % (16 * (knobs["warps"] // warps_m)) == 0
-        return whole and knobs["tokens"] * knobs["rows"] // knobs["warps"] <= MOST_OUTPUTS
+        tile = knobs["tokens"], knobs["rows"], knobs["warps"]
+        few = knobs["tokens"] * knobs["rows"] // knobs["warps"] <= MOST_OUTPUTS
+        return whole and few and (fetched(call, *tile) <= MOST_FETCHED or knobs == default)
 
     tried = {"tokens": (16, 32, 64), "rows": (32, 64, 128), "warps": (1, 2, 4, 8)}
     macs = call.m * call.n * call.layout.geometry.k
     return Space.around(
-        default_knobs(call), tried, schedule=f"cuda.linear_int8_wmma.{call.gpu.arch}",
+        default, tried, schedule=f"cuda.linear_int8_wmma.{call.gpu.arch}",
         workload=workload(call), macs=macs, allowed=allowed,
     )  # fmt: skip
 

@@ -62,7 +62,8 @@ def tune(model: Path, folder: Path, target: str, **settings: Any) -> dict[str, d
     database, found = Database.writing(folder, request.target.tuning_key), {}
     for room in chosen:
         first, *_, last = room.points()
-        about = {"schedule": room.schedule, "workload": dict(room.workload), "default": dict(room.default), "threads": 1}
+        about: dict[str, Any] = {"schedule": room.schedule, "workload": dict(room.workload), "threads": 1}
+        about["default"] = dict(room.default)
         card = {"name": "Card", "multiprocessors": gpu.multiprocessors}
         database.append(choice(**about, knobs=last, measured="rpc", gpu=card))
         found[database.names[-1]] = last
