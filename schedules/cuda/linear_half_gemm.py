@@ -7,22 +7,26 @@ By default, for many tokens:
   mma   sm_87, sm_90: mma.m16n8k16 by 4 warps, 64 x 64 results. cp.async brings activations and packed weights two
         steps of 64 inputs ahead; a lane's word of a row is just what its fragments want, so weights are unpacked in
         registers. A warp's step: 32 mma, 8 ldmatrix, 8 words of 10 instructions, 64 to scale: 340 of PTX in all.
-  wmma  sm_72: 32 x 64 results, weights unpacked to shared memory. Whose row a fragment's element is, is found by
-        loading a tile of numbers. fp16 ceiling of Xavier NX: 6.7 TFLOP/s.
-  tile  sm_53: 32 x 64 results by half2 multiply-adds along the inputs, 4 x 4 of a thread, sums to fp32 every 32
-        inputs at most: 256 multiply-adds beside 32 shared 128-bit reads and 80 to scale, 65 % of Nano's 472 GFLOP/s
+  wmma  sm_72: 64 x 64 results, 32 x 32 of a warp, weights unpacked to shared memory. Whose row a fragment's element is,
+        is found by loading a tile of numbers. fp16 ceiling of Xavier NX: 6.7 TFLOP/s.
+  tile  sm_53: 64 x 64 results by half2 multiply-adds along the inputs, 8 x 4 of a thread, sums to fp32 every 32
+        inputs at most: 512 multiply-adds beside 48 shared 128-bit reads and 160 to scale, 71 % of Nano's 472 GFLOP/s
         at best.
+What wmma and tile read of shared memory bounds them beside what they issue: 128 bytes a clock, 4 clocks for a read of
+128 bits a lane. A step of 32 inputs of 64 tokens is 512 clocks of half2 and 4 * 4 * 48 = 768 of reads on Nano if no
+broadcast helps; 32 tokens take 256 and 512. wmma: a product of 32 clocks has one fragment of two reads with 32 x 32 of
+a warp, 1.5 with 16 x 32, where the reads of four warps (48 clocks) outlast it.
 With up to 16 tokens all read each weight once; then the ceiling is the memory's.
 
-Knobs: tokens and rows of a block's tile, and for mma its warps and the buffers (`stages`) of copies under way; the
-others have two threads a row.
+Knobs: tokens and rows of a block's tile, the order of tiles, and for mma warps and the buffers (`stages`) of copies
+under way; the others have two threads a row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from schedules.cuda.kernel import CudaKernel, Launch
+from schedules.cuda.kernel import CudaKernel, Launch, ordered
 from schedules.cuda.linear_half import Layer, layer_of, workload
 from schedules.cuda.packed_half import padded_rows
 from schedules.kernel import NotSuited, Request, Space, TensorSpec
@@ -33,7 +37,7 @@ FILES = {
     WMMA: ("linear_half_stage.cu", "linear_half_wmma.cu"),
     HALF2: ("linear_half_stage.cu", "linear_half_tile.cu"),
 }
-MOST_TOKENS = {MMA: 64, WMMA: 32, HALF2: 32}  # of the default
+MOST_TOKENS = 64  # of the default
 ROUND_THREADS = 256
 SHARED = 48 << 10
 STEP, PITCH = 64, 72  # inputs of a step of mma, and halves that they take in shared memory
@@ -48,9 +52,8 @@ def family(layer: Layer) -> str:
 
 def default_knobs(layer: Layer) -> dict[str, int]:
     """The largest tile that is not mostly padding."""
-    kind = family(layer)
-    tokens = min(next((t for t in (16, 32, 64) if t >= layer.m), MOST_TOKENS[kind]), MOST_TOKENS[kind])
-    return {"tokens": tokens, "rows": 64} | ({"warps": 4, "stages": 3} if kind == MMA else {})
+    tokens = next((t for t in (16, 32) if t >= layer.m), MOST_TOKENS)
+    return {"tokens": tokens, "rows": 64, "order": 0} | ({"warps": 4, "stages": 3} if family(layer) == MMA else {})
 
 
 def lower(request: Request) -> CudaKernel:
@@ -59,8 +62,8 @@ def lower(request: Request) -> CudaKernel:
     kind, stored = family(layer), layer.places.stored
     knobs = default_knobs(layer) | dict(request.knobs)
     tokens, rows = knobs["tokens"], knobs["rows"]
-    sizes = {"TOKENS": tokens, "ROWS": rows, "WARPS": knobs.get("warps", rows // 16)}
-    name = f"linear_half_{kind}_{layer.shape_name}_t{tokens}r{rows}"
+    sizes = {"TOKENS": tokens, "ROWS": rows, "ORDER": knobs["order"], "WARPS": knobs.get("warps", rows // 16)}
+    name = f"linear_half_{kind}_{layer.shape_name}_t{tokens}r{rows}o{knobs['order']}"
     if kind == MMA:
         sizes["STAGES"] = knobs["stages"]
         name += f"w{knobs['warps']}s{knobs['stages']}"
@@ -72,7 +75,7 @@ KERNEL(const Half* __restrict__ rounded, const float* __restrict__ back, const f
 }}"""
     text = layer.text(name, sizes, entry, "linear_half_round.cu", *FILES[kind])
     rounded, back, sums = layer.out + 1, layer.out + 2, layer.out + 3
-    grid = (padded_rows(layer.n) // rows, -(-layer.m // tokens), 1)
+    grid = ordered(padded_rows(layer.n) // rows, -(-layer.m // tokens), knobs["order"])
     weight = tuple(range(1, layer.out + 1))  # and the residual, and the result
     launches = (
         Launch(f"{name}_round", (layer.m, 1, 1), (ROUND_THREADS, 1, 1), (0, rounded, back, sums)),
@@ -118,11 +121,13 @@ def space(request: Request) -> Space:
     def allowed(knobs: Mapping[str, int]) -> bool:
         if knobs["tokens"] // 2 >= layer.m or padded_rows(layer.n) % knobs["rows"]:
             return False
+        if knobs["order"] and knobs["tokens"] >= layer.m:
+            return False
         if kind == MMA:
             return knobs == default or _fits(layer, knobs)
         return kind == WMMA or knobs["tokens"] * knobs["rows"] <= MOST_HALF2
 
-    tried = {
+    tried: dict[str, tuple[int, ...]] = {"order": (0, 1)} | {
         MMA: {"tokens": (16, 32, 64, 128), "rows": (32, 64, 128), "warps": (2, 4, 8), "stages": (2, 3, 4)},
         WMMA: {"tokens": (16, 32, 64), "rows": (32, 64, 128)},
         HALF2: {"tokens": (8, 16, 32, 64), "rows": (32, 64, 128)},

@@ -51,7 +51,7 @@ QUERN_INLINE void run(const Half* rounded, const float* back, const float* sums,
   alignas(16) __shared__ uint4 words[STAGES][STEP_CHUNKS * ROWS];
   __shared__ Half table[16];
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
-  const int token = blockIdx.y * TOKENS, row = blockIdx.x * ROWS;
+  const int token = (ORDER ? blockIdx.x : blockIdx.y) * TOKENS, row = (ORDER ? blockIdx.y : blockIdx.x) * ROWS;
   const int own_token = warp / ACROSS * TALL * 16, own_row = warp % ACROSS * WIDE * 8;
   fill_table(table);
   float totals[TALL][WIDE][4] = {};

@@ -7,7 +7,7 @@ QUERN_INLINE void run(const Half* rounded, const float* back, const float* sums,
   alignas(16) __shared__ Half weights[ROWS * PITCH];
   __shared__ float scales[PARTS][ROWS], leasts[PARTS][ROWS];
   __shared__ Half table[16];
-  const int thread = threadIdx.x, token = blockIdx.y * TOKENS, row = blockIdx.x * ROWS;
+  const int thread = threadIdx.x, token = (ORDER ? blockIdx.x : blockIdx.y) * TOKENS, row = (ORDER ? blockIdx.y : blockIdx.x) * ROWS;
   const int own_token = thread / ACROSS, own_row = thread % ACROSS;
   fill_table(table);
   float totals[EACH][4] = {};

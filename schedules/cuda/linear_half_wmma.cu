@@ -9,7 +9,7 @@ QUERN_INLINE void run(const Half* rounded, const float* back, const float* sums,
   alignas(32) __shared__ float places[16 * 16];
   __shared__ float scales[PARTS][ROWS], leasts[PARTS][ROWS];
   __shared__ Half table[16];
-  const int thread = threadIdx.x, warp = thread / 32, token = blockIdx.y * TOKENS, row = blockIdx.x * ROWS;
+  const int thread = threadIdx.x, warp = thread / 32, token = (ORDER ? blockIdx.x : blockIdx.y) * TOKENS, row = (ORDER ? blockIdx.y : blockIdx.x) * ROWS;
   const int own_token = warp / ACROSS * TALL * 16, own_row = warp % ACROSS * WIDE * 16;
   fill_table(table);
   for (int i = thread; i < 256; i += THREADS) places[i] = static_cast<float>(i);

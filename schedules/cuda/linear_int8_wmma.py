@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from schedules.cuda.kernel import CudaKernel
+from schedules.cuda.kernel import CudaKernel, ordered
 from schedules.cuda.linear_int8 import Call, read, workload
 from schedules.cuda.packed import ROWS
 from schedules.kernel import NotSuited, Request, Space
@@ -58,7 +58,7 @@ def default_knobs(call: Call) -> dict[str, int]:
     """64 x 64 where that fills the device; fewer tokens where there are fewer, fewer rows where they leave it idle."""
     tokens = 16 if call.m <= 16 else 32 if call.m <= 32 else 64
     rows = 64 if -(-call.m // tokens) * -(-call.n // 64) >= call.gpu.multiprocessors else 32
-    return {"tokens": tokens, "rows": rows, "warps": 4 if tokens == 64 else rows // 16}
+    return {"tokens": tokens, "rows": rows, "warps": 4 if tokens == 64 else rows // 16, "order": 0}
 
 
 def lower(request: Request) -> CudaKernel:
@@ -70,9 +70,9 @@ def lower(request: Request) -> CudaKernel:
     warps_m = max(1, tokens // 32)
     sizes = {
         "BM": tokens, "BN": rows, "WARPS_M": warps_m, "WARPS_N": warps // warps_m, "K_STEPS": k_steps,
-        "STAGE_SPANS": spans,
+        "STAGE_SPANS": spans, "ORDER": knobs["order"],
     }  # fmt: skip
-    grid = (-(-call.n // rows), -(-call.m // tokens), 1)
+    grid = ordered(-(-call.n // rows), -(-call.m // tokens), knobs["order"])
     return call.kernel(call.name("wmma", knobs), "linear_int8_wmma.cu", sizes, grid, warps, RESIDENT)
 
 
@@ -99,9 +99,10 @@ def space(request: Request) -> Space:
         whole = knobs["warps"] % warps_m == 0 and knobs["rows"] % (16 * (knobs["warps"] // warps_m)) == 0
         tile = knobs["tokens"], knobs["rows"], knobs["warps"]
         few = knobs["tokens"] * knobs["rows"] // knobs["warps"] <= MOST_OUTPUTS
+        few = few and (knobs["order"] == 0 or call.m > knobs["tokens"])
         return whole and few and (fetched(call, *tile) <= MOST_FETCHED or knobs == default)
 
-    tried = {"tokens": (16, 32, 64), "rows": (32, 64, 128), "warps": (1, 2, 4, 8)}
+    tried = {"tokens": (16, 32, 64), "rows": (32, 64, 128), "warps": (1, 2, 4, 8), "order": (0, 1)}
     macs = call.m * call.n * call.layout.geometry.k
     return Space.around(
         default, tried, schedule=f"cuda.linear_int8_wmma.{call.gpu.arch}",

@@ -22,7 +22,7 @@ from tests.schedules.test_linear_grids import spans, weight, weight_arguments
 
 TOKENS = (1, 24)
 LOWERS = lowerings()
-# linear_w4a8_mma_sm87_m24_n192_k512_g64_s16_residual_t32r64w4s3: what is computed, for which chip, on what shape, and
+# linear_w4a8_mma_sm87_m24_n192_k512_g64_s16_residual_t32r64w4s3o0: what is computed, for which chip, on what shape, and
 # last every choice by a letter and a number.
 GRAMMAR = re.compile(r"(?:linear|attention)_\w+?_(?:sm(\d+)_)?m(\d+)_\w+?_((?:[a-z]\d+)+)")
 
@@ -121,10 +121,10 @@ EDGES: list[tuple[Request, dict[str, int]]] = [  # the points that hold most in 
     (attention(ORIN, "float16", 1, 256, 8), {"chunk": 512, "rows": 8, "threads": 256}),
     (attention(XAVIER, "float16", 128, 256), {"rows": 16, "block": 32}),
     (attention(NANO, "float16", 128, 64), {"rows": 64, "block": 32, "threads": 64}),
-    (half(SM90, 128), {"tokens": 32, "rows": 64, "warps": 2, "stages": 4}),
-    (half(XAVIER, 128), {"tokens": 64, "rows": 32}),
-    (half(NANO, 128), {"tokens": 64, "rows": 64}),
-    (integer(ORIN, 128), {"tokens": 32, "rows": 128, "warps": 2, "stages": 2}),
+    (half(SM90, 128), {"tokens": 32, "rows": 64, "warps": 2, "stages": 4, "order": 1}),
+    (half(XAVIER, 128), {"tokens": 64, "rows": 32, "order": 0}),
+    (half(NANO, 128), {"tokens": 64, "rows": 64, "order": 0}),
+    (integer(ORIN, 128), {"tokens": 32, "rows": 128, "warps": 2, "stages": 2, "order": 0}),
     (plain(SM90, 24), {"tokens": 16, "warps": 16}),
 ]
 
