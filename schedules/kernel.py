@@ -128,7 +128,7 @@ class Space:
                 yield point
 
     def check(self, knobs: Mapping[str, int]) -> None:
-        """Raise OutsideSpace unless `knobs` names every knob, with values of this space."""
+        """Raise OutsideSpace unless `knobs` names every knob, with values of this space that go together."""
         if odd := sorted(set(knobs) ^ set(self.choices)):
             what = f"has no knob {odd[0]!r}" if odd[0] in knobs else f"needs the knob {odd[0]!r}"
             raise OutsideSpace(f"{self.schedule} {what}; its knobs are {', '.join(self.choices)}")
@@ -136,6 +136,9 @@ class Space:
             if value not in self.choices[name]:
                 values = ", ".join(map(str, self.choices[name]))
                 raise OutsideSpace(f"{self.schedule}: {name} is {value}, but must be one of {values}")
+        if not self.allowed(knobs):
+            said = ", ".join(f"{name} {value}" for name, value in knobs.items())
+            raise OutsideSpace(f"{self.schedule}: {said} do not go together")
 
 
 Lower = Callable[[Request], Kernel]

@@ -215,7 +215,7 @@ def _admit(database: Database, setting: Setting) -> None:
             f"This board is emulated: its times say nothing about a real one and never go into {DEFAULT_FOLDER.name}/. "
             f"Give them a folder of their own with --tuning-logs DIR."
         )
-    database.admit(setting.measured)
+    database.admit(setting.measured, setting.gpu)
 
 
 @contextmanager

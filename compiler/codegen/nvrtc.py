@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -41,7 +41,11 @@ class DeviceCodeError(Exception):
 
 @dataclass(frozen=True)
 class Resources:
-    """What a function needs, by ptxas: registers of a thread, bytes spilled by a thread, static shared memory."""
+    """What a function needs, by ptxas: registers of a thread, bytes spilled by a thread, static shared memory.
+
+    The most that either of two says: ptxas 12.9 of the PTX, which later drivers compile much the same way, and the one
+    in NVRTC 11.8, whose machine code the bundle carries.
+    """
 
     registers: int
     spill_bytes: int
@@ -66,8 +70,21 @@ def compile(source: str, gpu: Gpu) -> DeviceCode:  # noqa: A001 (as in re.compil
     raw, _ = _nvrtc(source, f"compute_{gpu.sm}", "PTX")
     ptx = set_version(raw.rstrip(b"\0"), gpu.ptx)
     functions = _assemble(ptx, gpu.arch)
-    cubin = _nvrtc(source, gpu.arch, "CUBIN")[0] if gpu.cubin else None
-    return DeviceCode(ptx, cubin, MappingProxyType(functions))
+    if not gpu.cubin:
+        return DeviceCode(ptx, None, MappingProxyType(functions))
+    cubin, own = machine_code(source, gpu)
+    assert own.keys() == functions.keys(), "NVRTC's log names every function"
+    return DeviceCode(ptx, cubin, MappingProxyType({name: _most(functions[name], own[name]) for name in functions}))
+
+
+def machine_code(source: str, gpu: Gpu) -> tuple[bytes, dict[str, Resources]]:
+    """What a driver loads as it is, and what it needs by NVRTC's own ptxas. Raises as `compile`."""
+    cubin, log = _nvrtc(source, gpu.arch, "CUBIN")
+    return cubin, _resources(log)
+
+
+def _most(one: Resources, other: Resources) -> Resources:
+    return Resources(*map(max, astuple(one), astuple(other)))
 
 
 def set_version(ptx: bytes, version: str) -> bytes:
@@ -128,7 +145,7 @@ def _compiled(source: str, arch: str, kind: str) -> tuple[bytes, str]:
     )
     assert not failed, library.nvrtcGetErrorString(failed)
     try:
-        flags = [f"--gpu-architecture={arch}", *FLAGS]
+        flags = [f"--gpu-architecture={arch}", *FLAGS, *(["--ptxas-options=-v"] if kind == "CUBIN" else [])]
         options = (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
         failed = call("nvrtcCompileProgram", program, len(flags), options)
         log = text("ProgramLog").rstrip(b"\0").decode(errors="replace")

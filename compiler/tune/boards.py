@@ -27,6 +27,7 @@ from compiler.tune.measure import (
     Batch,
     CandidateFailed,
     CandidateLost,
+    Device,
     DeviceLost,
     Setting,
     WorkerMeasurer,
@@ -96,7 +97,7 @@ class BoardMeasurer(WorkerMeasurer):
         glibc = about.get("glibc")
         fits = about.get("arch") == target.arch and glibc and device.version(glibc) >= device.version(target.glibc)
         part = PARTS.get(target.mcpu, about.get("cpu"))
-        gpu = target.gpu and self._admit_gpu(target.gpu, about, where)
+        gpu = None if target.gpu is None else self._admit_gpu(target.gpu, about, where)
         if missing or not fits or about.get("cpu") != part:
             raise BoardError(
                 f"{where} is offered as {self.key!r}, but is no {target.name}: it is {about.get('arch')}, CPU "
@@ -104,16 +105,19 @@ class BoardMeasurer(WorkerMeasurer):
                 f"{', without ' + ', '.join(missing) if missing else ''}. Give boards of another kind another --key."
             )
         measured = EMULATED if about.get("emulator") or about.get("gpu", {}).get("emulated") else RPC
-        setting = replace(self.setting, cpu=gpu or str(about["cpu"]), measured=measured)
+        setting = replace(self.setting, cpu=str(about["cpu"]), measured=measured, gpu=gpu)
         self.admit(setting)
         self.setting = setting
 
-    def _admit_gpu(self, gpu: Gpu, about: dict[str, Any], where: str) -> str:
-        """The GPU in words; BoardError unless it is of the target's architecture and its driver takes our code."""
+    def _admit_gpu(self, gpu: Gpu, about: dict[str, Any], where: str) -> Device:
+        """The GPU; BoardError unless it is of the target's architecture and its driver takes our code."""
         found = about.get("gpu", {})
         if "error" in found:
             raise BoardError(f"{where} is offered as {self.key!r}, but it has no GPU: {found['error']}.")
-        said = f"{found.get('name')}, {found.get('multiprocessors')} multiprocessors"
+        name, multiprocessors = found.get("name"), found.get("multiprocessors")
+        if not isinstance(name, str) or type(multiprocessors) is not int or multiprocessors < 1:
+            raise BoardError(f"{where} says nonsense of its GPU: {name!r}, {multiprocessors!r} multiprocessors.")
+        said = f"{name}, {multiprocessors} multiprocessors"
         if found.get("arch") != gpu.sm:
             raise BoardError(
                 f"{where} is offered as {self.key!r}, but its GPU is sm_{found.get('arch')} ({said}) and kernels are "
@@ -123,7 +127,7 @@ class BoardMeasurer(WorkerMeasurer):
         if driver < needed:
             have, need = (f"{v // 1000}.{v % 1000 // 10}" for v in (driver, needed))
             raise BoardError(f"{where} has an NVIDIA driver of CUDA {have}, but kernels need {need}. Update it.")
-        return said
+        return Device(name, multiprocessors)
 
     def _open(self, request: Request, space: Space) -> None:
         self.ready(SOON_S)

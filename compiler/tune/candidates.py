@@ -30,7 +30,8 @@ READ_BYTES = 32 << 20  # of the arena, each time that the reader is timed
 # largest result, and a kernel that forgets a block is far above it.
 TOLERANCE = 1e-4
 # Kernels of half precision round their sums to fp16 now and then, and each in an order of its own: 2^-11 a rounding, a
-# few of which meet in one result. A kernel that forgets one block of 64 is off by a tenth and more.
+# few of which meet in one result. A kernel that forgets one block of 64 is off by a tenth and more. A prompt's
+# attention on a GPU rounds weights to fp16, against the largest score so far, which depends on the blocks.
 HALF_TOLERANCE = 4 * 2.0**-11
 PR_SET_PDEATHSIG = 1
 
@@ -91,7 +92,13 @@ def generate(funcs: Mapping[str, Any], target: Target) -> Any:
 
 def tolerance(request: Request) -> float:
     """How far results of an operator's kernels may lie apart, as a share of the largest."""
-    return HALF_TOLERANCE if "half" in request.op else TOLERANCE
+    on_tensor_cores = (
+        request.target.gpu is not None
+        and request.op.startswith("quern.attention")
+        and request.args[0].shape[0] > 1
+        and request.args[1].dtype != "float32"
+    )
+    return HALF_TOLERANCE if on_tensor_cores or "half" in request.op else TOLERANCE
 
 
 def check(outs: Sequence[np.ndarray], reference: Sequence[np.ndarray], allowed: float = TOLERANCE) -> None:

@@ -56,14 +56,26 @@ class CandidateFailed(Exception):
 
 
 @dataclass(frozen=True)
+class Device:
+    """A GPU as its driver tells it. All Orins are called "Orin": only their sizes tell them apart."""
+
+    name: str
+    multiprocessors: int
+
+    def __str__(self) -> str:
+        return f"{self.name} with {self.multiprocessors} multiprocessors"
+
+
+@dataclass(frozen=True)
 class Setting:
-    """What made a record: threads, CPU model, versions; `measured` says by what clock."""
+    """What made a record: threads, CPU model, versions; `measured` says by what clock; a GPU where one computed."""
 
     threads: int
     cpu: str
     tvm: str
     commit: str
     measured: str = LOCAL
+    gpu: Device | None = None
 
     @classmethod
     def here(cls, threads: int) -> Setting:

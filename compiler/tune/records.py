@@ -6,6 +6,9 @@ that it beat are still the same. The target key is `Target.tuning_key`, written 
 `measured` says by what clock: "local", "rpc" (a board), or "emulated", which never stands beside the others in a file.
 Costs of a model ("model", see model.py) are no times and have a file of their own, model.jsonl beside the other one. A
 build asks it only about workloads on which there is no measured verdict.
+Devices of one target differ: an Orin Nano has half of an AGX Orin's multiprocessors. Records of a GPU say which device
+made them ("gpu"); tuning goes on with those of its own device, and a build takes the verdict of the device whose number
+of multiprocessors is nearest to the target's.
 """
 
 from __future__ import annotations
@@ -17,13 +20,13 @@ import math
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from compiler.errors import UserError
 from compiler.passes.lower_to_schedules import Decision
-from compiler.tune.measure import EMULATED, MODEL
+from compiler.tune.measure import EMULATED, MODEL, Device
 from schedules.kernel import OutsideSpace, Request, Space, space
 from targets import Target
 
@@ -39,6 +42,8 @@ COMMON: dict[str, Any] = {  # in every line, key -> what it must be
     "kind": str, "target": str, "schedule": str, "operator": str, "workload": dict, "knobs": dict, "default": dict,
     "threads": int, "cpu": str, "tvm": str, "commit": str, "measured": str,
 }  # fmt: skip
+GPU: dict[str, Any] = {"gpu": dict}  # in every line about a schedule of schedules/cuda/, beside COMMON
+GPU_SCHEDULES = "cuda."
 KINDS: dict[str, dict[str, Any]] = {
     # seconds: median, min, max of all calls; speedup: default's time / this one's, round by round
     "trial": {"seconds": _SPREAD, "runs": int, "speedup": _SPREAD, "gb_s": _NUMBER, "gmac_s": _NUMBER,
@@ -83,6 +88,7 @@ class Database:
     key: str
     records: list[Record] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
+    gpu: Device | None = None  # whose trials and verdicts count while tuning
     _file: IO[bytes] | None = None
 
     @classmethod
@@ -117,12 +123,21 @@ class Database:
             raise
         return found
 
-    def admit(self, measured: str) -> None:
-        """Raise DatabaseError when records measured so would stand beside others: an emulator's times are no times."""
+    def admit(self, measured: str, gpu: Device | None = None) -> None:
+        """Raise DatabaseError when records measured so would stand beside others: an emulator's times are no times.
+
+        gpu: the device that will be tuned for; one at a time, because points are shared out among boards.
+        """
         if why := self._mixed(measured):
             raise DatabaseError(
                 f"{self.path}: {why}, and the one says nothing about the other. Give --tuning-logs another folder."
             )
+        if self.gpu not in (None, gpu):
+            raise DatabaseError(
+                f"{self.path}: this run tunes for {self.gpu}, and another board is {gpu}. Give boards of another kind "
+                f"another --key."
+            )
+        self.gpu = gpu
 
     def _mixed(self, measured: str) -> str | None:
         if (measured == MODEL) != (self.path.name == MODEL_FILE_NAME):
@@ -150,34 +165,40 @@ class Database:
             self._file = None
 
     def trials(self, asked: Space, threads: int) -> dict[tuple[tuple[str, int], ...], Record]:
-        """Trials and failures of this workload and thread count, by knobs."""
+        """Trials and failures of this workload, thread count and device, by knobs."""
         return {
             frozen(r["knobs"]): r
             for r in self.records
-            if r["kind"] != "choice" and r["threads"] == threads and same_workload(r, asked)
+            if r["kind"] != "choice" and r["threads"] == threads and same_workload(r, asked) and self._own(r)
         }
 
     def choice(self, asked: Space, threads: int) -> Record | None:
-        """The last verdict on this workload for a thread count."""
-        return self._last_choices(asked).get(threads, (None, ""))[0]
+        """The last verdict on this workload for a thread count, of the device that is tuned for."""
+        found = [r for r, _ in self._choices(asked) if r["threads"] == threads and self._own(r)]
+        return found[-1] if found else None
 
-    def _last_choices(self, asked: Space) -> dict[int, tuple[Record, str]]:
-        return {
-            r["threads"]: (r, name)
-            for r, name in zip(self.records, self.names, strict=True)
-            if r["kind"] == "choice" and same_workload(r, asked)
-        }
+    def _own(self, record: Record) -> bool:
+        return self.gpu is None or record.get("gpu") == asdict(self.gpu)
+
+    def _choices(self, asked: Space) -> list[tuple[Record, str]]:
+        pairs = zip(self.records, self.names, strict=True)
+        return [(r, name) for r, name in pairs if r["kind"] == "choice" and same_workload(r, asked)]
 
     def knows(self, asked: Space) -> bool:
         """Whether there is a verdict on this workload."""
-        return bool(self._last_choices(asked))
+        return bool(self._choices(asked))
 
-    def decision(self, asked: Space, threads: int) -> Decision | None:
+    def decision(self, asked: Space, threads: int, multiprocessors: int | None = None) -> Decision | None:
         """What a build does: the verdict for `threads`, else for the most threads; None: the schedule's default.
 
+        multiprocessors: of the target's GPU; the device that is nearest in size has the say.
         Raises OutsideSpace when the verdict's knobs are none of the schedule's.
         """
-        found = self._last_choices(asked)
+        choices = self._choices(asked)
+        if multiprocessors is not None:
+            far = [abs(math.log2(r["gpu"]["multiprocessors"] / multiprocessors)) for r, _ in choices]
+            choices = [pair for pair, distance in zip(choices, far, strict=True) if distance == min(far)]
+        found = {r["threads"]: (r, name) for r, name in choices}  # the last one
         if not found:
             return None
         record, name = found.get(threads) or found[max(found)]
@@ -216,13 +237,15 @@ class Tuned:
     database: Database
     modelled: Database
     threads: int
+    multiprocessors: int | None = None
     misfits: Counter[str] = field(default_factory=Counter)
 
     @classmethod
     def of(cls, folder: Path, target: Target) -> Tuned:
         """The records of a target, for as many threads as it has cores, or the one that feeds its GPU."""
-        key, threads = target.tuning_key, target.cores if target.gpu is None else 1
-        return cls(Database.read(folder, key), Database.read(folder, key, MODEL_FILE_NAME), threads)
+        key, gpu = target.tuning_key, target.gpu
+        threads, size = (target.cores, None) if gpu is None else (1, gpu.multiprocessors)
+        return cls(Database.read(folder, key), Database.read(folder, key, MODEL_FILE_NAME), threads, size)
 
     def __call__(self, request: Request) -> Decision | None:
         """The measured knobs of a request, else the modelled ones, or None for the schedule's default."""
@@ -232,7 +255,8 @@ class Tuned:
         if asked is None:
             return None
         try:
-            return (self.database if self.database.knows(asked) else self.modelled).decision(asked, self.threads)
+            database = self.database if self.database.knows(asked) else self.modelled
+            return database.decision(asked, self.threads, self.multiprocessors)
         except OutsideSpace as error:
             self.misfits[str(error)] += 1
             return None
@@ -250,10 +274,17 @@ def _check(record: Any, key: str) -> None:
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}, but must be one of {', '.join(KINDS)}")
     wanted = COMMON | (MODEL_KINDS if record.get("measured") == MODEL else KINDS)[kind]
+    if str(record.get("schedule")).startswith(GPU_SCHEDULES):
+        wanted |= GPU
     if odd := sorted(set(record) ^ set(wanted)):
         raise ValueError(f"unknown key {odd[0]!r}" if odd[0] in record else f"key {odd[0]!r} is missing")
     for name, want in wanted.items():
         _check_value(name, record[name], want)
+    gpu = record.get("gpu", {"name": "", "multiprocessors": 1})
+    if list(gpu) != ["name", "multiprocessors"] or type(gpu["name"]) is not str:
+        raise ValueError("gpu must have name and multiprocessors")
+    if type(gpu["multiprocessors"]) is not int or gpu["multiprocessors"] < 1:
+        raise ValueError(f"gpu.multiprocessors is {gpu['multiprocessors']!r}")
     if record["target"] != key:
         raise ValueError(f"it was made for {record['target']}")
 

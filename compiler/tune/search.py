@@ -115,10 +115,10 @@ def by_model(space: Space, measured: Sequence[Record], points: list[dict[str, in
 
 @dataclass
 class Progress:
-    """A task on its way. asked: points that are being measured now. noise: why it was left."""
+    """A task on its way. new: trials of this run; asked: points that are being measured now; noise: why it was left."""
 
     task: Task
-    before: int
+    new: int = 0
     asked: set[tuple[tuple[str, int], ...]] = field(default_factory=set)
     decided: bool = False
     noise: str | None = None
@@ -169,8 +169,8 @@ class Tuner:
         return self.outcome(progress)
 
     def begin(self, task: Task) -> Progress:
-        """What the database has of a task."""
-        return Progress(task, len(self._done(task)))
+        """A task of which nothing was measured in this run."""
+        return Progress(task)
 
     def next(self, progress: Progress) -> Job | None:
         """What to measure next; None when nothing is left, or when others still measure what it depends on."""
@@ -185,7 +185,7 @@ class Tuner:
                 return Job(progress, candidates, ROUNDS)
         if progress.asked or progress.decided or not self.undecided(task):
             return None
-        if len(done) == progress.before and self.stop():
+        if not progress.new and self.stop():
             return None
         progress.decided = True
         return Job(progress, _finalists(done), FINAL_ROUNDS, verdict=True)
@@ -218,6 +218,7 @@ class Tuner:
                 runs = {"runs": len(timing.seconds)} if timing.cost is None else {}
                 figures = _figures(task, batch, timing) | {"speedup": spread(timing.speedups)} | runs
                 self.database.append(_record(task, "trial", knobs, setting) | figures)
+            job.progress.new += 1
             self.advance(1)
         self.give_back(job)
 
@@ -227,7 +228,7 @@ class Tuner:
         failed = sum(record["kind"] == "failure" for record in done.values())
         points = sum(1 for _ in task.space.points())
         choice = self.database.choice(task.space, self.measurer.setting.threads)
-        return Outcome(task, len(done), len(done) - progress.before, failed, points, choice, progress.noise)
+        return Outcome(task, len(done), progress.new, failed, points, choice, progress.noise)
 
     def _done(self, task: Task) -> dict[tuple[tuple[str, int], ...], Record]:
         return self.database.trials(task.space, self.measurer.setting.threads)
@@ -261,7 +262,8 @@ def _finalists(done: Results) -> list[dict[str, int]]:
 def _record(task: Task, kind: str, knobs: Knobs, setting: Setting) -> Record:
     space = task.space
     about = {"schedule": space.schedule, "operator": task.request.op, "workload": dict(space.workload)}
-    return {"kind": kind, **about, "knobs": dict(knobs), "default": dict(space.default)} | asdict(setting)
+    made_by = {name: value for name, value in asdict(setting).items() if value is not None}  # a CPU's has no GPU
+    return {"kind": kind, **about, "knobs": dict(knobs), "default": dict(space.default)} | made_by
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -12,16 +12,18 @@ nothing to do leave at once: a launch never changes, so that a whole step can be
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import gcd
 
 from schedules.attention import Scores, largest_divisor, scores_of
 from schedules.cuda.kernel import CudaKernel, Launch
 from schedules.cuda.source import Constant, source
-from schedules.kernel import NotSuited, Request
+from schedules.kernel import NotSuited, Request, Space, Unsupported
 from schedules.vector import LOG2_E
 from targets.target import Gpu
 
+SHARED_MOST = 48 << 10  # bytes of shared memory that every device has without asking
 TEXTS = {"float16": "Half", "float32": "float", "int8": "int8_t"}
 
 
@@ -103,7 +105,7 @@ def prompt(
     call: Call, family: str, tile: dict[str, int], rows: int, block: int, threads: int, *files: str, **more: Constant
 ) -> CudaKernel:
     """A block of `threads` for every tile of tokens and group of heads; `block` positions at a time."""
-    name = f"attention_{family}_{call.shape_name}_r{rows}p{block}"
+    name = f"attention_{family}_{call.shape_name}_r{rows}p{block}t{threads}"
     constants: dict[str, Constant] = {**tile, "ROWS": rows, "BLOCK": block, "THREADS": threads, **more}
     entry = "attention_entry_int8.cu" if call.codes else "attention_entry.cu"
     text = call.text(name, constants, *files, f"attention_{family}.cu", entry)
@@ -111,17 +113,78 @@ def prompt(
     return CudaKernel(name, text, (Launch(name, grid, (threads, 1, 1), tuple(range(call.span_argument + 2))),))
 
 
-def on_tensor_cores(
-    request: Request, family: str, first_sm: int, tiles: tuple[tuple[int, int, int], ...], swizzled: int
-) -> CudaKernel:
-    """A prompt on fp16 tensor cores, a warp for 16 rows. tiles: up to d, rows, positions, from small d to large."""
-    call = call_of(request)
-    if call.m == 1 or call.gpu.sm < first_sm or call.cache == "float32" or call.d > tiles[-1][0]:
-        raise NotSuited
-    _, most_rows, block = next(tile for tile in tiles if call.d <= tile[0])
-    tile = tile_of(call, most_rows)
-    rows = -(-tile["TOKENS"] * tile["SHARED"] // 16) * 16
-    return prompt(call, family, tile, rows, block, 2 * rows, "attention_stage.cu", SWIZZLED=swizzled)
+def fewest_rows(call: Call, most: int) -> int:
+    """16 or a power of two above it that holds all rows of a kv head, `most` if none does."""
+    rows = 16
+    while rows < min(most, call.m * call.group):
+        rows *= 2
+    return rows
+
+
+@dataclass(frozen=True)
+class TensorCores:
+    """A family of prompts on fp16 tensor cores, a warp for 16 rows.
+
+    first_sm: the first compute capability; tiles: up to d, rows, positions, the default from small d to large;
+    fits: whether registers and shared memory hold a tile of so many rows and positions.
+    """
+
+    name: str
+    first_sm: int
+    tiles: tuple[tuple[int, int, int], ...]
+    swizzled: int
+    fits: Callable[[Call, int, int], bool]
+
+    def call(self, request: Request) -> Call:
+        """The call, if it is one for this family. Raises NotSuited."""
+        call = call_of(request)
+        if call.m == 1 or call.gpu.sm < self.first_sm or call.cache == "float32" or call.d > self.tiles[-1][0]:
+            raise NotSuited
+        return call
+
+    def default_knobs(self, call: Call) -> dict[str, int]:
+        """The stated default."""
+        _, rows, block = next(tile for tile in self.tiles if call.d <= tile[0])
+        return {"rows": fewest_rows(call, rows), "block": block}
+
+    def lower(self, request: Request) -> CudaKernel:
+        """A block for every tile of tokens and group of heads. Raises NotSuited, and Unsupported for large tiles."""
+        call = self.call(request)
+        knobs = self.default_knobs(call) | dict(request.knobs)
+        if not self.fits(call, knobs["rows"], knobs["block"]):
+            raise too_large(request, knobs)
+        tile = tile_of(call, knobs["rows"])
+        rows = -(-tile["TOKENS"] * tile["SHARED"] // 16) * 16
+        return prompt(call, self.name, tile, rows, knobs["block"], 2 * rows, "attention_stage.cu",
+                      SWIZZLED=self.swizzled)  # fmt: skip
+
+    def space(self, request: Request) -> Space:
+        """What tuning may try: rows that share what is staged, and positions staged at a time."""
+        call = self.call(request)
+
+        def allowed(knobs: Mapping[str, int]) -> bool:
+            needed = knobs["rows"] <= fewest_rows(call, knobs["rows"])
+            return needed and self.fits(call, knobs["rows"], knobs["block"])
+
+        tried = {"rows": (16, 32, 64, 128), "block": (16, 32, 64, 128)}
+        return space_of(call, self.name, self.default_knobs(call), tried, allowed)
+
+
+def too_large(request: Request, knobs: Mapping[str, int]) -> Unsupported:
+    """What to raise for a tile that registers or shared memory do not hold."""
+    tile = ", ".join(f"{name} {value}" for name, value in knobs.items())
+    return Unsupported(f"{request.op}: heads of {request.attrs['head_dim']} elements leave no room for {tile}")
+
+
+def space_of(
+    call: Call, family: str, default: Mapping[str, int], tried: Mapping[str, tuple[int, ...]],
+    allowed: Callable[[Mapping[str, int]], bool],
+) -> Space:  # fmt: skip
+    """The space of a family for a call."""
+    workload: dict[str, int | str] = {"m": call.m, "heads": call.heads, "kv_heads": call.kv_heads, "head_dim": call.d}
+    workload |= {"capacity": call.capacity, "cache": call.cache, "window": call.scores.window}
+    schedule = f"cuda.attention_{family}.{call.gpu.arch}"
+    return Space.around(default, tried, schedule=schedule, workload=workload, allowed=allowed)
 
 
 def value_columns(call: Call) -> int:

@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from schedules.attention import largest_divisor
-from schedules.cuda.attention import Call, call_of, value_columns
+from schedules.cuda.attention import Call, call_of, space_of, value_columns
 from schedules.cuda.kernel import CudaKernel, Launch
 from schedules.cuda.source import Constant
 from schedules.kernel import NotSuited, Request, Space, TensorSpec
@@ -100,10 +100,7 @@ def space(request: Request) -> Space:
         "rows": tuple(r for r in (1, 2, 4, 8) if call.group % r == 0),
         "threads": (64, 128, 256),
     }
-    workload: dict[str, int | str] = {"m": 1, "heads": call.heads, "kv_heads": call.kv_heads, "head_dim": call.d}
-    workload |= {"capacity": call.capacity, "cache": call.cache, "window": call.scores.window}
-    schedule = f"cuda.attention_decode.{call.gpu.arch}"
-    return Space.around(default_knobs(call), tried, schedule=schedule, workload=workload, allowed=allowed)
+    return space_of(call, "decode", default_knobs(call), tried, allowed)
 
 
 SPACES = dict.fromkeys(LOWERS, space)

@@ -14,18 +14,24 @@ For 16 positions and d = 128 a warp issues 32 mma and 16 ldmatrix; a lane has 8 
 
 from __future__ import annotations
 
-from schedules.cuda.attention import on_tensor_cores
-from schedules.cuda.kernel import CudaKernel
-from schedules.kernel import Request
+from schedules.cuda.attention import SHARED_MOST, Call, TensorCores
 
 RANK = 6  # before the tiles in fp32
-FIRST_SM = 80
-TILES = ((128, 64, 64), (256, 32, 16))  # up to d: rows, positions; sums, scores and queries must fit 255 registers
+# Registers of a lane that hold fragments all the time: with 70 to 100 more for addresses and what is loaded, fewer
+# than 255. ptxas takes 238 of 128 (d = 128, 64 positions), 232 of 140 (d = 256, 16 positions).
+MOST_FRAGMENTS = 140
+FAR = 128  # queries of longer heads stay in shared memory
+MATRIX = 16
 
 
-def lower(request: Request) -> CudaKernel:
-    """A block for every tile of tokens and group of heads."""
-    return on_tensor_cores(request, "mma", FIRST_SM, TILES, swizzled=1)
+def fits(call: Call, rows: int, block: int) -> bool:
+    """Sums, queries and scores in registers; keys, values, far queries and scales in shared memory."""
+    steps, far = call.padded // MATRIX, call.d > FAR
+    fragments = 8 * steps + (4 if far else 4 * steps) + 8 * (block // MATRIX)
+    staged = 2 * block * (2 * call.padded + 8) + 8 * block + 16 * (steps * 2 * rows if far else 1)
+    return fragments <= MOST_FRAGMENTS and staged <= SHARED_MOST
 
 
-LOWERS = {"quern.attention": lower, "quern.attention_int8": lower}
+FAMILY = TensorCores("mma", 80, ((128, 64, 64), (256, 32, 16)), 1, fits)
+LOWERS = {"quern.attention": FAMILY.lower, "quern.attention_int8": FAMILY.lower}
+SPACES = dict.fromkeys(LOWERS, FAMILY.space)

@@ -7,18 +7,20 @@ itself loaded as a fragment, of a 16 x 16 tile that repeats each row's factor.
 
 from __future__ import annotations
 
-from schedules.cuda.attention import on_tensor_cores
-from schedules.cuda.kernel import CudaKernel
-from schedules.kernel import Request
+from schedules.cuda.attention import SHARED_MOST, Call, TensorCores
 
 RANK = 5  # before the tiles in fp32, after mma
-FIRST_SM = 70
-TILES = ((64, 64, 32), (128, 32, 32), (256, 32, 16))  # up to d: rows, positions; all arrays must fit 48 KiB
+MATRIX = 16
 
 
-def lower(request: Request) -> CudaKernel:
-    """A block for every tile of tokens and group of heads."""
-    return on_tensor_cores(request, "wmma", FIRST_SM, TILES, swizzled=0)
+def fits(call: Call, rows: int, block: int) -> bool:
+    """Everything but the sums lies in shared memory; those of d = 256, 128 registers, are the most there are."""
+    warps, pitch = rows // MATRIX, call.padded + 8
+    own = 4 * MATRIX * (block + 4) + 2 * MATRIX * (block + 8) + 4 * MATRIX * MATRIX  # scores, weights, a tile
+    staged = 2 * block * (call.padded + pitch) + 2 * rows * pitch + warps * own + 8 * block
+    return staged <= SHARED_MOST
 
 
-LOWERS = {"quern.attention": lower, "quern.attention_int8": lower}
+FAMILY = TensorCores("wmma", 70, ((64, 64, 32), (128, 32, 32), (256, 32, 16)), 0, fits)
+LOWERS = {"quern.attention": FAMILY.lower, "quern.attention_int8": FAMILY.lower}
+SPACES = dict.fromkeys(LOWERS, FAMILY.space)

@@ -49,6 +49,15 @@ class CudaKernel:
     temporaries: tuple[TensorSpec, ...] = ()
 
 
+def ordered(rows: int, tokens: int, order: int) -> Dim3:
+    """The grid of so many tiles: 0, all rows of some tokens first, or 1, all tokens of some rows (`ORDER` in a text).
+
+    What comes first is read again for every one of what comes last, from the second-level cache if that holds it:
+    activations with 0, a tile's weights with 1, where memory then gives each weight once.
+    """
+    return (tokens, rows, 1) if order else (rows, tokens, 1)
+
+
 Lower = Callable[[Request], CudaKernel]
 
 

@@ -14,7 +14,7 @@ from schedules import storage as storages
 from schedules.cuda.embedding import ELEMENTS, table_of, widened
 from schedules.cuda.kernel import CudaKernel, Launch
 from schedules.embedding_quantized import packings, row_bytes
-from schedules.kernel import Request
+from schedules.kernel import Request, Space
 from schedules.packed import affine_of
 from schedules.storage import QUAD
 
@@ -22,15 +22,26 @@ TOKENS = 8  # sums a thread: few enough for 64 registers
 WARPS = 8  # outputs a block
 
 
+def default_knobs(request: Request) -> dict[str, int]:
+    """The stated default."""
+    return {"tokens": min(request.args[0].shape[0], TOKENS), "warps": WARPS}
+
+
+def _knobs(request: Request) -> tuple[int, int, str]:
+    """Tokens, warps, and both as the end of a name."""
+    knobs = default_knobs(request) | dict(request.knobs)
+    return knobs["tokens"], knobs["warps"], f"_t{knobs['tokens']}w{knobs['warps']}"
+
+
 def _frame(name: str, tables: str, arguments: list[str], request: Request, loop: str) -> CudaKernel:
     """The kernel around a `loop` that adds to sum[u] for the token `first + u`; `row` is the output, `last` a token."""
     (m, k), n, residual = request.args[0].shape, request.outs[0].shape[1], request.op.endswith("_residual")
-    tokens = min(m, TOKENS)
+    tokens, warps, _ = _knobs(request)
     given = ["const float* x", *arguments, *(["const float* residual"] if residual else []), "float* out"]
     base = f"load_constant(residual + int64_t(first + u) * {n} + row) + " if residual else ""
     source = f"""#include "quern.cuh"
 {tables}extern "C" __global__ void {name}({", ".join(given)}) {{
-  const int lane = threadIdx.x % 32, row = blockIdx.x * {WARPS} + threadIdx.x / 32, first = blockIdx.y * {tokens};
+  const int lane = threadIdx.x % 32, row = blockIdx.x * {warps} + threadIdx.x / 32, first = blockIdx.y * {tokens};
   if (row >= {n}) return;  // whole warps
   float sum[{tokens}] = {{}};
   const float* own[{tokens}];  // of tokens beyond the last one, the last one's
@@ -42,8 +53,8 @@ def _frame(name: str, tables: str, arguments: list[str], request: Request, loop:
   }}
 }}
 """
-    grid = (-(-n // WARPS), -(-m // tokens), 1)
-    launch = Launch(name, grid, (32 * WARPS, 1, 1), tuple(range(len(request.args) + 1)))
+    grid = (-(-n // warps), -(-m // tokens), 1)
+    launch = Launch(name, grid, (32 * warps, 1, 1), tuple(range(len(request.args) + 1)))
     return CudaKernel(name, source, (launch,))
 
 
@@ -54,7 +65,8 @@ def lower_exact(request: Request) -> CudaKernel:
     storage = storages.choose(int(request.attrs["bits"]), k * QUAD)
     part, per = k // storage.quads, storage.per_vector
     kind = f"{request.attrs.get('grid', storage.name)}_{affine}" + "_residual" * request.op.endswith("_residual")
-    name = f"linear_exact_{kind}_m{m}_n{n}_k{k}_g{group}_s{scale[5:]}"
+    tokens, _, chosen = _knobs(request)
+    name = f"linear_exact_{kind}_m{m}_n{n}_k{k}_g{group}_s{scale[5:]}{chosen}"
     lines = []
     for segment in range(storage.quads):  # inputs segment * part + j, whose fields have one place in each plane
         low, shift = segment % (storage.quads // per) * part, segment * per // storage.quads * storage.low
@@ -72,7 +84,7 @@ def lower_exact(request: Request) -> CudaKernel:
       const uint32_t code = {code};
       const float factor = {widened(scale, "scale_of[g]")};
       const float w = {weight};
-      for (int u = 0; u < {min(m, TOKENS)}; ++u) sum[u] = fmaf(w, load_constant(own[u] + c), sum[u]);
+      for (int u = 0; u < {tokens}; ++u) sum[u] = fmaf(w, load_constant(own[u] + c), sum[u]);
     }}""")
     more = {"zero": ["const uint8_t* more"], "offset": ["const float* more"], "table": []}[affine]
     loop = f"""  const uint8_t* codes_of = codes + int64_t(row) * {row_bytes(k, storage)};
@@ -91,7 +103,8 @@ def lower_dense(request: Request) -> CudaKernel:
     kind = {"float16": "f16", "uint16": "bf16", "float32": "f32"}[dtype] + "_residual" * request.op.endswith(
         "_residual"
     )
-    name, tokens = f"linear_dense_{kind}_m{m}_n{n}_k{k}", min(m, TOKENS)
+    tokens, _, chosen = _knobs(request)
+    name = f"linear_dense_{kind}_m{m}_n{n}_k{k}{chosen}"
     loop = f"  const {ELEMENTS[dtype]}* weights = weight + int64_t(row) * {k};\n"
     if dtype == "float32" or k % 8:
         loop += f"""  for (int c = lane; c < {k}; c += 32) {{
@@ -122,3 +135,24 @@ LOWERS = {
     for tail in ("", "_residual")
 }
 LOWERS |= {f"quern.linear_dense{tail}": lower_dense for tail in ("", "_residual")}
+
+
+def space(request: Request) -> Space:
+    """What tuning may try: tokens that share a weight, and outputs that share a block. A residual changes little."""
+    (m, k), n = request.args[0].shape, request.outs[0].shape[1]
+    kind, _, affine = request.op.removeprefix("quern.linear_").removesuffix("_residual").partition("_")
+    workload: dict[str, int | str] = {"m": m, "n": n, "k": k, "kind": affine or "zero"}
+    if kind == "dense":
+        workload["kind"] = request.args[1].dtype
+    else:
+        workload |= {"bits": int(request.attrs["bits"]), "group": int(request.attrs["group"])}
+        workload["kind"] = str(request.attrs.get("grid", workload["kind"]))
+    gpu = request.target.gpu
+    assert gpu is not None, request.target.name
+    tried = {"tokens": tuple(t for t in (1, 2, 4, 8, 16) if t <= m), "warps": (4, 8, 16)}
+    return Space.around(
+        default_knobs(request), tried, schedule=f"cuda.linear_{kind}.{gpu.arch}", workload=workload, macs=m * n * k
+    )
+
+
+SPACES = dict.fromkeys(LOWERS, space)

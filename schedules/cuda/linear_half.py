@@ -138,7 +138,15 @@ def default_knobs(layer: Layer) -> dict[str, int]:
     """As many rows a block as still fill the chip: its activations are read and rounded once for all of them."""
     wanted = BLOCKS_WANTED * layer.gpu.multiprocessors
     rows = 16 if padded_rows(layer.n) // 16 >= wanted else 8
-    return {"rows": rows, "threads": MOST_THREADS}
+    threads = 32
+    while threads < min(MOST_THREADS, _chunks(layer)):
+        threads *= 2
+    return {"rows": rows, "threads": threads}
+
+
+def _chunks(layer: Layer) -> int:
+    """Pieces of 128 bits in a row: more threads would have nothing to do."""
+    return layer.places.stored // layer.places.chunk
 
 
 def lower(request: Request) -> CudaKernel:
@@ -147,7 +155,7 @@ def lower(request: Request) -> CudaKernel:
     if layer.m > 1:
         raise NotSuited
     knobs = default_knobs(layer) | dict(request.knobs)
-    chunks = layer.places.stored // layer.places.chunk
+    chunks = _chunks(layer)
     rounds = -(-chunks // knobs["threads"])
     threads = -(-chunks // (32 * rounds)) * 32
     name = f"linear_half_{layer.shape_name}_r{knobs['rows']}t{threads}"
@@ -165,17 +173,22 @@ KERNEL(const float* __restrict__ x, {layer.weight_parameters}{base}, float* __re
 LOWERS = {f"quern.linear_half{kind}{tail}": lower for kind in ("", "_offset", "_table") for tail in ("", "_residual")}
 
 
+def workload(layer: Layer) -> dict[str, int | str]:
+    """What tells calls apart for tuning. Scale's dtype and a residual change a few bytes of the traffic."""
+    shape = {"m": layer.m, "n": layer.n, "k": layer.places.k, "bits": layer.bits, "group": layer.places.group}
+    return {**shape, "kind": layer.kind}
+
+
 def space(request: Request) -> Space:
-    """What tuning may try. Scale's dtype and a residual change a few bytes of the traffic: such calls share records."""
+    """What tuning may try."""
     layer = layer_of(request)
     if layer.m > 1:
         raise NotSuited
-    workload: dict[str, int | str] = {"m": 1, "n": layer.n, "k": layer.places.k, "bits": layer.bits}
-    workload |= {"group": layer.places.group, "kind": layer.kind}
-    tried = {"rows": (8, 16), "threads": (64, 128, 256)}
+    default = default_knobs(layer)
+    tried = {"rows": (8, 16), "threads": tuple(t for t in (64, 128, 256) if t <= default["threads"])}
     macs = layer.n * layer.places.k
     schedule = f"cuda.linear_half.{layer.gpu.arch}"
-    return Space.around(default_knobs(layer), tried, schedule=schedule, workload=workload, macs=macs)
+    return Space.around(default, tried, schedule=schedule, workload=workload(layer), macs=macs)
 
 
 SPACES = dict.fromkeys(LOWERS, space)

@@ -1,15 +1,17 @@
-// TOKENS x 64 rows by mma.m16n8k16 (sm_80 on). Weights stay packed in shared memory: a word of a row has just the
-// inputs that a lane's fragments want. Constants as linear_half_shared.cu, TOKENS.
+// TOKENS x ROWS by mma.m16n8k16 (sm_80 on). Weights stay packed in shared memory: a word of a row has just the
+// inputs that a lane's fragments want. Constants as linear_half_shared.cu, TOKENS, ROWS, WARPS, STAGES of copies.
 
-constexpr int THREADS = 128, ROWS = 64, STEP = 64, PITCH = STEP + 8, STAGES = 3;
-constexpr int DOWN = TOKENS >= 64 ? 2 : 1, ACROSS = 4 / DOWN;  // warps
+constexpr int THREADS = 32 * WARPS, STEP = 64, PITCH = STEP + 8;
+constexpr int DOWN = TOKENS >= 64 ? TOKENS / 32 : 1, ACROSS = WARPS / DOWN;
 constexpr int TALL = TOKENS / 16 / DOWN, WIDE = ROWS / 8 / ACROSS;
 constexpr int CHUNKS = STORED / CHUNK, STEP_CHUNKS = STEP / CHUNK, PARTS = STEP / SPAN;
 
-constexpr int COPIES = TOKENS * (STEP / 8) / THREADS, WORD_COPIES = ROWS * STEP_CHUNKS / THREADS;  // of a thread
+// A thread copies 8 activations of every APART-th token, and a chunk of every WORD_APART-th row.
+constexpr int APART = THREADS / (STEP / 8), COPIES = (TOKENS + APART - 1) / APART;
+constexpr int WORD_APART = THREADS / STEP_CHUNKS, WORD_COPIES = (ROWS + WORD_APART - 1) / WORD_APART;
 constexpr bool WHOLE = M % TOKENS == 0 && STORED % STEP == 0;  // no tile reaches beyond the arrays
 
-struct From {  // what a thread copies of the first step: one of 16 rows of activations, and of a step's chunks of rows
+struct From {  // what a thread copies of the first step
   const Half* activations;
   const uint32_t* codes;
   int token;
@@ -19,20 +21,21 @@ QUERN_INLINE void stage(const From& from, int step, Half* activations, uint4* wo
   const int thread = threadIdx.x, unit = thread % (STEP / 8) * 8, chunk = thread % STEP_CHUNKS;
 #pragma unroll
   for (int i = 0; i < COPIES; ++i) {
-    Half* to = activations + (thread / (STEP / 8) + i * 16) * PITCH + unit;
-    const Half* x = from.activations + i * 16 * STORED + step;
+    if (TOKENS % APART != 0 && thread / (STEP / 8) + i * APART >= TOKENS) continue;
+    Half* to = activations + (thread / (STEP / 8) + i * APART) * PITCH + unit;
+    const Half* x = from.activations + i * APART * STORED + step;
     if constexpr (WHOLE) {
       async_copy16(to, x);
     } else {
-      const bool there = from.token + i * 16 < M && step + unit < STORED;
+      const bool there = from.token + i * APART < M && step + unit < STORED;
       async_copy16(to, there ? x : from.activations, there ? 16 : 0);
     }
   }
 #pragma unroll
   for (int i = 0; i < WORD_COPIES; ++i) {
-    constexpr int APART = THREADS / STEP_CHUNKS;  // rows
-    uint4* to = words + chunk * ROWS + thread / STEP_CHUNKS + i * APART;
-    const uint32_t* x = from.codes + i * APART * (CHUNKS * 4) + step / CHUNK * 4;
+    if (ROWS % WORD_APART != 0 && thread / STEP_CHUNKS + i * WORD_APART >= ROWS) continue;
+    uint4* to = words + chunk * ROWS + thread / STEP_CHUNKS + i * WORD_APART;
+    const uint32_t* x = from.codes + i * WORD_APART * (CHUNKS * 4) + step / CHUNK * 4;
     if constexpr (WHOLE) {
       async_copy16(to, x);
     } else {
@@ -48,7 +51,7 @@ QUERN_INLINE void run(const Half* rounded, const float* back, const float* sums,
   alignas(16) __shared__ uint4 words[STAGES][STEP_CHUNKS * ROWS];
   __shared__ Half table[16];
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
-  const int token = blockIdx.y * TOKENS, row = blockIdx.x * ROWS;
+  const int token = (ORDER ? blockIdx.x : blockIdx.y) * TOKENS, row = (ORDER ? blockIdx.y : blockIdx.x) * ROWS;
   const int own_token = warp / ACROSS * TALL * 16, own_row = warp % ACROSS * WIDE * 8;
   fill_table(table);
   float totals[TALL][WIDE][4] = {};

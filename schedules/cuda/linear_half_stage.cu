@@ -1,12 +1,13 @@
-// 32 inputs of TOKENS tokens and 64 rows as halves in shared memory, for kernels of 128 threads that take both from
-// there. Constants as linear_half_shared.cu, TOKENS.
+// 32 inputs of TOKENS tokens and ROWS rows as halves in shared memory, for kernels that take both from there: two
+// threads a row. Constants as linear_half_shared.cu, TOKENS, ROWS, WARPS = ROWS / 16.
 
-constexpr int THREADS = 128, ROWS = 64, STEP = 32, PITCH = STEP + 8;
+constexpr int THREADS = 32 * WARPS, STEP = 32, PITCH = STEP + 8;
+constexpr int UNITS = (TOKENS * 4 + THREADS - 1) / THREADS;           // of 8 activations, a thread's
 constexpr int PART = SPAN < STEP ? SPAN : STEP, PARTS = STEP / PART;  // inputs with one scale, and how many of them
 constexpr int WORDS = BITS / 2;                                       // of 16 codes, a thread's
 
 struct Ahead {  // what a thread has read of the next step
-  uint4 activations;
+  uint4 activations[UNITS];
   uint32_t words[WORDS];
   float scale[PARTS], least[PARTS];
   uint32_t zero[PARTS];
@@ -19,10 +20,14 @@ QUERN_INLINE int group_of(int place) {
 
 QUERN_INLINE void read_ahead(const Half* rounded, const uint32_t* codes, const Scale* scale, const uint8_t* zero,
                              const float* offset, int token, int row, int step, Ahead& to) {
-  const int thread = threadIdx.x, place = step + thread % 4 * 8, of = token + thread / 4;
-  to.activations = uint4{0, 0, 0, 0};
-  if (thread / 4 < TOKENS && of < M && place < STORED)
-    to.activations = load_constant(reinterpret_cast<const uint4*>(rounded + int64_t(of) * STORED + place));
+  const int thread = threadIdx.x, place = step + thread % 4 * 8;
+#pragma unroll
+  for (int u = 0; u < UNITS; ++u) {
+    const int own = thread / 4 + u * (THREADS / 4), of = token + own;
+    to.activations[u] = uint4{0, 0, 0, 0};
+    if (own < TOKENS && of < M && place < STORED)
+      to.activations[u] = load_constant(reinterpret_cast<const uint4*>(rounded + int64_t(of) * STORED + place));
+  }
   const int own = row + thread / 2, side = thread % 2;
   const int first = step + (BITS == 8 ? side * 16 : 0);  // the chunk's
   const uint32_t* from = codes + (int64_t(own) * (STORED / CHUNK) + first / CHUNK) * 4 + (BITS == 8 ? 0 : 2 * side);
@@ -46,8 +51,11 @@ QUERN_INLINE void read_ahead(const Half* rounded, const uint32_t* codes, const S
 QUERN_INLINE void put(const Ahead& from, const Half* table, Half* activations, Half* weights, float (*scales)[ROWS],
                       float (*leasts)[ROWS]) {
   const int thread = threadIdx.x, own = thread / 2, side = thread % 2;
-  if (thread / 4 < TOKENS)
-    *reinterpret_cast<uint4*>(activations + thread / 4 * PITCH + thread % 4 * 8) = from.activations;
+#pragma unroll
+  for (int u = 0; u < UNITS; ++u) {
+    const int of = thread / 4 + u * (THREADS / 4);
+    if (of < TOKENS) *reinterpret_cast<uint4*>(activations + of * PITCH + thread % 4 * 8) = from.activations[u];
+  }
   Half2 found[WORDS][PAIRS];
 #pragma unroll
   for (int i = 0; i < WORDS; ++i) {

@@ -1,14 +1,14 @@
-// TOKENS x 64 rows by half2 multiply-adds: a thread has TOKENS / 8 tokens x 4 rows. Constants as linear_half_stage.cu.
+// TOKENS x ROWS by half2 multiply-adds: a thread has TOKENS / 8 tokens x 4 rows. Constants as linear_half_stage.cu.
 
 QUERN_INLINE void run(const Half* rounded, const float* back, const float* sums, const uint32_t* codes,
                       const Scale* scale, const uint8_t* zero, const float* offset, const float* residual, float* out) {
-  constexpr int EACH = TOKENS / 8;
+  constexpr int EACH = TOKENS / 8, ACROSS = ROWS / 4;  // tokens of a thread; threads side by side
   alignas(16) __shared__ Half activations[TOKENS * PITCH];
   alignas(16) __shared__ Half weights[ROWS * PITCH];
   __shared__ float scales[PARTS][ROWS], leasts[PARTS][ROWS];
   __shared__ Half table[16];
-  const int thread = threadIdx.x, token = blockIdx.y * TOKENS, row = blockIdx.x * ROWS;
-  const int own_token = thread / 16, own_row = thread % 16;
+  const int thread = threadIdx.x, token = (ORDER ? blockIdx.x : blockIdx.y) * TOKENS, row = (ORDER ? blockIdx.y : blockIdx.x) * ROWS;
+  const int own_token = thread / ACROSS, own_row = thread % ACROSS;
   fill_table(table);
   float totals[EACH][4] = {};
   Ahead ahead;
@@ -33,7 +33,7 @@ QUERN_INLINE void run(const Half* rounded, const float* back, const float* sums,
         }
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const uint4 x = *reinterpret_cast<const uint4*>(weights + (own_row + 16 * j) * PITCH + p * PART + k);
+          const uint4 x = *reinterpret_cast<const uint4*>(weights + (own_row + ACROSS * j) * PITCH + p * PART + k);
           right[j][0] = x.x, right[j][1] = x.y, right[j][2] = x.z, right[j][3] = x.w;
         }
 #pragma unroll
@@ -53,8 +53,8 @@ QUERN_INLINE void run(const Half* rounded, const float* back, const float* sums,
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const float2 two = to_float2(part[i][j]);
-          totals[i][j] = fmaf(two.x + two.y, scales[p][own_row + 16 * j], totals[i][j]);
-          if constexpr (AFFINE == 1) totals[i][j] = fmaf(sum, leasts[p][own_row + 16 * j], totals[i][j]);
+          totals[i][j] = fmaf(two.x + two.y, scales[p][own_row + ACROSS * j], totals[i][j]);
+          if constexpr (AFFINE == 1) totals[i][j] = fmaf(sum, leasts[p][own_row + ACROSS * j], totals[i][j]);
         }
       }
     }
@@ -66,7 +66,7 @@ QUERN_INLINE void run(const Half* rounded, const float* back, const float* sums,
     const float size = load_constant(back + of);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const int n = row + own_row + 16 * j;
+      const int n = row + own_row + ACROSS * j;
       const int64_t at = int64_t(of) * N + n;
       if (n < N) out[at] = RESIDUAL ? fmaf(totals[i][j], size, residual[at]) : totals[i][j] * size;
     }

@@ -1,15 +1,15 @@
-// TOKENS x 64 rows by wmma (sm_70 and 72). Four warps side by side, or two by two. Constants as linear_half_stage.cu.
+// TOKENS x ROWS by wmma (sm_70 and 72). Warps side by side, or in two rows. Constants as linear_half_stage.cu.
 
 QUERN_INLINE void run(const Half* rounded, const float* back, const float* sums, const uint32_t* codes,
                       const Scale* scale, const uint8_t* zero, const float* offset, const float* residual, float* out) {
-  constexpr int DOWN = TOKENS >= 32 ? 2 : 1, ACROSS = 4 / DOWN;  // warps
+  constexpr int DOWN = TOKENS >= 32 ? 2 : 1, ACROSS = WARPS / DOWN;
   constexpr int TALL = TOKENS / 16 / DOWN, WIDE = ROWS / 16 / ACROSS;
   alignas(32) __shared__ Half activations[TOKENS * PITCH];
   alignas(32) __shared__ Half weights[ROWS * PITCH];
   alignas(32) __shared__ float places[16 * 16];
   __shared__ float scales[PARTS][ROWS], leasts[PARTS][ROWS];
   __shared__ Half table[16];
-  const int thread = threadIdx.x, warp = thread / 32, token = blockIdx.y * TOKENS, row = blockIdx.x * ROWS;
+  const int thread = threadIdx.x, warp = thread / 32, token = (ORDER ? blockIdx.x : blockIdx.y) * TOKENS, row = (ORDER ? blockIdx.y : blockIdx.x) * ROWS;
   const int own_token = warp / ACROSS * TALL * 16, own_row = warp % ACROSS * WIDE * 16;
   fill_table(table);
   for (int i = thread; i < 256; i += THREADS) places[i] = static_cast<float>(i);

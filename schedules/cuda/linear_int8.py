@@ -50,6 +50,7 @@ COMMON = "linear_int8_common.cu"
 CODES, SCALE = 3, 4  # argument positions of the weight; its zero or offset is next
 DP4A = 61  # the first compute capability with it
 SHARED_MOST = 40 << 10  # bytes of activations that a block stages; beyond, lanes read them from the cache
+MOST_AHEAD = 4  # runs that a lane asks for at once
 WARPS_A_MULTIPROCESSOR = 32  # that the default wants: two for each that is resident
 
 
@@ -79,13 +80,14 @@ class Call:
         """The weight arguments' layouts."""
         return weight_packings(CODES, self.n, self.layout, self.scale, self.affine)
 
-    def name(self, family: str) -> str:
-        """Family, shape and kind, as a C identifier."""
+    def name(self, family: str, knobs: Mapping[str, int]) -> str:
+        """Family, shape and kind, then the knobs by their first letters, as a C identifier."""
         request, geometry = self.request, self.layout.geometry
         kind = request.attrs.get("grid", f"w{self.layout.bits}")
         more = ("_offset" if self.affine == "offset" else "") + ("_residual" if self.residual else "")
         shape = f"m{self.m}_n{self.n}_k{geometry.k}_g{geometry.group}_s{self.scale[5:]}"
-        return f"linear_{kind}a8_{family}_{self.gpu.arch}_{shape}{more}"
+        chosen = "".join(f"{name[0]}{value}" for name, value in knobs.items())
+        return f"linear_{kind}a8_{family}_{self.gpu.arch.replace('_', '')}_{shape}{more}_{chosen}"
 
     def kernel(
         self, name: str, file: str, sizes: Mapping[str, int], grid: Dim3, warps: int, resident: int, shared: int = 0
@@ -140,7 +142,17 @@ def default_knobs(call: Call) -> dict[str, int]:
     tokens = min(call.m, 4)
     while 2 * split <= min(8, call.layout.tiles) and blocks(call.n) * split < wanted:
         split *= 2
-    return {"warps": 8, "split": split, "loads": 8 if tokens == 1 else 4, "tokens": tokens}
+    loads = min(8 if tokens == 1 else 4, MOST_AHEAD * call.layout.run)
+    return {"warps": 8, "split": split, "loads": loads, "tokens": tokens}
+
+
+def _reads_ahead(call: Call, tokens: int) -> bool:
+    """Whether a lane asks for several runs at once.
+
+    Short runs have a scale for each load: several of them for several tokens would take too many registers. So do the
+    many products that stand for a dp4a.
+    """
+    return call.gpu.sm >= DP4A and (tokens == 1 or call.layout.run == MOST_RUN)
 
 
 def lower(request: Request) -> CudaKernel:
@@ -149,17 +161,14 @@ def lower(request: Request) -> CudaKernel:
     knobs = default_knobs(call) | dict(request.knobs)
     tokens, warps, split = knobs["tokens"], knobs["warps"], knobs["split"]
     geometry, run = call.layout.geometry, call.layout.run
-    # Short runs have a scale for each load: several of them for several tokens would take too many registers.
-    # So do the many products that stand for a dp4a.
-    dots = call.gpu.sm >= DP4A
-    ahead = max(1, min(4, knobs["loads"] // run)) if dots and (tokens == 1 or run == MOST_RUN) else 1
+    ahead = max(1, min(MOST_AHEAD, knobs["loads"] // run)) if _reads_ahead(call, tokens) else 1
     sizes = {
         "TOKENS": tokens, "WARPS": warps, "SPLIT": split, "AHEAD": ahead,
         "STAGED": int(tokens * geometry.spans * (geometry.width + 8) <= SHARED_MOST),
     }  # fmt: skip
     grid = (-(-blocks(call.n) // (warps // split)), -(-call.m // tokens), 1)
-    resident = 16 if dots and tokens == 1 and run == MOST_RUN and knobs["loads"] <= 8 else 8
-    return call.kernel(call.name("dp4a"), "linear_int8.cu", sizes, grid, warps, resident)
+    resident = 16 if call.gpu.sm >= DP4A and tokens == 1 and run == MOST_RUN and knobs["loads"] <= 8 else 8
+    return call.kernel(call.name("dp4a", knobs), "linear_int8.cu", sizes, grid, warps, resident)
 
 
 LOWERS = {
@@ -177,9 +186,12 @@ def workload(call: Call) -> dict[str, int | str]:
 def space(request: Request) -> Space:
     """What tuning may try."""
     call = read(request)
+    default, run = default_knobs(call), call.layout.run
 
     def allowed(knobs: Mapping[str, int]) -> bool:
-        return knobs["split"] <= knobs["warps"] and knobs["loads"] >= call.layout.run
+        some = run <= knobs["loads"] <= MOST_AHEAD * run
+        loads = some if _reads_ahead(call, knobs["tokens"]) else knobs["loads"] == default["loads"]
+        return knobs["split"] <= knobs["warps"] and loads
 
     tried = {
         "warps": (2, 4, 8, 16),
@@ -189,7 +201,7 @@ def space(request: Request) -> Space:
     }
     macs = call.m * call.n * call.layout.geometry.k
     return Space.around(
-        default_knobs(call), tried, schedule=f"cuda.linear_int8.{call.gpu.arch}", workload=workload(call),
+        default, tried, schedule=f"cuda.linear_int8.{call.gpu.arch}", workload=workload(call),
         macs=macs, allowed=allowed,
     )  # fmt: skip
 

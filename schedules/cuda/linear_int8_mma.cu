@@ -130,7 +130,7 @@ QUERN_INLINE void multiply(float (&acc)[MT][NT][4], const Stage& stage, int span
 QUERN_INLINE void layer(const Pointers& p) {
   Stage* stages = reinterpret_cast<Stage*>(dynamic_shared());
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warp_m = warp % WARPS_M, warp_n = warp / WARPS_M;
-  const int first_token = blockIdx.y * BM, first_row = blockIdx.x * BN;
+  const int first_token = (ORDER ? blockIdx.x : blockIdx.y) * BM, first_row = (ORDER ? blockIdx.y : blockIdx.x) * BN;
   if (WIDTH % 32) {  // what copies never reach meets zeros
     uint4* all = reinterpret_cast<uint4*>(stages);
     for (int i = threadIdx.x; i < SHARED_BYTES / 16; i += THREADS) all[i] = uint4{0, 0, 0, 0};

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from schedules.cuda.kernel import CudaKernel
+from schedules.cuda.kernel import CudaKernel, ordered
 from schedules.cuda.linear_int8 import Call, read, workload
 from schedules.cuda.packed import ROWS
 from schedules.kernel import NotSuited, Request, Space
@@ -34,7 +34,8 @@ FEW = 4  # tokens that the dot-product kernel serves
 K_STEP = 32  # inputs of an mma
 STAGE_INPUTS = 128  # at most, of one token in one buffer
 SHARED = 48 << 10
-RESIDENT = 16  # warps: 128 registers a thread
+RESIDENT = 16  # warps: 128 registers a thread, for up to FEW_OUTPUTS a warp
+FEW_OUTPUTS, MOST_OUTPUTS = 1024, 2048  # of a warp: 32 and 64 fp32 sums a thread
 TILES = ((64, 128), (64, 64), (32, 64), (16, 64), (16, 32))  # tokens x rows of a block, the least memory traffic first
 
 
@@ -82,7 +83,7 @@ def default_knobs(call: Call) -> dict[str, int]:
     filling = [(t, r) for t, r in useful if -(-call.m // t) * -(-call.n // r) >= call.gpu.multiprocessors]
     tokens, rows = (filling or useful[-1:])[0]
     stages = 3 if 3 * stage_bytes(call, tokens, rows) <= SHARED else 2
-    return {"tokens": tokens, "rows": rows, "warps": rows // 16, "stages": stages}
+    return {"tokens": tokens, "rows": rows, "warps": rows // 16, "stages": stages, "order": 0}
 
 
 def lower(request: Request) -> CudaKernel:
@@ -97,10 +98,12 @@ def lower(request: Request) -> CudaKernel:
     sizes = {
         "BM": tokens, "BN": rows, "WARPS_M": warps_m, "WARPS_N": knobs["warps"] // warps_m, "K_STEPS": k_steps,
         "STAGE_SPANS": spans, "A_STRIDE": a_stride, "W_STRIDE": w_stride, "STAGES": stages, "SHARED_BYTES": shared,
+        "ORDER": knobs["order"],
     }  # fmt: skip
-    grid = (-(-call.n // rows), -(-call.m // tokens), 1)
-    resident = RESIDENT if call.layout.bits == 4 and call.affine == "zero" else 8
-    return call.kernel(call.name("mma"), "linear_int8_mma.cu", sizes, grid, knobs["warps"], resident, shared)
+    grid = ordered(-(-call.n // rows), -(-call.m // tokens), knobs["order"])
+    few = tokens * rows // knobs["warps"] <= FEW_OUTPUTS
+    resident = RESIDENT if few and call.layout.bits == 4 and call.affine == "zero" else 8
+    return call.kernel(call.name("mma", knobs), "linear_int8_mma.cu", sizes, grid, knobs["warps"], resident, shared)
 
 
 def suited(request: Request) -> Call:
@@ -129,9 +132,10 @@ def space(request: Request) -> Space:
         tokens, rows, warps = knobs["tokens"], knobs["rows"], knobs["warps"]
         warps_m = max(1, tokens // 32)
         whole = warps % warps_m == 0 and rows % (8 * (warps // warps_m)) == 0
+        whole = whole and tokens * rows // warps <= MOST_OUTPUTS and (knobs["order"] == 0 or call.m > tokens)
         return whole and knobs["stages"] * stage_bytes(call, tokens, rows) <= SHARED
 
-    tried = {"tokens": (16, 32, 64), "rows": (32, 64, 128), "warps": (2, 4, 8), "stages": (2, 3, 4)}
+    tried = {"tokens": (16, 32, 64), "rows": (32, 64, 128), "warps": (2, 4, 8), "stages": (2, 3, 4), "order": (0, 1)}
     macs = call.m * call.n * call.layout.geometry.k
     return Space.around(
         default_knobs(call), tried, schedule=f"cuda.linear_int8_mma.{call.gpu.arch}", workload=workload(call),

@@ -171,7 +171,7 @@ QUERN_INLINE void multiply(float (&acc)[MT][NT][8], const Stage& stage, const in
 QUERN_INLINE void layer(const Pointers& p) {
   __shared__ Stage stage;
   const int warp = threadIdx.x / 32, warp_m = warp % WARPS_M, warp_n = warp / WARPS_M;
-  const int first_token = blockIdx.y * BM, first_row = blockIdx.x * BN;
+  const int first_token = (ORDER ? blockIdx.x : blockIdx.y) * BM, first_row = (ORDER ? blockIdx.y : blockIdx.x) * BN;
   Fetched fetched;
   fetch(fetched, p, 0, first_token, first_row / ROWS);
 

@@ -19,8 +19,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from schedules.cuda.kernel import CudaKernel
+from schedules.cuda.kernel import CudaKernel, ordered
 from schedules.cuda.linear_int8 import Call, read, workload
+from schedules.cuda.packed import ROWS
 from schedules.kernel import NotSuited, Request, Space
 
 RANK = 1
@@ -30,6 +31,7 @@ K_STEP = 16
 STAGE_INPUTS = 128
 RESIDENT = 8  # warps: registers are what bounds them
 MOST_OUTPUTS = 1024  # of a warp: 32 fp32 sums a thread
+MOST_FETCHED = 64  # registers of a thread for what it reads ahead; with 1024 outputs and 92 of them, 40 bytes spill
 
 
 def steps(call: Call) -> tuple[int, int]:
@@ -38,11 +40,25 @@ def steps(call: Call) -> tuple[int, int]:
     return k_steps, min(max(1, STAGE_INPUTS // (k_steps * K_STEP)), call.layout.geometry.spans)
 
 
+def fetched(call: Call, tokens: int, rows: int, warps: int) -> int:
+    """Registers that hold the next stage on its way to shared memory (`Fetched`)."""
+    _, spans = steps(call)
+    width, blocks, threads = call.layout.geometry.width, rows // ROWS, 32 * warps
+    piece = 4 if width % 16 == 0 else 2
+    each = [
+        (tokens * spans * (width // (4 * piece)), piece),
+        (blocks * spans * call.layout.units, 4),
+        (tokens * spans, 2),
+        (blocks * spans, (2 if call.scale == "float16" else 4) + {"zero": 1, "offset": 4, "table": 0}[call.affine]),
+    ]
+    return sum(-(-items // threads) * registers for items, registers in each)
+
+
 def default_knobs(call: Call) -> dict[str, int]:
     """64 x 64 where that fills the device; fewer tokens where there are fewer, fewer rows where they leave it idle."""
     tokens = 16 if call.m <= 16 else 32 if call.m <= 32 else 64
     rows = 64 if -(-call.m // tokens) * -(-call.n // 64) >= call.gpu.multiprocessors else 32
-    return {"tokens": tokens, "rows": rows, "warps": 4 if tokens == 64 else rows // 16}
+    return {"tokens": tokens, "rows": rows, "warps": 4 if tokens == 64 else rows // 16, "order": 0}
 
 
 def lower(request: Request) -> CudaKernel:
@@ -54,10 +70,10 @@ def lower(request: Request) -> CudaKernel:
     warps_m = max(1, tokens // 32)
     sizes = {
         "BM": tokens, "BN": rows, "WARPS_M": warps_m, "WARPS_N": warps // warps_m, "K_STEPS": k_steps,
-        "STAGE_SPANS": spans,
+        "STAGE_SPANS": spans, "ORDER": knobs["order"],
     }  # fmt: skip
-    grid = (-(-call.n // rows), -(-call.m // tokens), 1)
-    return call.kernel(call.name("wmma"), "linear_int8_wmma.cu", sizes, grid, warps, RESIDENT)
+    grid = ordered(-(-call.n // rows), -(-call.m // tokens), knobs["order"])
+    return call.kernel(call.name("wmma", knobs), "linear_int8_wmma.cu", sizes, grid, warps, RESIDENT)
 
 
 def suited(request: Request) -> Call:
@@ -76,16 +92,20 @@ LOWERS = {
 def space(request: Request) -> Space:
     """What tuning may try."""
     call = suited(request)
+    default = default_knobs(call)
 
     def allowed(knobs: Mapping[str, int]) -> bool:
         warps_m = max(1, knobs["tokens"] // 32)
         whole = knobs["warps"] % warps_m == 0 and knobs["rows"] % (16 * (knobs["warps"] // warps_m)) == 0
-        return whole and knobs["tokens"] * knobs["rows"] // knobs["warps"] <= MOST_OUTPUTS
+        tile = knobs["tokens"], knobs["rows"], knobs["warps"]
+        few = knobs["tokens"] * knobs["rows"] // knobs["warps"] <= MOST_OUTPUTS
+        few = few and (knobs["order"] == 0 or call.m > knobs["tokens"])
+        return whole and few and (fetched(call, *tile) <= MOST_FETCHED or knobs == default)
 
-    tried = {"tokens": (16, 32, 64), "rows": (32, 64, 128), "warps": (1, 2, 4, 8)}
+    tried = {"tokens": (16, 32, 64), "rows": (32, 64, 128), "warps": (1, 2, 4, 8), "order": (0, 1)}
     macs = call.m * call.n * call.layout.geometry.k
     return Space.around(
-        default_knobs(call), tried, schedule=f"cuda.linear_int8_wmma.{call.gpu.arch}",
+        default, tried, schedule=f"cuda.linear_int8_wmma.{call.gpu.arch}",
         workload=workload(call), macs=macs, allowed=allowed,
     )  # fmt: skip
 

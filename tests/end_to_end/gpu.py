@@ -11,10 +11,14 @@ import targets
 from compiler import pipeline
 from compiler.codegen import nvrtc
 from compiler.codegen.cuda import device_code
+from compiler.passes.lower_to_schedules import requests
 from compiler.progress import Reporter
+from compiler.tune.records import Database
+from schedules.kernel import space
 from tests.emulator import cuda as emulator
 from tests.end_to_end import commands
 from tests.mock import cuda as mock
+from tests.tune.test_records import choice
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,32 @@ class Built:
         done = self.run("generate", *options, counts=counts, **settings)
         assert (done.returncode, done.stderr) == (0, "")
         return json.loads(done.stdout), json.loads(counts.read_text())
+
+
+def tune(model: Path, folder: Path, target: str, **settings: Any) -> dict[str, dict[str, int]]:
+    """A database for a build of `model`: its attention and every token's first layer have knobs of their own.
+
+    Gives these by record. A much smaller card, tuned later, has chosen otherwise.
+    """
+    request = pipeline.Request(Path(), targets.load(target), **settings)
+    gpu = request.target.gpu
+    assert gpu is not None
+    fused = pipeline.fuse(pipeline.import_checkpoint(model, request).model.graph.module(), request)
+    calls = [call for calls in requests(fused, request.target).values() for call in calls]
+    spaces = [found for call in calls if (found := space(call)) is not None]
+    chosen = [found for found in spaces if "attention" in found.schedule]
+    chosen.append(next(found for found in spaces if "linear" in found.schedule and found.workload["m"] == 1))
+    database, found = Database.writing(folder, request.target.tuning_key), {}
+    for room in chosen:
+        first, *_, last = room.points()
+        about: dict[str, Any] = {"schedule": room.schedule, "workload": dict(room.workload), "threads": 1}
+        about["default"] = dict(room.default)
+        card = {"name": "Card", "multiprocessors": gpu.multiprocessors}
+        database.append(choice(**about, knobs=last, measured="rpc", gpu=card))
+        found[database.names[-1]] = last
+        database.append(choice(**about, knobs=first, measured="rpc", gpu=card | {"multiprocessors": 1}))
+    database.close()
+    return found
 
 
 def build(model: Path, out: Path, target: str, **settings: Any) -> Built:

@@ -32,11 +32,34 @@ EXACT_BOUND = 2e-4
 HALF_BOUND = 0.05  # 0.017 and 0.006 seen
 
 
+SETTINGS: dict[str, Any] = {"activations": "exact", "chunks": (16,)}
+
+
 @pytest.fixture(scope="session")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """A 260 K model for a data-centre card, exact path, prompts in chunks of 16."""
+def tuning(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, int]]]:
+    """A tuning database for it, and the knobs that it means, by record."""
+    logs = tmp_path_factory.mktemp("logs")
+    return logs, gpu.tune(STORIES260K, logs, "cuda-sm90", **SETTINGS)
+
+
+@pytest.fixture(scope="session")
+def small(tuning: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """A 260 K model for a data-centre card, exact path, prompts in chunks of 16, some kernels of it tuned."""
     out = tmp_path_factory.mktemp("cuda") / "small"
-    return gpu.build(STORIES260K, out, "cuda-sm90", activations="exact", chunks=(16,))
+    return gpu.build(STORIES260K, out, "cuda-sm90", tuning_logs=tuning[0], **SETTINGS)
+
+
+def test_records_decide_what_is_built(small: Built, tuning: tuple[Path, dict[str, dict[str, int]]]) -> None:
+    """Those of a card of the target's size. What every test below runs are these kernels, beside defaults."""
+    _, wanted = tuning
+    tuned = read_manifest(small.bundle).tuning
+    assert {kernel.record: dict(kernel.knobs) for kernel in tuned.values()} == wanted
+    kernels = {"_".join(name.split("_")[:2]): name for name in tuned}
+    assert kernels.keys() == {"attention_decode", "attention_tile", "linear_dense"}
+    assert kernels["linear_dense"].endswith("_t1w16") and kernels["attention_tile"].endswith("_r32p64t256")
+    assert all(re.search(rf"__global__.* {name}\(|\n{name}\(", small.source) for name in tuned)
+    done = small.run("info", emulated=False)
+    assert f"tuning:       {len(tuned)} kernels by records {' '.join(sorted(wanted))}\n" in done.stdout
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import targets
 from compiler.codegen.cuda import device_code
 from compiler.tune import candidates, cuda_candidates, tracker
 from compiler.tune.boards import BoardError, BoardMeasurer
-from compiler.tune.measure import EMULATED, RPC, Setting
-from compiler.tune.records import Tuned
+from compiler.tune.measure import EMULATED, RPC, Device, Setting
+from compiler.tune.records import Database, DatabaseError, Tuned
 from runtime.rpc_tracker import Address
 from schedules import kernel
 from schedules.cuda.kernel import CudaKernel
@@ -24,7 +25,7 @@ from targets import Target
 from tests.emulator import cuda as emulator
 from tests.mock import cuda as mock
 from tests.tune import fake_board
-from tests.tune.test_records import choice, database
+from tests.tune.test_records import choice, database, trial
 
 SM90 = targets.load("cuda-sm90")
 KEY = "gpu-mill"
@@ -49,6 +50,8 @@ def room() -> Space:
 REQUEST = linear()
 SPACE = room()
 GOOD, WRONG = {**SPACE.default, "rows": 16}, {**SPACE.default, "threads": 64}
+ABOUT_SPACE: dict[str, Any] = {"schedule": SPACE.schedule, "workload": dict(SPACE.workload),
+                               "default": dict(SPACE.default), "threads": 1, "measured": RPC}  # fmt: skip
 DEADLY = {"rows": 16, "threads": 64}
 
 
@@ -106,7 +109,7 @@ def test_candidates_beside_the_default(measurer: BoardMeasurer, address: Address
     one = N * K // 2 + 2 * N * K // GROUP + N * K // GROUP
     assert batch.bytes_per_call == one and batch.rotated_bytes >= LEAST_BYTES
     assert again.timings[0].failure is None and len(again.timings[0].speedups) == 2
-    assert (measurer.setting.measured, measurer.setting.cpu) == (EMULATED, "Mock GPU, 2 multiprocessors")
+    assert (measurer.setting.measured, measurer.setting.gpu) == (EMULATED, Device("Mock GPU", 2))
 
 
 @pytest.mark.slow
@@ -139,8 +142,10 @@ def admitted(gpu: dict[str, Any]) -> Setting:
          "kernels are tuned for sm_90. Give boards of another kind another --key."),
         (GPU | {"driver": 11040},
          "The board at stone:1 (stone) has an NVIDIA driver of CUDA 11.4, but kernels need 11.8. Update it."),
+        (GPU | {"multiprocessors": 0},
+         "The board at stone:1 (stone) says nonsense of its GPU: 'Orin', 0 multiprocessors."),
     ],
-    ids=["none", "another", "old"],
+    ids=["none", "another", "old", "nonsense"],
 )  # fmt: skip
 def test_another_gpu_is_refused(gpu: dict[str, Any], said: str) -> None:
     with pytest.raises(BoardError) as caught:
@@ -150,17 +155,65 @@ def test_another_gpu_is_refused(gpu: dict[str, Any], said: str) -> None:
 
 def test_a_gpu_gives_records_its_name() -> None:
     found = admitted(GPU)
-    assert (found.measured, found.cpu) == (RPC, "Orin, 8 multiprocessors")
+    assert (found.measured, found.cpu, found.gpu) == (RPC, "stone", Device("Orin", 8))
     assert admitted(GPU | {"emulated": True}).measured == EMULATED
 
 
 def test_a_build_takes_a_gpus_records(tmp_path: Path) -> None:
-    """By the knobs of a CUDA schedule; threads are none of a GPU's business."""
-    record = choice(schedule=SPACE.schedule, workload=dict(SPACE.workload), default=dict(SPACE.default), knobs=GOOD)
-    database(tmp_path, record | {"threads": 1, "best": GOOD, "measured": RPC}, key=SM90.tuning_key)
-    tuned = Tuned.of(tmp_path, SM90)
-    found = tuned(REQUEST)
-    assert found is not None and found.knobs == GOOD and tuned.threads == 1
+    """By the knobs of a CUDA schedule; threads are none of a GPU's business. The nearest in size decides."""
+    other = WRONG
+
+    def record(multiprocessors: int, knobs: dict[str, int]) -> dict[str, Any]:
+        return choice(**ABOUT_SPACE, knobs=knobs, gpu={"name": "H", "multiprocessors": multiprocessors})
+
+    assert SM90.gpu is not None and SM90.gpu.multiprocessors == 132
+    for records, want in (
+        ([record(2, GOOD)], GOOD),
+        ([record(132, GOOD), record(2, other)], GOOD),
+        ([record(132, other), record(114, other), record(132, GOOD)], GOOD),
+        ([record(60, other), record(264, GOOD)], GOOD),
+    ):
+        database(tmp_path, *records, key=SM90.tuning_key)
+        tuned = Tuned.of(tmp_path, SM90)
+        found = tuned(REQUEST)
+        assert found is not None and found.knobs == want and tuned.threads == 1
+        tuned.database.path.unlink()
     name = lowered(GOOD).name
     assert name != lowered(dict(SPACE.default)).name
-    assert cuda_lowerings()[REQUEST.op](replace(REQUEST, knobs=found.knobs)).name == name
+    assert cuda_lowerings()[REQUEST.op](replace(REQUEST, knobs=GOOD)).name == name
+
+
+def test_each_device_has_trials_of_its_own(tmp_path: Path) -> None:
+    """Two Orins in one file: what one of them measured is no trial of the other, and boards of both are not mixed."""
+    nano, agx = Device("Orin", 8), Device("Orin", 16)
+    lines = (trial(**ABOUT_SPACE, knobs=GOOD, gpu=asdict(nano)), choice(**ABOUT_SPACE, knobs=GOOD, gpu=asdict(agx)))
+    database(tmp_path, *lines, key=SM90.tuning_key)
+    for device, trials, decided in ((nano, 1, False), (agx, 0, True)):
+        writer = Database.writing(tmp_path, SM90.tuning_key)
+        writer.admit(RPC, device)
+        assert (len(writer.trials(SPACE, 1)), writer.choice(SPACE, 1) is not None) == (trials, decided)
+        writer.close()
+    with pytest.raises(DatabaseError) as caught:
+        writer.admit(RPC, nano)
+    assert str(caught.value) == (
+        f"{writer.path}: this run tunes for Orin with 16 multiprocessors, and another board is Orin with 8 "
+        f"multiprocessors. Give boards of another kind another --key."
+    )
+
+
+@pytest.mark.parametrize(
+    ("gpu", "why"),
+    [
+        (None, "key 'gpu' is missing"),
+        ({"name": "Orin"}, "gpu must have name and multiprocessors"),
+        ({"name": "Orin", "multiprocessors": 0}, "gpu.multiprocessors is 0"),
+    ],
+    ids=str,
+)
+def test_a_record_says_which_gpu_made_it(gpu: Any, why: str, tmp_path: Path) -> None:
+    (tmp_path / "mill").mkdir()
+    line = {"target": "mill", **trial(**ABOUT_SPACE), **({} if gpu is None else {"gpu": gpu})}
+    (tmp_path / "mill" / "tune.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(DatabaseError) as caught:
+        Database.read(tmp_path, "mill")
+    assert f":1: not a tuning record of mill: {why}. " in str(caught.value)

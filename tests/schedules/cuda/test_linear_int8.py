@@ -90,8 +90,8 @@ def test_integers_are_exact(family: str, gpu: str, case: tuple[str, bool, int, i
         ("cuda-sm90", 1, {"warps": 8, "split": 4, "loads": 8, "tokens": 1}),
         ("jetson-orin", 1, {"warps": 2, "split": 2, "loads": 16, "tokens": 1}),
         ("jetson-orin", 3, {"warps": 4, "split": 1, "loads": 4, "tokens": 2}),
-        ("jetson-orin", 40, {"tokens": 32, "rows": 32, "warps": 2, "stages": 4}),
-        ("jetson-xavier", 40, {"tokens": 16, "rows": 64, "warps": 4}),
+        ("jetson-orin", 40, {"order": 1, "tokens": 32, "rows": 32, "warps": 2, "stages": 4}),
+        ("jetson-xavier", 40, {"order": 1, "tokens": 16, "rows": 64, "warps": 4}),
     ],
     ids=str,
 )
