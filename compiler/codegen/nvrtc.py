@@ -15,12 +15,13 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
 
+from compiler.codegen import elf
 from compiler.errors import UserError
 from targets.target import Gpu
 
@@ -41,11 +42,15 @@ class DeviceCodeError(Exception):
 
 @dataclass(frozen=True)
 class Resources:
-    """What a function needs, by ptxas: registers of a thread, bytes spilled by a thread, static shared memory."""
+    """What a function needs, by ptxas: registers of a thread, bytes spilled by a thread, static shared memory.
+
+    instructions: of its machine code, without the padding behind it.
+    """
 
     registers: int
     spill_bytes: int
     shared_bytes: int
+    instructions: int = 0
 
 
 @dataclass(frozen=True)
@@ -167,9 +172,29 @@ def _assemble(ptx: bytes, arch: str) -> dict[str, Resources]:
         text.write_bytes(ptx)
         command = [str(_ptxas()), "-v", f"-arch={arch}", str(text), "-o", str(out)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise DeviceCodeError(f"{arch}: ptxas refuses the kernel:\n{done.stdout}{done.stderr}")
-    return _resources(done.stdout + done.stderr)
+        if done.returncode:
+            raise DeviceCodeError(f"{arch}: ptxas refuses the kernel:\n{done.stdout}{done.stderr}")
+        sizes = _instructions(out.read_bytes(), arch)
+    return {
+        name: replace(found, instructions=sizes[name])
+        for name, found in _resources(done.stdout + done.stderr).items()
+    }
+
+
+def _instructions(cubin: bytes, arch: str) -> dict[str, int]:
+    """How many each function has. Before sm_70 every fourth word of 8 bytes says when the three behind it may go; since
+    then an instruction has 16 bytes. Behind a function are a jump to itself and equal words.
+    """
+    found = {}
+    for name, code in elf.named_code(cubin).items():
+        if int(arch.removeprefix("sm_")) < 70:
+            words = [code[i : i + 8] for i in range(0, len(code), 8) if i % 32]
+        else:
+            words = [code[i : i + 12] for i in range(0, len(code), 16)]  # the last 4 bytes hold waits, too
+        while len(words) > 1 and words[-1] == words[-2]:
+            words.pop()
+        found[name.removeprefix(".text.")] = max(1, len(words) - 2)
+    return found
 
 
 def _resources(report: str) -> dict[str, Resources]:
