@@ -95,7 +95,7 @@ def code(path: Path) -> list[tuple[int, bytes]]:
 
 
 def named_code(data: bytes) -> dict[str, bytes]:
-    """Sections with code of a file's bytes, by name: ".text.NAME" of each function in NVIDIA's machine code."""
+    """Sections with code of a file's bytes, by name: ".text.NAME" for each function of NVIDIA's machine code."""
     table, entry_bytes, count, names = struct.unpack_from("<Q10xHHH", data, 40)
     headers = [struct.unpack_from("<IIQ8xQQ", data, table + i * entry_bytes) for i in range(count)]
     strings = data[headers[names][3] :]

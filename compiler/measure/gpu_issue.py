@@ -58,8 +58,8 @@ HOPPER = {**AMPERE, ptx.HALF: 128}
 OLD_PIPES = (FMA, (ptx.HALF, ptx.TO_FLOAT), ALU, (*SLOW, ptx.TO_HALF))
 NEW_PIPES = (FMA, (ptx.HALF, ptx.TO_FLOAT), (*ALU, ptx.TO_HALF), SLOW)
 # Tensor cores. sm_72: int8, 22 TOPS of AGX Xavier / (2 * 8 * 1.377 GHz); sm_87: 20 dense int8 TOPS of Orin Nano /
-# (2 * 8 * 0.625 GHz); sm_90: 1979 of H100 SXM / (2 * 132 * 1.83 GHz). fp16 is half of it on all three. `step`: dependent
-# arithmetic, Jia et al., arXiv:1804.06826 (Maxwell 6, Volta 4).
+# (2 * 8 * 0.625 GHz); sm_90: 1979 of H100 SXM / (2 * 132 * 1.83 GHz). fp16 is half of it on all three.
+# `step`: dependent arithmetic, Jia et al., arXiv:1804.06826 (Maxwell 6, Volta 4).
 CHIPS = {
     53: Chip(MAXWELL, (CORE, (ptx.TO_FLOAT, ptx.TO_HALF, *SLOW)), {}, 6, 2048, 32, 64 << 10),
     72: Chip(VOLTA, OLD_PIPES, {8: 1024, 16: 512}, 4, 2048, 32, 96 << 10),

@@ -35,8 +35,9 @@ extern "C" __global__ void strided(const uint4* x, const int32_t* span, float* o
   __shared__ float gathered[64];
   if (blockIdx.x >= span[0]) return;
   float sum = 0;
+  const int end = opaque(span[1]);
 #pragma unroll 1
-  for (int i = threadIdx.x; i < opaque(span[1]); i += 64)
+  for (int i = threadIdx.x; i < end; i += 64)
     sum += bits_float(load_constant(x + blockIdx.x * 1024 + i * STEP).x);
   gathered[threadIdx.x * 2 % 64] = shuffle_xor(sum, 1);
   block_sync();
