@@ -19,6 +19,7 @@ from .errors import BundleError
 
 Copy = Callable[[int, Any, int], None]
 AHEAD = 1  # chunks that are read while every thread has one
+COMING_BYTES = 64 << 20  # that storage is asked for before they are read
 THREADS = 4  # at most: they are quicker than any storage, and each holds a chunk
 
 
@@ -53,6 +54,7 @@ def upload(bundle: Bundle, copy: Copy, evict: bool) -> None:
                 require(index - len(buffers))  # it was in the buffer that comes next
             buffer, start = buffers[index % len(buffers)], index * step
             size = min(step, digest.bytes - start)
+            _advise(stream, start, size + COMING_BYTES, os.POSIX_FADV_WILLNEED)
             with memoryview(buffer) as whole, whole.cast("B")[:size] as room:
                 if _fill(stream, room) < size:
                     raise BundleError(f"{path}: ends before byte {digest.bytes}. Copy the bundle again.")
@@ -60,10 +62,14 @@ def upload(bundle: Bundle, copy: Copy, evict: bool) -> None:
                 checks.append(pool.submit(_sha256, buffer, size))
             copy(start, buffer, size)
             if evict:
-                with contextlib.suppress(OSError):
-                    os.posix_fadvise(stream.fileno(), start, size, os.POSIX_FADV_DONTNEED)
+                _advise(stream, start, size, os.POSIX_FADV_DONTNEED)
         for index in range(max(0, len(expected) - len(buffers)), len(expected)):
             require(index)
+
+
+def _advise(stream: Any, start: int, size: int, advice: int) -> None:
+    with contextlib.suppress(OSError):
+        os.posix_fadvise(stream.fileno(), start, size, advice)
 
 
 def _fill(stream: Any, room: memoryview) -> int:
