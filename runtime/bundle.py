@@ -25,12 +25,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A checked bundle. `weights` are read-only views into the mapped file, by name; they keep the mapping alive."""
+    """A checked bundle. `weights` are read-only views into the mapped file, by name; they keep the mapping alive.
+
+    unchecked: the weights' digest was asked for and is still to be found, by who reads them to take them to a GPU.
+    """
 
     path: Path
     manifest: Manifest
     weights: Mapping[str, Array]
-    mapping: Optional[mmap.mmap] = None
+    unchecked: bool = False
 
     @property
     def library(self) -> Path:
@@ -68,6 +71,7 @@ def open_bundle(
 ) -> Bundle:
     """Check a bundle and map its weights. `verify_weights=False` skips the digest of the weights file, nothing else.
 
+    A GPU's weights are checked while they are copied there (upload.py), so that a file larger than memory is read once.
     meanwhile: what the caller has to do before it can use the bundle, without running any of its code; called while
     threads check the weights. What it raises comes out, whatever the weights are.
     Raises ManifestError, BundleError (missing, truncated or damaged files) or DeviceError (wrong machine).
@@ -76,12 +80,13 @@ def open_bundle(
     device.require(found.target, str(path))
     for name, digest in sorted(found.files.items()):
         _check_size(path / name, digest)
-    with _mapped(path / found.weights.file, found, verify_weights) as mapping:
+    on_gpu = found.target.gpu is not None
+    with _mapped(path / found.weights.file, found, not on_gpu, verify_weights and not on_gpu) as mapping:
         for name, digest in sorted(found.files.items()):
             if name != found.weights.file:
                 _check_digest(path / name, digest)
         meanwhile(found)
-    return Bundle(path, found, _arrays(mapping, found), mapping)
+    return Bundle(path, found, _arrays(mapping, found), verify_weights and on_gpu)
 
 
 def _check_size(path: Path, digest: FileDigest) -> None:
@@ -108,8 +113,8 @@ def _check_digest(path: Path, digest: FileDigest) -> None:
 
 
 @contextmanager
-def _mapped(path: Path, found: Manifest, verify: bool) -> Iterator[Optional[mmap.mmap]]:
-    """Map the weights, to be read ahead. If asked, threads check them while the block runs; the block's own
+def _mapped(path: Path, found: Manifest, ahead: bool, verify: bool) -> Iterator[Optional[mmap.mmap]]:
+    """Map the weights. If asked, start reading them ahead, and threads check them while the block runs; the block's own
 
     error wins, otherwise a wrong digest raises at its end. None when there are no weights.
     """
@@ -121,7 +126,8 @@ def _mapped(path: Path, found: Manifest, verify: bool) -> Iterator[Optional[mmap
             mapping = mmap.mmap(stream.fileno(), found.files[path.name].bytes, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:
         raise BundleError(f"{path}: cannot be mapped into memory: {error}.") from None
-    _read_ahead(mapping)
+    if ahead:
+        _read_ahead(mapping)
     if not verify:
         yield mapping
         return
@@ -158,8 +164,7 @@ def _checking(path: Path, mapping: mmap.mmap, digest: FileDigest) -> Iterator[No
         yield
         for index, check in enumerate(checks):
             if not check.result():
-                end = min((index + 1) * step, digest.bytes)
-                raise _damaged(path, f"the SHA-256 of bytes {index * step} to {end - 1} is not the manifest's")
+                raise damaged_chunk(path, digest, index)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -171,6 +176,13 @@ def _arrays(mapping: Optional[mmap.mmap], found: Manifest) -> dict[str, Array]:
     from . import arrays
 
     return {t.name: arrays.mapped(mapping, t.offset, t.shape, t.dtype) for t in found.weights.tensors}
+
+
+def damaged_chunk(path: Path, digest: FileDigest, index: int) -> BundleError:
+    """What to say of a chunk of the weights whose digest is wrong."""
+    step = digest.chunk_bytes or max(1, digest.bytes)
+    end = min((index + 1) * step, digest.bytes)
+    return _damaged(path, f"the SHA-256 of bytes {index * step} to {end - 1} is not the manifest's")
 
 
 def _damaged(path: Path, what: str) -> BundleError:

@@ -6,16 +6,13 @@ logits back, straight into the pinned memory that the caller reads; hidden state
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import itertools
-import mmap
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
-from . import arrays, cuda_driver
+from . import arrays, cuda_driver, upload
 from .bundle import Bundle
 from .errors import DeviceError, InputError, UserError, VmError
 from .manifest_check import nbytes
@@ -26,7 +23,6 @@ NO_DRIVER, OLD_DRIVER, WRONG_DEVICE, NO_MEMORY, REFUSED, FAILED = range(1, 7)
 GRAPHS, TIMED, PTX_ONLY = 1, 2, 4
 HEADER = 256  # bytes before the ids: the span and nothing else
 CACHE_ALIGNMENT = 256
-PIECE_BYTES = 64 << 20  # of the mapped weights that may be in memory while they are copied
 
 
 class Info(ctypes.Structure):
@@ -80,6 +76,10 @@ class Model:
     def _raise_for(self, code: int, name: str) -> None:
         if code:
             raise _error(self.where, code, name, self.library.quern_error().decode(errors="replace"))
+
+    def upload(self, place: int, data: object, size: int) -> None:
+        """Copy `size` bytes of a ctypes array to byte `place` of the weights. It may be changed afterwards."""
+        self.call("quern_upload", ctypes.c_uint64(place), data, ctypes.c_uint64(size))
 
     def host(self, nbytes: int) -> int:
         """Address of pinned memory, which lives as long as this object."""
@@ -188,7 +188,7 @@ class OnCuda:
             raise InputError(f"{bundle.path}: runs on a GPU, and threads are the CPU's. Leave --threads out.")
         self.model = Model(bundle.path, bundle.library, GRAPHS * graphs | TIMED * timed | PTX_ONLY * ptx_only)
         _place(self.model, bundle)
-        _upload(self.model, bundle)
+        upload.upload(bundle, self.model.upload, bool(self.model.info.integrated))
         self.model.call("quern_load")
         functions = bundle.manifest.functions
         header = self.model.host(HEADER + 4 * max(f.tokens for f in functions.values()))
@@ -243,34 +243,6 @@ def _place(model: Model, bundle: Bundle) -> None:
     table = (ctypes.c_uint64 * len(offsets))(*offsets)
     weights = bundle.manifest.files[bundle.manifest.weights.file].bytes
     model.call("quern_memory", ctypes.c_uint64(weights), ctypes.c_uint64(size), table)
-
-
-def _upload(model: Model, bundle: Bundle) -> None:
-    """Weight by weight out of the mapped file, whose pages are let go when they have been copied.
-
-    On a board GPU and CPU share the memory: there the page cache must not keep a second copy either.
-    """
-    pending, evict = 0, bool(model.info.integrated)
-    for tensor in bundle.manifest.weights.tensors:
-        address = arrays.layout(bundle.weights[tensor.name]).address
-        for done in range(0, tensor.nbytes, PIECE_BYTES):
-            count = min(PIECE_BYTES, tensor.nbytes - done)
-            place = ctypes.c_uint64(tensor.offset + done)
-            model.call("quern_upload", place, ctypes.c_void_p(address + done), ctypes.c_uint64(count))
-            pending += count
-            if pending >= PIECE_BYTES:
-                _forget(bundle, evict)
-                pending = 0
-    _forget(bundle, evict)
-
-
-def _forget(bundle: Bundle, evict: bool) -> None:
-    if bundle.mapping is None:
-        return
-    bundle.mapping.madvise(mmap.MADV_DONTNEED)
-    if evict:
-        with contextlib.suppress(OSError), (bundle.path / bundle.manifest.weights.file).open("rb") as stream:
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _open_library(path: Path) -> ctypes.CDLL:

@@ -141,7 +141,7 @@ class _Room:
         """Copy an argument to the next free place; gives its address."""
         place, size = self._next, argument["nbytes"]
         raw = data[argument["offset"] : argument["offset"] + size]
-        self._owner.call("quern_upload", ctypes.c_uint64(place), ctypes.c_char_p(raw), ctypes.c_uint64(size))
+        self._owner.upload(place, ctypes.c_char_p(raw), size)
         self._next += _up(size)
         return self._owner.weights + place
 

@@ -77,9 +77,10 @@ LAW: dict[str, set[str]] = {
         "compiler.pipeline", "numpy", "targets", "tvm",
     },
     "compiler.measure.gpu_forecast": {
-        "compiler.graph", "compiler.measure", "compiler.models", "compiler.passes", "compiler.pipeline", "numpy",
-        "rich", "targets",
+        "compiler.codegen.nvrtc", "compiler.graph", "compiler.measure", "compiler.models", "compiler.passes",
+        "compiler.pipeline", "numpy", "targets",
     },
+    "compiler.measure.gpu_forecast_report": {"compiler.measure", "rich", "targets"},
     "compiler.measure.forecast_report": {"compiler.measure", "rich", "targets"},
     "compiler.measure.bundle_cost": {
         "compiler.board", "compiler.codegen.elf", "compiler.measure", "runtime", "targets",

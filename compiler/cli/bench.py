@@ -111,9 +111,9 @@ def run(options: argparse.Namespace) -> int:
         return _on_device(options)
     target = targets.load(options.target)
     if options.cost == "model":
-        from compiler.measure import forecast_report, gpu_forecast
+        from compiler.measure import forecast_report, gpu_forecast_report
 
-        (forecast_report if target.gpu is None else gpu_forecast).show(options, target)
+        (forecast_report if target.gpu is None else gpu_forecast_report).show(options, target)
         return 0
     if options.growth is not None:
         return _grow(options, target)

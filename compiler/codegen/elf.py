@@ -94,6 +94,18 @@ def code(path: Path) -> list[tuple[int, bytes]]:
     ]
 
 
+def named_code(data: bytes) -> dict[str, bytes]:
+    """Sections with code of a file's bytes, by name: ".text.NAME" for each function of NVIDIA's machine code."""
+    table, entry_bytes, count, names = struct.unpack_from("<Q10xHHH", data, 40)
+    headers = [struct.unpack_from("<IIQ8xQQ", data, table + i * entry_bytes) for i in range(count)]
+    strings = data[headers[names][3] :]
+    return {
+        _text(strings, name): data[start : start + size]
+        for name, kind, flags, start, size in headers
+        if flags & SHF_EXECINSTR and kind != SHT_NOBITS
+    }
+
+
 def _sections(data: bytes) -> list[_Section]:
     table, entry_bytes, count = struct.unpack_from("<Q10xHH", data, 40)
     sections = []

@@ -15,12 +15,13 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
 
+from compiler.codegen import elf
 from compiler.errors import UserError
 from targets.target import Gpu
 
@@ -44,12 +45,13 @@ class Resources:
     """What a function needs, by ptxas: registers of a thread, bytes spilled by a thread, static shared memory.
 
     The most that either of two says: ptxas 12.9 of the PTX, which later drivers compile much the same way, and the one
-    in NVRTC 11.8, whose machine code the bundle carries.
+    in NVRTC 11.8, whose machine code the bundle carries. instructions: ptxas 12.9's, without the padding behind them.
     """
 
     registers: int
     spill_bytes: int
     shared_bytes: int
+    instructions: int = 0
 
 
 @dataclass(frozen=True)
@@ -184,9 +186,29 @@ def _assemble(ptx: bytes, arch: str) -> dict[str, Resources]:
         text.write_bytes(ptx)
         command = [str(_ptxas()), "-v", f"-arch={arch}", str(text), "-o", str(out)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise DeviceCodeError(f"{arch}: ptxas refuses the kernel:\n{done.stdout}{done.stderr}")
-    return _resources(done.stdout + done.stderr)
+        if done.returncode:
+            raise DeviceCodeError(f"{arch}: ptxas refuses the kernel:\n{done.stdout}{done.stderr}")
+        sizes = _instructions(out.read_bytes(), arch)
+    return {
+        name: replace(found, instructions=sizes[name])
+        for name, found in _resources(done.stdout + done.stderr).items()
+    }
+
+
+def _instructions(cubin: bytes, arch: str) -> dict[str, int]:
+    """How many each function has. Before sm_70 every fourth word of 8 bytes says when the three behind it may go; since
+    then an instruction has 16 bytes. Behind a function are a jump to itself and equal words.
+    """
+    found = {}
+    for name, code in elf.named_code(cubin).items():
+        if int(arch.removeprefix("sm_")) < 70:
+            words = [code[i : i + 8] for i in range(0, len(code), 8) if i % 32]
+        else:
+            words = [code[i : i + 12] for i in range(0, len(code), 16)]  # the last 4 bytes hold waits, too
+        while len(words) > 1 and words[-1] == words[-2]:
+            words.pop()
+        found[name.removeprefix(".text.")] = max(1, len(words) - 2)
+    return found
 
 
 def _resources(report: str) -> dict[str, Resources]:

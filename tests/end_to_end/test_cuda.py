@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +185,25 @@ def test_a_machine_without_a_driver(small: Built, tmp_path: Path) -> None:
     )
     done = small.run("info", emulated=False)
     assert done.stdout.endswith("runs here:    yes\n")
+
+
+def test_a_flipped_bit_of_the_weights_is_refused_before_anything_runs(small: Built, tmp_path: Path) -> None:
+    copied = shutil.copytree(small.bundle, tmp_path / "bundle")
+    weights = copied / read_manifest(copied).weights.file
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    flipped = replace(small, bundle=copied)
+    options = ("--prompt", PROMPT, "--max-new-tokens", 2, "--ignore-eos")
+    done = flipped.run("generate", *options, counts=tmp_path / "counts")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"error: {weights}: is damaged: the SHA-256 of bytes 0 to {len(content) - 1} is not the manifest's. "
+        "Copy the bundle again or rebuild it.\n"
+    )
+    assert not (tmp_path / "counts").exists()  # written by a process that loaded device code
+    done = flipped.run("generate", *options, "--no-verify-weights", counts=tmp_path / "counts")
+    assert done.returncode == 0 and (tmp_path / "counts").exists()
 
 
 def test_threads_belong_to_the_cpu(small: Built) -> None:
