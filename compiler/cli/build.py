@@ -12,6 +12,8 @@ from types import FrameType
 
 DEFAULT_MODEL = Path(__file__).parents[2] / "tests" / "models" / "storyteller-5m-gptq-4bit-g128"
 
+KV_CACHES = ("float16", "int8", "float32")
+
 
 def positive(text: str) -> int:
     """An option's value that must be at least 1."""
@@ -64,7 +66,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--kv-cache",
-        choices=("float16", "int8", "float32"),
+        choices=KV_CACHES,
         help="what keys and values of past tokens are kept in (default: float16, exact: float32)",
     )
     parser.add_argument(

@@ -7,7 +7,7 @@ A B A B ..., and the ratio is taken pair by pair before its median is.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from compiler.measure.peers import Side
@@ -25,6 +25,14 @@ class Workload:
     context: int
     decode_tokens: int
     rounds: int
+
+    def within(self, positions: int) -> Workload:
+        """Cut to a context of that many positions."""
+        steps = min(self.decode_tokens, positions - 1)
+        context = max(0, min(self.context, positions - steps))
+        return replace(
+            self, prompt_tokens=min(self.prompt_tokens, positions), decode_tokens=steps, context=context
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
