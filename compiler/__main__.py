@@ -40,22 +40,30 @@ def main(argv: list[str] | None = None) -> int:
             sub.set_defaults(run=module.run)
     options = parser.parse_args(arguments)
     from compiler.errors import UserError
+    from runtime.errors import UNWRITABLE
     from runtime.errors import UserError as RuntimeUserError
     from targets import TargetError
 
     try:
-        return int(options.run(options))
+        code = int(options.run(options))
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
     except (UserError, RuntimeUserError, TargetError) as error:
         print(f"error: {error}", file=sys.stderr)
         return UserError.exit_code
     except OSError as error:
-        if error.filename is None and not isinstance(error, BrokenPipeError):
-            raise
-        if not isinstance(error, BrokenPipeError):
+        if error.filename is not None:
             print(f"error: {error.filename}: {error.strerror}.", file=sys.stderr)
             return UserError.exit_code
+        if error.errno not in UNWRITABLE:
+            raise
+        # The interpreter flushes stdout once more when it ends: give it somewhere to write to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        if isinstance(error, BrokenPipeError):
+            return 0
+        print(f"error: cannot write: {error.strerror}. Make room where the output goes.", file=sys.stderr)
+        return UserError.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

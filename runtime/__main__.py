@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import TYPE_CHECKING, Optional, TypeVar  # noqa: E402
 
-from .errors import InputError, LibraryError, UserError  # noqa: E402
+from .errors import UNWRITABLE, InputError, LibraryError, UserError  # noqa: E402
 
 if TYPE_CHECKING:
     from .bundle import Bundle
@@ -34,12 +34,13 @@ which are timed here. Whoever may send may run anything as this user."""
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Run one command; gives the exit code."""
     try:
-        for stream in (sys.stdin, sys.stdout, sys.stderr):
+        for stream in (sys.stdin, sys.stdout, sys.stderr):  # None if it is closed
             if hasattr(stream, "reconfigure"):  # a terminal that cannot show a character gets "?", not a traceback
                 stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "replace")
         options = parser().parse_args(arguments)
         options.run(options)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as in `>&-`
+            sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -49,10 +50,15 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    except BrokenPipeError:
+    except OSError as error:  # of printing: whatever opens a file says itself what is wrong with it
+        if error.filename is not None or error.errno not in UNWRITABLE:
+            raise
         # The interpreter flushes stdout once more when it ends: give it somewhere to write to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        if isinstance(error, BrokenPipeError):
+            return 141
+        print(f"error: the output cannot be written: {error.strerror}. Make room where it goes.", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -281,9 +287,10 @@ def run_logits(options: argparse.Namespace) -> None:
         ) from None
 
     ids = read_ids(options.ids)
-    if options.out.is_dir() or not options.out.parent.is_dir():
+    if not options.out.parent.is_dir() or (options.out.exists() and not options.out.is_file()):
         raise InputError(
-            f"{options.out}: cannot be written: it is a directory, or is in a directory that does not exist."
+            f"{options.out}: cannot be written: it is a directory or a device, or is in a directory that does not "
+            f"exist. Name a .npy file."
         )
     write_logits(_open(options, lambda _: None)[1], ids, options.out)
 

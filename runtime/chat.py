@@ -127,10 +127,10 @@ def converse(conversation: Conversation, read: Callable[[], str], write: Callabl
 
 def terminal_reader() -> Callable[[], str]:
     """Lines from standard input: with a prompt and line editing on a terminal, silent in a pipe."""
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():
 
         def from_pipe() -> str:
-            line = sys.stdin.readline()
+            line = sys.stdin.readline() if sys.stdin is not None else ""  # None: closed, as in `<&-`
             if not line:
                 raise EOFError
             return line.rstrip("\n")

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+
+# What printing may meet: a reader that is gone, a full disk.
+UNWRITABLE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
 
 class UserError(Exception):
     """Base of all errors that are printed as one message, without a traceback."""

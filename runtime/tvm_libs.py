@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 FFI, RUNTIME = "libtvm_ffi.so", "libtvm_runtime.so"
 ENVIRONMENT = "QUERN_TVM_LIBS"
 MAX_THREADS = 1024
+SPINS = "TVM_THREAD_POOL_SPIN_COUNT"
 
 _loaded: Optional[Libraries] = None
 
@@ -144,6 +145,10 @@ def _wished_threads() -> int:
 
 def _open(found: Found, threads: int) -> Libraries:
     os.environ["TVM_NUM_THREADS"] = str(threads)
+    if threads > len(device.affinity()):
+        # TVM's workers ask 300 000 times for work before they sleep, also when the process wants to end. Where they
+        # outnumber the CPUs that takes them from whoever has work: 16 threads on 2 CPUs needed 17 s to exit.
+        os.environ.setdefault(SPINS, "0")
     claim = _bind(threads)
     try:
         ffi = ctypes.CDLL(str(found.ffi), ctypes.RTLD_GLOBAL)

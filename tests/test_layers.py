@@ -82,6 +82,10 @@ LAW: dict[str, set[str]] = {
     },
     "compiler.measure.gpu_forecast_report": {"compiler.measure", "rich", "targets"},
     "compiler.measure.forecast_report": {"compiler.measure", "rich", "targets"},
+    "compiler.measure.speed_report": {"compiler.measure", "rich"},
+    "compiler.measure.shape_bundle": {
+        "compiler.measure", "compiler.models", "compiler.pipeline", "compiler.progress", "targets",
+    },
     "compiler.measure.bundle_cost": {
         "compiler.board", "compiler.codegen.elf", "compiler.measure", "runtime", "targets",
     },

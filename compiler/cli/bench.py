@@ -5,21 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compiler.cli.build import KV_CACHES
 from compiler.cli.deploy import connection_arguments, require_asyncssh
 
 if TYPE_CHECKING:
-    from compiler.measure.compare import Row, Runs, Workload
-    from compiler.measure.gpu_speed import GpuSpeed
+    from compiler.measure.compare import Runs, Workload
     from compiler.measure.growth import Point, Setup
     from compiler.measure.peers import Peer, PeerModel, Side
-    from compiler.measure.speed import Speed, Spread
     from targets import Target
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -37,6 +35,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--group-size", type=int, default=128, metavar="G", help="inputs that share a scale (default: 128)"
     )
     shape.add_argument("--head-bits", type=int, choices=BITS, help="bits of the output head (default: as --bits)")
+    shape.add_argument(
+        "--kv-cache", choices=KV_CACHES, help="what keys and values of past tokens are kept in (default: float16)"
+    )
     shape.add_argument("--target", default="native", metavar="NAME", help="build for this target (default: native)")
     board = parser.add_argument_group("a board, instead of this machine, with BUNDLE")
     board.add_argument(
@@ -118,6 +119,7 @@ def run(options: argparse.Namespace) -> int:
     if options.growth is not None:
         return _grow(options, target)
     from compiler.measure import shapes
+    from compiler.measure.shape_bundle import built
 
     if options.shape is not None:
         shapes.settings(options.shape)
@@ -185,6 +187,8 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("--growth builds models of its own: give a --shape, or nothing, instead of a BUNDLE.")
     if options.cost == "model" and options.shape is None:
         raise UserError("--cost model compiles a shape for its target: give a --shape, not a BUNDLE.")
+    if options.kv_cache is not None and (options.bundle is not None or options.cost == "model"):
+        raise UserError("--kv-cache goes with a --shape that is measured: a BUNDLE has its own, --cost model none.")
     low = {"prompt_tokens": 1, "decode_tokens": 1, "rounds": 1, "group_size": 1, "context": 0, "windows": 2}
     for name, least in low.items():
         if (value := getattr(options, name)) is not None and value < least:
@@ -224,7 +228,7 @@ def _setup(options: argparse.Namespace) -> Setup:
 
     bits = options.bits
     head = options.head_bits or bits
-    return Setup(options.shape or DEFAULT_SHAPE, bits, options.group_size, head, _workload(options))
+    return Setup(options.shape or DEFAULT_SHAPE, bits, options.group_size, head, _workload(options), options.kv_cache)
 
 
 def _workload(options: argparse.Namespace) -> Workload:
@@ -237,40 +241,13 @@ def _fitting(path: Path, work: Workload) -> Workload:
     """The workload, cut to what the bundle's context holds."""
     from runtime.bundle import read_manifest
 
-    limit = read_manifest(path).model.context
-    steps = min(work.decode_tokens, limit - 1)
-    prompt, context = min(work.prompt_tokens, limit), max(0, min(work.context, limit - steps))
-    return replace(work, prompt_tokens=prompt, decode_tokens=steps, context=context)
-
-
-@contextmanager
-def built(setup: Setup, target: Target, quiet: bool) -> Iterator[Path]:
-    """A bundle of the setup's shape, gone at the end."""
-    from compiler import models, pipeline
-    from compiler.measure import shapes
-    from compiler.progress import Reporter
-
-    config = shapes.config(setup.shape, setup.positions)
-    source = shapes.RandomSource(setup.shape, setup.bits, setup.group_size, setup.head_bits)
-    with tempfile.TemporaryDirectory(prefix="quern-bench-") as folder:
-        context = min(config.integer("max_position_embeddings", 1, 1 << 30), max(setup.positions, 2048))
-        request = pipeline.Request(
-            Path(folder) / "bundle",
-            target,
-            activations=pipeline.default_activations(target),
-            head_bits=setup.head_bits,
-            context=context,
-        )
-        model = models.build(config, source.describe, pipeline.model_options(request))
-        inputs = pipeline.Inputs(setup.shape, "random", model, source, None)
-        pipeline.compile_inputs(inputs, request, Reporter(quiet=quiet))
-        yield request.out
+    return work.within(read_manifest(path).model.context)
 
 
 def _alone(
     options: argparse.Namespace, path: Path, target: Target, work: Workload, threads: int | None
 ) -> list[dict[str, object]]:
-    from compiler.measure import speed
+    from compiler.measure import speed, speed_report
 
     if _on_gpu(path):
         return _alone_on_gpu(options, path, work)
@@ -282,9 +259,9 @@ def _alone(
     record: dict[str, object] = {name: getattr(measured, name).median for name in spreads}
     record["spread"] = {name: asdict(getattr(measured, name)) for name in spreads}
     record |= {"weight_bytes_per_token": measured.weight_bytes_per_token, "threads": measured.threads}
-    record |= {**asdict(work), "peak_rss_mib": measured.peak_rss_mib, **_where(options)}
+    record |= {**asdict(work), "peak_rss_mib": measured.peak_rss_mib, "kv_cache": measured.kv_cache, **_where(options)}
     if not options.json:
-        _print_alone(measured, work)
+        speed_report.alone(measured, work)
     return [record]
 
 
@@ -295,11 +272,11 @@ def _on_gpu(path: Path) -> bool:
 
 
 def _alone_on_gpu(options: argparse.Namespace, path: Path, work: Workload) -> list[dict[str, object]]:
-    from compiler.measure import gpu_speed
+    from compiler.measure import gpu_speed, speed_report
 
     measured = gpu_speed.measure(path, work.prompt_tokens, work.decode_tokens, work.rounds, work.context)
     if not options.json:
-        _print_gpu(measured, work)
+        speed_report.on_gpu(measured, work)
     return [{**measured.record(), **asdict(work), **_where(options)}]
 
 
@@ -329,7 +306,7 @@ def _beside(
     options: argparse.Namespace, path: Path, setup: Setup, peers: Sequence[tuple[Peer, str]], threads: int | None
 ) -> list[dict[str, object]]:
     """One run of quern and the peers in turns, and perplexity where it is asked for."""
-    from compiler.measure import compare
+    from compiler.measure import compare, speed_report
     from runtime.bundle import open_bundle
 
     with ExitStack() as stack:
@@ -342,7 +319,7 @@ def _beside(
             parts = perplexity.windows(open_bundle(path, verify_weights=False), options.perplexity, options.windows)
             perplexities = [side.perplexity(parts) for side in sides]
     if not options.json:
-        _print_rows(rows, setup.work, perplexities)
+        speed_report.beside(rows, setup.work, perplexities)
     found = compare.records(rows, setup.work, _where(options))
     return [{**record, "perplexity": value} for record, value in zip(found, perplexities, strict=True)]
 
@@ -372,7 +349,8 @@ def _sides(
 
 def _grow(options: argparse.Namespace, target: Target) -> int:
     """Every round goes through all points, so that what the machine drifts meanwhile does not look like growth."""
-    from compiler.measure import compare, growth, shapes
+    from compiler.measure import compare, growth, shapes, speed_report
+    from compiler.measure.shape_bundle import built
 
     points: list[Point] = []
     found: list[dict[str, object]] = []
@@ -395,7 +373,7 @@ def _grow(options: argparse.Namespace, target: Target) -> int:
                 found += latest
                 if not options.json:
                     print(f"{options.growth} {value}")
-                    _print_rows(rows, setup.work, [None] * len(rows))
+                    speed_report.beside(rows, setup.work, [None] * len(rows))
     if options.json:
         print("\n".join(json.dumps(record) for record in found))
     if options.plot is not None:
@@ -427,66 +405,3 @@ def _record(file: Path | None, found: Sequence[dict[str, object]]) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a", encoding="utf-8") as stream:
             stream.writelines(json.dumps(record) + "\n" for record in found)
-
-
-def _cells(spread: Spread | None) -> list[str]:
-    if spread is None:
-        return ["", "", ""]
-    return [f"{v:.3g}" if v < 1 else f"{v:.1f}" for v in (spread.median, spread.min, spread.max)]
-
-
-def _print_alone(speed: Speed, work: Workload) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("", "median", "min", "max", box=None, pad_edge=False)
-    table.add_row(f"prefill, {work.prompt_tokens} tokens (tokens/s)", *_cells(speed.prefill_tok_s))
-    if speed.prefill_plain_tok_s is not None:
-        table.add_row("the same without AMX", *_cells(speed.prefill_plain_tok_s))
-    table.add_row(f"decode after {work.context} (tokens/s)", *_cells(speed.decode_tok_s))
-    table.add_row("read ceiling (GB/s)", *_cells(speed.read_gb_s))
-    table.add_row("decode / ceiling", *_cells(speed.decode_bandwidth_ratio))
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(
-        f"{speed.weight_bytes_per_token / 1e6:.1f} MB of weights a token, {speed.threads} threads, "
-        f"at most {speed.peak_rss_mib:.0f} MiB"
-    )
-
-
-def _print_gpu(speed: GpuSpeed, work: Workload) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("", "median", "min", "max", box=None, pad_edge=False)
-    table.add_row(f"prefill, {work.prompt_tokens} tokens (tokens/s)", *_cells(speed.prefill_tok_s))
-    table.add_row(f"decode after {work.context} (tokens/s)", *_cells(speed.decode_tok_s))
-    table.add_row("the same without CUDA graphs", *_cells(speed.decode_plain_tok_s))
-    table.add_row("a token's kernels (ms)", *_cells(speed.kernels_ms))
-    table.add_row("copy within the GPU (GB/s)", *_cells(speed.copy_gb_s))
-    table.add_row("decode / copy", *_cells(speed.decode_bandwidth_ratio))
-    console, gpu = Console(highlight=False), speed.gpu
-    console.print(table)
-    console.print(
-        f"{gpu['device']} (sm_{gpu['sm']}), driver of CUDA {gpu['driver']}, code: {gpu['code']}, "
-        f"{speed.weight_bytes_per_token / 1e6:.1f} MB of weights a token, prefill {speed.prefill_tflop_s:.3g} TFLOP/s"
-    )
-    if gpu["note"]:
-        console.print(str(gpu["note"]))
-
-
-def _print_rows(rows: Sequence[Row], work: Workload, perplexities: Sequence[float | None]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    def phase(speed: Spread | None, ratio: Spread | None) -> list[Any]:
-        median, low, high = _cells(speed)
-        against = "" if ratio is None else f"{ratio.median:.2f}x ({ratio.min:.2f}-{ratio.max:.2f})"
-        return [f"{median} ({low}-{high})" if median else "", against]
-
-    ahead = [f"prefill {work.prompt_tokens}", "quern is", f"decode after {work.context}", "quern is"]
-    table = Table("tokens/s, median (min-max)", "threads", *ahead, "perplexity", box=None, pad_edge=False)
-    for row, value in zip(rows, perplexities, strict=True):
-        cells = phase(row.prefill_tok_s, row.prefill_ratio) + phase(row.decode_tok_s, row.decode_ratio)
-        table.add_row(row.name, str(row.threads), *cells, "" if value is None else f"{value:.4f}")
-    Console(highlight=False, width=140).print(table)

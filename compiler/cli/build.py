@@ -12,10 +12,15 @@ from types import FrameType
 
 DEFAULT_MODEL = Path(__file__).parents[2] / "tests" / "models" / "storyteller-5m-gptq-4bit-g128"
 
+KV_CACHES = ("float16", "int8", "float32")
+
 
 def positive(text: str) -> int:
     """An option's value that must be at least 1."""
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
@@ -61,7 +66,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--kv-cache",
-        choices=("float16", "int8", "float32"),
+        choices=KV_CACHES,
         help="what keys and values of past tokens are kept in (default: float16, exact: float32)",
     )
     parser.add_argument(
@@ -81,12 +86,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Build; the bundle is there, whole, when this returns 0."""
     import targets
-    from compiler.codegen import bundle
+    from compiler.codegen import bundle, nvrtc
     from compiler.progress import Reporter
 
     target = targets.load(options.target)
     bundle.check_target(target)
     bundle.check_place(options.out)  # before the compiler itself is loaded, which takes seconds
+    _check_folders(options)
+    if target.gpu is not None:
+        nvrtc.require()
     report = Reporter(quiet=options.quiet or options.json)
     report.line(f"Building {options.out} for {target.name}")
     if options.offline:
@@ -127,6 +135,19 @@ def run(options: argparse.Namespace) -> int:
         }
         print(json.dumps(summary))
     return 0
+
+
+def _check_folders(options: argparse.Namespace) -> None:
+    """Refuse folders that are none: nobody should believe that their kernels were tuned when a path had a typo."""
+    from compiler.errors import UserError
+
+    if options.tuning_logs is not None and not options.tuning_logs.is_dir():
+        raise UserError(
+            f"--tuning-logs {options.tuning_logs}: there is no such folder. Give the one that `tune --tuning-logs` "
+            f"wrote, or leave it out."
+        )
+    if options.dump_ir is not None and options.dump_ir.exists() and not options.dump_ir.is_dir():
+        raise UserError(f"--dump-ir {options.dump_ir}: is a file, but a folder is needed. Give another name.")
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import json
 import os
@@ -9,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from compiler.errors import UserError
@@ -19,6 +20,7 @@ from runtime.manifest_check import ARCHES
 from targets import Target
 
 PARTIAL, OLD = ".partial-", ".old"
+MIB = 1 << 20
 PATIENCE_S = 5.0  # to get rid of a folder in which somebody still writes
 
 
@@ -40,6 +42,7 @@ def check_place(out: Path) -> None:
         raise BundleError(f"{out}: there is no folder {place.parent}. Create it first.")
     if not os.access(place.parent, os.W_OK):
         raise BundleError(f"{out}: the folder {place.parent} cannot be written to. Give --out another place.")
+    _refuse_second(out)
 
 
 def check_target(target: Target) -> None:
@@ -53,17 +56,22 @@ def check_target(target: Target) -> None:
 
 
 @contextmanager
-def staged(out: Path) -> Iterator[Path]:
+def staged(out: Path, room_bytes: int = 0) -> Iterator[Path]:
     """A fresh folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not.
 
     An older bundle at `out` is replaced. What a killed build left behind carries PARTIAL in its hidden name; the next
-    build to the same place removes it.
+    build to the same place removes it. A folder that is being written is locked, so that a second build is refused.
+    room_bytes: what will be written, at least: a disk without that is refused.
     """
     check_place(out)
     place = out.resolve()
     _clean(place)
+    _check_room(out, room_bytes)
     scratch = Path(tempfile.mkdtemp(prefix=f".{place.name}{PARTIAL}", dir=place.parent))
+    lock = os.open(scratch, os.O_RDONLY)  # the kernel lets go of it when this process ends, however it does
     try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
         scratch.chmod(0o755)
         yield scratch
         _replace(scratch, place)
@@ -73,6 +81,33 @@ def staged(out: Path) -> Iterator[Path]:
         raise BundleError(f"{out}: cannot be written: {error.strerror}. Make room, or choose another place.") from error
     finally:
         _remove(scratch)
+        os.close(lock)
+
+
+def _refuse_second(out: Path) -> None:
+    """Raise BundleError while another process is writing a bundle to the same place."""
+    place = out.resolve()
+    for folder in place.parent.glob(f".{glob.escape(place.name)}{PARTIAL}*"):
+        with suppress(FileNotFoundError):
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BundleError(
+                    f"{out}: another build is writing it at this moment. Wait for its end, or give --out another name."
+                ) from None
+            finally:
+                os.close(handle)
+
+
+def _check_room(out: Path, room_bytes: int) -> None:
+    """Refuse a disk that is too small: LLVM ends the process when it cannot write, and packing may take minutes."""
+    free = shutil.disk_usage(out.resolve().parent).free
+    if free < room_bytes:
+        raise BundleError(
+            f"{out}: takes {room_bytes / MIB:.0f} MiB to write, but its disk has {free / MIB:.0f} MiB left. Make room, "
+            f"or choose another place."
+        )
 
 
 def digests(folder: Path, known: Mapping[str, FileDigest]) -> dict[str, FileDigest]:

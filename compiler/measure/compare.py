@@ -26,6 +26,14 @@ class Workload:
     decode_tokens: int
     rounds: int
 
+    def within(self, positions: int) -> Workload:
+        """Cut to a context of that many positions."""
+        steps = min(self.decode_tokens, positions - 1)
+        context = max(0, min(self.context, positions - steps))
+        return replace(
+            self, prompt_tokens=min(self.prompt_tokens, positions), decode_tokens=steps, context=context
+        )  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Row:

@@ -27,13 +27,14 @@ KINDS: dict[str, tuple[str, tuple[Any, ...]]] = {  # what grows -> its axis and 
 
 @dataclass(frozen=True)
 class Setup:
-    """What one point measures: a shape with random weights, and a workload."""
+    """What one point measures: a shape with random weights, and a workload. kv_cache: as in `build`, None: default."""
 
     shape: str
     bits: int
     group_size: int
     head_bits: int
     work: Workload
+    kv_cache: str | None = None
 
     @property
     def positions(self) -> int:

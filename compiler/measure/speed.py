@@ -39,6 +39,7 @@ class Spread:
 class Speed:
     """tokens/s, GB/s (10^9 bytes), and bytes of weights that one decoded token reads.
 
+    kv_cache: the element type of keys and values.
     prefill_plain_tok_s: prefill without AMX tiles, beside one that used them; None where the session has none.
     """
 
@@ -49,6 +50,7 @@ class Speed:
     decode_bandwidth_ratio: Spread
     threads: int
     peak_rss_mib: float
+    kv_cache: str
     prefill_plain_tok_s: Spread | None = None
 
 
@@ -138,5 +140,5 @@ def measure(
             ratio.append(side.used * decode[-1] / 1e9 / read[-1])
         return Speed(
             Spread.of(prefill), Spread.of(decode), Spread.of(read), side.used, Spread.of(ratio), side.threads,
-            side.peak_rss_mib(), Spread.of(without) if without else None,
+            side.peak_rss_mib(), str(side.about["kv_cache"]), Spread.of(without) if without else None,
         )  # fmt: skip

@@ -40,6 +40,10 @@ from compiler.__main__ import main
         (["story", "--against", "llama.cpp", "--model", __file__],
          f"{__file__}: --against writes the peer's file from a checkpoint folder. For a GGUF file, run "
          f"llama.cpp's llama-bench on the file itself."),
+        (["story", "--kv-cache", "int8"],
+         "--kv-cache goes with a --shape that is measured: a BUNDLE has its own, --cost model none."),
+        (["--shape", "a72-count", "--target", "rpi4", "--cost", "model", "--kv-cache", "int8"],
+         "--kv-cache goes with a --shape that is measured: a BUNDLE has its own, --cost model none."),
         (["story", "--cost", "model"], "--cost model compiles a shape for its target: give a --shape, not a BUNDLE."),
         (["--shape", "a72-count", "--target", "rpi"],
          "There is no target 'rpi'. Did you mean 'rpi5'? Known targets: native, aarch64, cuda-sm53, cuda-sm72, "

@@ -61,6 +61,7 @@ def test_help_of_a_verb(verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pyte
         (["targets", "extra"], "python -m compiler: error: unrecognized arguments: extra\n"),
         (["build"], "python -m compiler build: error: the following arguments are required: --out\n"),
         (["build", "--out", "x", "--context", "0"], "error: argument --context: 0 is not a positive number\n"),
+        (["build", "--out", "x", "--context", "4k"], "error: argument --context: '4k' is not a whole number\n"),
     ],
     ids=str,
 )
@@ -107,6 +108,15 @@ def test_our_own_bugs_keep_their_traceback(bug: Exception, monkeypatch: pytest.M
     with pytest.raises(type(bug)) as caught:
         main(["targets"])
     assert caught.value is bug
+
+
+def test_an_output_that_is_full() -> None:
+    command = [sys.executable, "-m", "compiler", "targets"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, cwd=REPO, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (
+        2, "error: cannot write: No space left on device. Make room where the output goes.\n",
+    )  # fmt: skip
 
 
 def test_the_exit_code_of_a_verb_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:

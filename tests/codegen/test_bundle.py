@@ -106,6 +106,37 @@ def test_leftovers_of_killed_builds_go(out: Path) -> None:
     assert names(out.parent) == [f".out2{PARTIAL}1", "out", f"out{PARTIAL}1"]
 
 
+def test_a_second_build_to_the_same_place_is_refused(out: Path) -> None:
+    with bundle.staged(out) as folder:
+        make(folder)
+        for attempt in (bundle.check_place, lambda place: bundle.staged(place).__enter__()):
+            with pytest.raises(BundleError) as refusal:
+                attempt(out)
+            assert str(refusal.value) == (
+                f"{out}: another build is writing it at this moment. Wait for its end, or give --out another name."
+            )
+        with bundle.staged(out.with_name("out2")) as other:
+            make(other)
+    assert (names(out.parent), names(out)) == (["out", "out2"], ["manifest.json", "model.so"])
+    with bundle.staged(out) as folder:
+        make(folder, "third")
+    assert (out / "model.so").read_text() == "third"
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9 << 20, 6 << 20, 3 << 20))
+    with bundle.staged(out, 3 << 20) as folder:
+        make(folder)
+    with pytest.raises(BundleError) as refusal, bundle.staged(out, 700 << 20):
+        raise AssertionError("the block must not begin")
+    assert str(refusal.value) == (
+        f"{out}: takes 700 MiB to write, but its disk has 3 MiB left. Make room, or choose another place."
+    )
+    assert names(out.parent) == ["out"]
+
+
 def test_a_name_is_no_pattern(tmp_path: Path) -> None:
     for name in (f".a{PARTIAL}1", f".[ab]{PARTIAL}1"):
         (tmp_path / name).mkdir()

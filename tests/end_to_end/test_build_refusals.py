@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from compiler import models
 from compiler.__main__ import main
 from compiler.checkpoint import open_checkpoint
+from compiler.codegen import nvrtc
 from tests.end_to_end import commands
 from tests.end_to_end.places import DEMO, STORIES260K
 
@@ -202,6 +204,27 @@ def test_options_without_effect(refusal: Callable[..., str]) -> None:
     )
     assert refusal("--model", STORIES260K, "--out", "bundle", "--group-size", 32) == (
         "--group-size belongs to --bits, which is missing. Give both, or neither."
+    )
+
+
+def test_folders_that_are_none(refusal: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("precious")
+    for name in ("notes", "tunning"):
+        assert refusal("--out", "bundle", "--tuning-logs", name) == (
+            f"--tuning-logs {name}: there is no such folder. Give the one that `tune --tuning-logs` wrote, or leave it "
+            f"out."
+        )
+    assert refusal("--out", "bundle", "--dump-ir", "notes") == (
+        "--dump-ir notes: is a file, but a folder is needed. Give another name."
+    )
+
+
+def test_what_a_gpu_needs_is_asked_first(refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the model, which is not there."""
+    monkeypatch.setattr(nvrtc, "PTXAS", ("nvidia-no-such-wheel", "1.0", "ptxas"))
+    assert refusal("--target", "jetson-orin", "--model", "nothing", "--out", "bundle") == (
+        f"CUDA targets need nvidia-no-such-wheel 1.0 (a Python package). Install what building for CUDA needs: "
+        f"{sys.executable} -m pip install 'quern[cuda]'."
     )
 
 

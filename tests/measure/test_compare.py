@@ -67,3 +67,9 @@ def test_a_part_that_is_left_out() -> None:
     records = compare.records(rows, Workload(0, 0, 4, 2), {"shape": "x"})
     assert records[1]["decode_ratio"] == {"median": 1, "min": 1, "max": 1}
     assert (records[0]["shape"], records[0]["name"], records[0]["rounds"]) == ("x", "quern", 2)
+
+
+def test_a_workload_is_cut_to_the_context() -> None:
+    assert Workload(512, 128, 16, 3).within(2048) == Workload(512, 128, 16, 3)
+    assert Workload(512, 128, 16, 3).within(140) == Workload(140, 124, 16, 3)
+    assert Workload(512, 128, 16, 3).within(8) == Workload(8, 1, 7, 3)

@@ -188,11 +188,14 @@ def test_a_header_that_promises_too_much(toy: Path, tmp_path: Path, capsys: pyte
 
 def test_logits_to_an_impossible_place(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.save(tmp_path / "ids.npy", np.array([2]))
-    for out in (tmp_path, tmp_path / "no" / "out.npy"):
+    os.mkfifo(tmp_path / "device")
+    for out in (tmp_path, tmp_path / "no" / "out.npy", tmp_path / "device"):
         assert fails(capsys, "logits", toy, "--ids", tmp_path / "ids.npy", "--out", out) == (
-            f"{out}: cannot be written: it is a directory, or is in a directory that does not exist."
+            f"{out}: cannot be written: it is a directory or a device, or is in a directory that does not exist. "
+            f"Name a .npy file."
         )
-    assert [p.name for p in tmp_path.iterdir()] == ["ids.npy"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["device", "ids.npy"]
+    assert (tmp_path / "device").is_fifo()
 
 
 def test_a_full_disk_leaves_nothing_behind(toy: Path, tmp_path: Path) -> None:
@@ -298,3 +301,26 @@ def test_a_closed_pipe(toy: Path) -> None:
         process.stdout.close()
         assert process.wait(30) == 141
         assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize("verb", ["info", "generate", "generate --json"])
+def test_an_output_that_is_full(toy: Path, verb: str) -> None:
+    first, *options = verb.split()
+    prompt = ["--prompt", PROMPT] if first == "generate" else []
+    command = [sys.executable, "-m", "runtime", first, str(toy), *prompt, *options]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (
+        2, "error: the output cannot be written: No space left on device. Make room where it goes.\n",
+    )  # fmt: skip
+
+
+def test_streams_that_are_closed(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As by `>&-` and `<&-`: what would be printed is lost, and a conversation without input is over."""
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["chat", str(toy)]) == 0
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["info", str(toy)]) == 0
+    assert capsys.readouterr() == ("", "")

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 from pathlib import Path
 
@@ -21,6 +22,8 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("QUERN_TVM_LIBS", raising=False)
     for name in ("TVM_NUM_THREADS", "TVM_BIND_THREADS"):
         monkeypatch.setenv(name, "1")
+    monkeypatch.setenv(tvm_libs.SPINS, "")  # so that it is put back
+    monkeypatch.delenv(tvm_libs.SPINS)
 
 
 def folder_with(folder: Path, versions: str | None = None, empty: bool = False) -> Path:
@@ -150,3 +153,16 @@ def test_the_environment_may_set_the_thread_count(monkeypatch: pytest.MonkeyPatc
     assert tvm_libs._wished_threads() == 3
     monkeypatch.setenv("TVM_NUM_THREADS", "many")
     assert tvm_libs._wished_threads() >= 1
+
+
+def test_workers_that_outnumber_the_cpus_do_not_wait_for_work_busily(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tvm_libs.device, "affinity", lambda: {0, 1})
+    monkeypatch.setattr(tvm_libs.ctypes, "CDLL", lambda *_: None)  # this process has one TVM already
+    found = tvm_libs.find()
+    tvm_libs._open(found, 2)
+    assert tvm_libs.SPINS not in os.environ
+    tvm_libs._open(found, 3)
+    assert os.environ[tvm_libs.SPINS] == "0"
+    os.environ[tvm_libs.SPINS] = "5"  # the user's word
+    tvm_libs._open(found, 3)
+    assert os.environ[tvm_libs.SPINS] == "5"
