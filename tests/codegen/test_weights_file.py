@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from compiler.codegen import weights_file
-from compiler.codegen.weights_file import ALIGNMENT, LARGE, PAGE, CHUNKS_AHEAD, Piece
+from compiler.codegen.weights_file import ALIGNMENT, CHUNKS_AHEAD, LARGE, PAGE, Piece
 from runtime.manifest import FileDigest, Weight, Weights, digest_file
 
 Arrays = list[tuple[str, NDArray[Any]]]
