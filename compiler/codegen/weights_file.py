@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from runtime.manifest import CHUNK_BYTES, FileDigest, Weight, Weights, digest_of_chunks
 
 ALIGNMENT = 64  # bytes: a cache line, and one AVX-512 load
+LARGE, PAGE = 1 << 16, 4096  # bytes: an array of so many begins a page, which a hardware prefetcher does not leave
 GPU_ALIGNMENT = 256  # what a GPU's own allocator gives
 NAMES = {"uint16": "bfloat16"}  # numpy has no bfloat16
 CHUNKS_AHEAD = 3  # full chunks that wait for their digest or for the disk
@@ -40,8 +41,8 @@ def write(path: Path, pieces: Iterable[Piece], alignment: int = ALIGNMENT) -> tu
         for piece in pieces:
             if not tensors or tensors[-1].name != piece.name:
                 _check_full(tensors, file.size)
-                file.append(np.zeros(-file.size % alignment, np.uint8))
                 nbytes = int(np.prod(piece.shape)) * np.dtype(piece.dtype).itemsize
+                file.append(np.zeros(-file.size % (PAGE if nbytes >= LARGE else alignment), np.uint8))
                 dtype = NAMES.get(piece.dtype, piece.dtype)
                 tensors.append(Weight(piece.name, dtype, tuple(piece.shape), file.size, nbytes))
             file.append(np.ascontiguousarray(piece.data).reshape(-1).view(np.uint8))

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from compiler.codegen import weights_file
-from compiler.codegen.weights_file import ALIGNMENT, CHUNKS_AHEAD, Piece
+from compiler.codegen.weights_file import ALIGNMENT, CHUNKS_AHEAD, LARGE, PAGE, Piece
 from runtime.manifest import FileDigest, Weight, Weights, digest_file
 
 Arrays = list[tuple[str, NDArray[Any]]]
@@ -67,6 +67,14 @@ def test_every_type_comes_back(tmp_path: Path, dtype: str) -> None:
         back = read(tmp_path / "w", weight)
         assert back.dtype == array.dtype
         assert np.array_equal(back.view(np.uint8), array.view(np.uint8))
+
+
+def test_a_large_array_begins_a_page(tmp_path: Path) -> None:
+    large, small = np.ones(LARGE, np.uint8), np.ones(LARGE - 1, np.uint8)
+    written = write(tmp_path / "w", [("a", small), ("b", large), ("c", small)])
+    assert [w.offset for w in written.tensors] == [0, LARGE, 2 * LARGE]
+    written = write(tmp_path / "w", [("a", small[:1]), ("b", large), ("c", small[:1]), ("d", small)])
+    assert [w.offset for w in written.tensors] == [0, PAGE, PAGE + LARGE, PAGE + LARGE + ALIGNMENT]
 
 
 def test_views_are_written_in_their_own_order(tmp_path: Path) -> None:
