@@ -208,6 +208,12 @@ class _Tile:
                 rows = [[self._weights(step + local, v, r) for v in planes] for r in range(ROWS)]
                 fields = [self._fields(vectors) for vectors in rows]
             codes = [self._signed(of_row[place // BYTES]) for of_row in fields]
+            # Ahead of the sums that end here: several tokens' products at once, behind them, would take the multiplier's
+            # pipe (0.1306 cycles a product instead of 0.1296; one token's: 0.1289 instead of 0.1299).
+            ends = range(at // width, (at + BYTES) // width) if layer.tokens > 1 else range(0)
+            ahead = {
+                (s, t): vector.hold(self._scales(t, factors, s), ROWS) for s in ends for t in range(layer.tokens)
+            }
             for half, x in self._halves(span, at, inputs):
                 part = T.vectorhigh if half else T.vectorlow
                 for t, r in product(range(layer.tokens), range(ROWS)):
@@ -215,7 +221,7 @@ class _Tile:
                 s, end = divmod(at + half + HALF, width)
                 if end == 0:
                     for t in range(layer.tokens):
-                        self._scale(t, factors, s - 1, sums[t])
+                        self._scale(t, factors, s - 1, sums[t], ahead.get((s - 1, t)))
                         sums[t] = [_Sum(layer.most) for _ in range(ROWS)]
 
     def _halves(self, span: Expr, at: int, inputs: int) -> Iterator[tuple[int, list[Expr]]]:
@@ -257,8 +263,15 @@ class _Tile:
         s, o = divmod(at, self.layer.geometry.width)
         return vector.hold(self.buffers["q"][self.first + t, span + s, T.ramp(o, 1, lanes)], lanes, "int8")
 
-    def _scale(self, t: int, factors: _Factors, s: int, sums: list[_Sum]) -> None:
-        """Bring four rows' sums into one vector, and add them to the token's fp32 results."""
+    def _scales(self, t: int, factors: _Factors, s: int) -> Expr:
+        """fp32 vector [4] of the rows' scales times the token's."""
+        by_token = factors.ascale(t, s)
+        if self.layer.table is not None:
+            by_token = by_token * T.float32(self.layer.unit)
+        return factors.scale(s) * T.broadcast(by_token, ROWS)
+
+    def _scale(self, t: int, factors: _Factors, s: int, sums: list[_Sum], scales: Expr | None) -> None:
+        """Bring four rows' sums into one vector, scale them and add them to the token's fp32 results."""
         layer, centred = self.layer, _rows_together(sums)
         if "zero" in layer.affine:
             # |asum| <= 127 * 128 fits in 16 bits, and SMLSL takes half as long as MLS of 32 bits.
@@ -266,10 +279,7 @@ class _Tile:
             centred = centred - T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.smull", factors.zero(s), asum)
         elif layer.storage.bits == 8:
             centred = centred + T.broadcast(factors.asum(t, s) * MIDDLE, ROWS)
-        by_token = factors.ascale(t, s)
-        if layer.table is not None:
-            by_token = by_token * T.float32(layer.unit)
-        value = T.Cast("float32x4", centred) * (factors.scale(s) * T.broadcast(by_token, ROWS))
+        value = T.Cast("float32x4", centred) * (self._scales(t, factors, s) if scales is None else scales)
         if layer.affine == "offset":
             weight = T.Cast("float32", factors.asum(t, s)) * factors.ascale(t, s)
             value = value + factors.offset(s) * T.broadcast(weight, ROWS)
