@@ -184,7 +184,7 @@ def workload(call: Call) -> dict[str, int | str]:
 
 
 def _held(call: Call, knobs: Mapping[str, int]) -> bool:
-    """Whether a block's registers hold it: sm_53 gives a block 32 K, 64 for each of 16 warps' threads; others twice that.
+    """Whether a block's registers hold it: sm_53 gives it 32 K, 64 for each thread of 16 warps, others twice that.
 
     ptxas wants 253 for 8 tokens without dp4a, 127 for 4, 64 for 2; with it up to 254 for 4 tokens and 4 runs ahead.
     """
