@@ -80,6 +80,7 @@ def test_a_space_has_real_choices(call: Request) -> None:
         assert {i: p.name for i, p in kernel.packings.items()} == {i: p.name for i, p in default.packings.items()}
         parts = GRAMMAR.fullmatch(kernel.name)
         assert parts is not None, kernel.name
+        assert call.target.gpu is not None
         assert parts[1] in (None, call.target.gpu.arch[3:]) and int(parts[2]) == call.args[0].shape[0]
         assert len(re.findall(r"[a-z]", parts[3])) == len(set(re.findall(r"[a-z]", parts[3]))) >= len(found.default)
     assert len(sources) > 1 and len(set(sources.values())) == len(sources)
