@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -42,10 +42,8 @@ class DeviceCodeError(Exception):
 
 @dataclass(frozen=True)
 class Resources:
-    """What a function needs, by ptxas: registers of a thread, bytes spilled by a thread, static shared memory.
-
-    The most that either of two says: ptxas 12.9 of the PTX, which later drivers compile much the same way, and the one
-    in NVRTC 11.8, whose machine code the bundle carries. instructions: ptxas 12.9's, without the padding behind them.
+    """What a function needs, by ptxas: registers of a thread, bytes spilled by a thread, static shared memory, and
+    instructions, without the padding behind them (ptxas 12.9's alone).
     """
 
     registers: int
@@ -86,7 +84,8 @@ def machine_code(source: str, gpu: Gpu) -> tuple[bytes, dict[str, Resources]]:
 
 
 def _most(one: Resources, other: Resources) -> Resources:
-    return Resources(*map(max, astuple(one), astuple(other)))
+    """Of two: ptxas 12.9 stands for drivers that compile the PTX, NVRTC's own made the code that is carried."""
+    return Resources(*map(max, vars(one).values(), vars(other).values()))
 
 
 def set_version(ptx: bytes, version: str) -> bytes:

@@ -44,6 +44,11 @@ def default_knobs(call: Call) -> dict[str, int]:
     return {"chunk": next(filling, CHUNKS[-1]), "rows": rows, "threads": 128}
 
 
+def _row_threads(call: Call) -> int:
+    """Whole warps that read a position's value at once."""
+    return -(-call.padded // value_columns(call) // 32) * 32
+
+
 def lower(request: Request) -> CudaKernel:
     """The parts, and the merge where there is more than one."""
     call = call_of(request)
@@ -51,7 +56,7 @@ def lower(request: Request) -> CudaKernel:
         raise NotSuited
     columns = value_columns(call)
     knobs = default_knobs(call) | dict(request.knobs)
-    threads = max(knobs["threads"], -(-call.padded // columns // 32) * 32)  # a position's value by one row of threads
+    threads = max(knobs["threads"], _row_threads(call))
     parts = -(-call.capacity // knobs["chunk"])
     name = f"attention_decode_{call.shape_name}_p{knobs['chunk']}r{knobs['rows']}t{threads}"
     levels = float(min(32767, ((1 << 31) - 1) // (127 * call.d)))
@@ -98,7 +103,7 @@ def space(request: Request) -> Space:
     tried = {
         "chunk": (32, *CHUNKS, 512),
         "rows": tuple(r for r in (1, 2, 4, 8) if call.group % r == 0),
-        "threads": (64, 128, 256),
+        "threads": tuple(t for t in (64, 128, 256) if t >= _row_threads(call)),
     }
     return space_of(call, "decode", default_knobs(call), tried, allowed)
 

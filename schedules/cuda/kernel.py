@@ -36,9 +36,10 @@ class Launch:
 class CudaKernel:
     """An operator as CUDA.
 
-    `name` is a C identifier that states family, architecture and shape; equal names mean equal kernels. `source` is
-    CUDA C++ that includes nothing but "quern.cuh"; its functions are `extern "C" __global__`, take pointers only, and
-    are called `name`, or `name` and a suffix. All sizes are constants in it. Launches run one after the other.
+    `name` is a C identifier that states family, architecture where the text depends on it, shape, and last its choices
+    by a letter and a number each; equal names mean equal kernels. `source` is CUDA C++ that includes nothing but
+    "quern.cuh"; its functions are `extern "C" __global__`, take pointers only, and are called `name`, or `name` and a
+    suffix. All sizes are constants in it. Launches run one after the other.
     temporaries: scratch arrays that nobody reads after the last launch. `packings` is as in `schedules.kernel.Kernel`.
     """
 

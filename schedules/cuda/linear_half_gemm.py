@@ -29,6 +29,7 @@ from collections.abc import Mapping
 from schedules.cuda.kernel import CudaKernel, Launch, ordered
 from schedules.cuda.linear_half import Layer, layer_of, workload
 from schedules.cuda.packed_half import padded_rows
+from schedules.cuda.source import Constant
 from schedules.kernel import NotSuited, Request, Space, TensorSpec
 
 MMA, WMMA, HALF2 = "mma", "wmma", "tile"
@@ -62,11 +63,12 @@ def lower(request: Request) -> CudaKernel:
     kind, stored = family(layer), layer.places.stored
     knobs = default_knobs(layer) | dict(request.knobs)
     tokens, rows = knobs["tokens"], knobs["rows"]
-    sizes = {"TOKENS": tokens, "ROWS": rows, "ORDER": knobs["order"], "WARPS": knobs.get("warps", rows // 16)}
+    warps = knobs.get("warps", rows // 16)
+    sizes: dict[str, Constant] = {"TOKENS": tokens, "ROWS": rows, "ORDER": knobs["order"], "WARPS": warps}
     name = f"linear_half_{kind}_{layer.shape_name}_t{tokens}r{rows}o{knobs['order']}"
     if kind == MMA:
         sizes["STAGES"] = knobs["stages"]
-        name += f"w{knobs['warps']}s{knobs['stages']}"
+        name += f"w{warps}s{knobs['stages']}"
     base = ", const float* __restrict__ residual" if layer.residual else ""
     entry = f"""extern "C" __global__ void __launch_bounds__(THREADS, 1)
 KERNEL(const Half* __restrict__ rounded, const float* __restrict__ back, const float* __restrict__ sums,
@@ -79,7 +81,7 @@ KERNEL(const Half* __restrict__ rounded, const float* __restrict__ back, const f
     weight = tuple(range(1, layer.out + 1))  # and the residual, and the result
     launches = (
         Launch(f"{name}_round", (layer.m, 1, 1), (ROUND_THREADS, 1, 1), (0, rounded, back, sums)),
-        Launch(name, grid, (32 * sizes["WARPS"], 1, 1), (rounded, back, sums, *weight)),
+        Launch(name, grid, (32 * warps, 1, 1), (rounded, back, sums, *weight)),
     )
     temporaries = (
         TensorSpec((layer.m, stored), "float16"),
@@ -127,11 +129,12 @@ def space(request: Request) -> Space:
             return knobs == default or _fits(layer, knobs)
         return kind == WMMA or knobs["tokens"] * knobs["rows"] <= MOST_HALF2
 
-    tried: dict[str, tuple[int, ...]] = {"order": (0, 1)} | {
+    tiles: dict[str, dict[str, tuple[int, ...]]] = {
         MMA: {"tokens": (16, 32, 64, 128), "rows": (32, 64, 128), "warps": (2, 4, 8), "stages": (2, 3, 4)},
         WMMA: {"tokens": (16, 32, 64), "rows": (32, 64, 128)},
         HALF2: {"tokens": (8, 16, 32, 64), "rows": (32, 64, 128)},
-    }[kind]
+    }
+    tried = tiles[kind] | {"order": (0, 1)}
     macs = layer.m * layer.n * layer.places.k
     schedule = f"cuda.linear_half_{kind}.{layer.gpu.arch}"
     return Space.around(

@@ -183,6 +183,17 @@ def workload(call: Call) -> dict[str, int | str]:
     return shape | {"kind": str(attrs.get("grid", call.affine))}
 
 
+def _held(call: Call, knobs: Mapping[str, int]) -> bool:
+    """Whether a block's registers hold it: sm_53 gives it 32 K, 64 for each thread of 16 warps, others twice that.
+
+    ptxas wants 253 for 8 tokens without dp4a, 127 for 4, 64 for 2; with it up to 254 for 4 tokens and 4 runs ahead.
+    """
+    tokens, warps = knobs["tokens"], knobs["warps"]
+    if call.gpu.sm < DP4A:
+        return tokens * warps <= 32
+    return warps <= 8 or tokens * min(MOST_AHEAD, knobs["loads"] // call.layout.run) <= 8
+
+
 def space(request: Request) -> Space:
     """What tuning may try."""
     call = read(request)
@@ -191,7 +202,7 @@ def space(request: Request) -> Space:
     def allowed(knobs: Mapping[str, int]) -> bool:
         some = run <= knobs["loads"] <= MOST_AHEAD * run
         loads = some if _reads_ahead(call, knobs["tokens"]) else knobs["loads"] == default["loads"]
-        return knobs["split"] <= knobs["warps"] and loads
+        return knobs["split"] <= knobs["warps"] and loads and _held(call, knobs)
 
     tried = {
         "warps": (2, 4, 8, 16),

@@ -56,10 +56,10 @@ def tune(model: Path, folder: Path, target: str, **settings: Any) -> dict[str, d
     assert gpu is not None
     fused = pipeline.fuse(pipeline.import_checkpoint(model, request).model.graph.module(), request)
     calls = [call for calls in requests(fused, request.target).values() for call in calls]
-    spaces = [found for call in calls if (found := space(call)) is not None]
-    chosen = [found for found in spaces if "attention" in found.schedule]
-    chosen.append(next(found for found in spaces if "linear" in found.schedule and found.workload["m"] == 1))
-    database, found = Database.writing(folder, request.target.tuning_key), {}
+    spaces = [room for call in calls if (room := space(call)) is not None]
+    chosen = [room for room in spaces if "attention" in room.schedule]
+    chosen.append(next(room for room in spaces if "linear" in room.schedule and room.workload["m"] == 1))
+    database, found = Database.writing(folder, request.target.tuning_key), dict[str, dict[str, int]]()
     for room in chosen:
         first, *_, last = room.points()
         about: dict[str, Any] = {"schedule": room.schedule, "workload": dict(room.workload), "threads": 1}

@@ -58,7 +58,7 @@ def test_records_decide_what_is_built(small: Built, tuning: tuple[Path, dict[str
     assert {kernel.record: dict(kernel.knobs) for kernel in tuned.values()} == wanted
     kernels = {"_".join(name.split("_")[:2]): name for name in tuned}
     assert kernels.keys() == {"attention_decode", "attention_tile", "linear_dense"}
-    assert kernels["linear_dense"].endswith("_t1w16") and kernels["attention_tile"].endswith("_r32p64t256")
+    assert kernels["linear_dense"].endswith("_t1w4") and kernels["attention_tile"].endswith("_r32p64t256")
     assert all(re.search(rf"__global__.* {name}\(|\n{name}\(", small.source) for name in tuned)
     done = small.run("info", emulated=False)
     assert f"tuning:       {len(tuned)} kernels by records {' '.join(sorted(wanted))}\n" in done.stdout

@@ -267,10 +267,7 @@ def test_broken_kernels_are_caught(what: str) -> None:
 
 # Registers of a thread with d = 128: 128 leave room for 512 threads on a multiprocessor, 184 for 352, 255 for 256.
 BUDGETS = {"decode": 128, "tile": 128, "wmma": 184, "mma": 248}
-REAL = [
-    ("float16", 32, 8, 128), ("int8", 32, 8, 128), pytest.param(("float16", 32, 4, 64), marks=pytest.mark.slow),
-    pytest.param(("float16", 8, 4, 256), marks=pytest.mark.slow),
-]  # fmt: skip
+REAL = [("float16", 32, 8, 128), ("int8", 32, 8, 128)]  # other heads: test_sweep
 
 
 @pytest.mark.parametrize("target", ALL, ids=lambda t: t.name)
@@ -281,7 +278,7 @@ def test_registers(target: Target, sizes: Any) -> None:
         call = request_of(target, cache, m, heads, kv_heads, d, 4096, {})
         made = Emulated(lowerings()[call.op](call), target, call.outs)
         family = made.kernel.name.split("_")[1]
-        check_resources(made.code, 232 if d == 256 else BUDGETS[family])
+        check_resources(made.code, BUDGETS[family])
         text = made.code.ptx.decode()
         assert not re.search(r"(?:ld|st)\.local", text)
         instruction = {"mma": "mma.sync.aligned.m16n8k16", "wmma": "wmma.mma", "decode": "ld.global.nc.v4.u32"}

@@ -11,7 +11,7 @@ EDGES = [
     Case(NANO, "float16", 1, 8, 256), Case(NANO, "float32", 128, 7, 256), Case(NANO, "int8", 1, 7, 128),
     Case(XAVIER, "float16", 128, 7, 256), Case(XAVIER, "int8", 1, 6, 192), Case(XAVIER, "float16", 128, 7, 128, 1),
     Case(ORIN, "float16", 128, 7, 128, 1), Case(ORIN, "int8", 128, 7, 192), Case(ORIN, "float32", 1, 8, 96),
-    Case(SM90, "float16", 128, 7, 256), Case(SM90, "int8", 1, 8, 80),
+    Case(ORIN, "float16", 128, 7, 64, 1), Case(SM90, "float16", 128, 7, 256), Case(SM90, "int8", 1, 8, 80),
 ]  # fmt: skip
 
 
