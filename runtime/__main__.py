@@ -86,8 +86,10 @@ def parser() -> argparse.ArgumentParser:
     logits.add_argument("--out", required=True, type=Path, help=".npy file to write, float32 [n, vocabulary]")
     _running_options(logits)
     bench = _verb(verbs, "bench", "how fast a bundle is on this machine", run_bench)
-    numbers = {"prompt-tokens": (512, "tokens of a prefill"), "context": (128, "tokens before the decoded ones")}
-    numbers |= {"decode-tokens": (16, "tokens decoded a round"), "rounds": (5, "how often each is run")}
+    numbers = {
+        "prompt-tokens": (512, "tokens of a prefill"), "context": (128, "tokens before the decoded ones"),
+        "decode-tokens": (16, "tokens decoded a round"), "rounds": (5, "how often each is run"),
+    }  # fmt: skip
     for name, (default, text) in numbers.items():
         bench.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
     bench.add_argument("--json", action="store_true", help="print one JSON object at the end")

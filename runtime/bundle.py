@@ -159,14 +159,16 @@ def _checking(path: Path, mapping: mmap.mmap, digest: FileDigest) -> Iterator[No
             return hashlib.sha256(chunk).hexdigest() == expected[index]
 
     pool = ThreadPoolExecutor(device.default_threads())
+    checks = [pool.submit(intact, index) for index in range(len(expected))]
     try:
-        checks = [pool.submit(intact, index) for index in range(len(expected))]
         yield
         for index, check in enumerate(checks):
             if not check.result():
                 raise damaged_chunk(path, digest, index)
     finally:
-        pool.shutdown(cancel_futures=True)
+        for check in checks:
+            check.cancel()
+        pool.shutdown()
 
 
 def _arrays(mapping: Optional[mmap.mmap], found: Manifest) -> dict[str, Array]:

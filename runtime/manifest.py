@@ -1,6 +1,7 @@
 """manifest.json: what the compiler writes and the runtime reads. The runtime owns this schema; the compiler imports it.
 
-The dataclasses below are the schema: every key is needed, an unknown key is an error. `load` and `dump` both run
+The dataclasses below are the schema: every key is needed, an unknown key is an error; Python 3.8 has to evaluate their
+annotations, hence Tuple and Dict. `load` and `dump` both run
 `manifest_check.check`, so that neither side can hold a manifest that the other would refuse.
 """
 
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Optional, Union, get_args, get_origin, get_type_hints
+from typing import Any, Dict, Optional, Tuple, Union, get_args, get_origin, get_type_hints
 
 from .errors import ManifestError
 
@@ -60,7 +61,7 @@ class Target:
     arch: str
     triple: str
     cpu: str
-    features: tuple[str, ...]
+    features: Tuple[str, ...]
     glibc: str
     gpu: Optional[Gpu] = None
 
@@ -82,7 +83,7 @@ class TunedKernel:
     """
 
     record: str
-    knobs: dict[str, int]
+    knobs: Dict[str, int]
     modelled: Optional[bool] = None
 
 
@@ -91,7 +92,7 @@ class TensorType:
     """Element type and shape of an array."""
 
     dtype: str
-    shape: tuple[int, ...]
+    shape: Tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Function:
     """
 
     tokens: int
-    inputs: tuple[str, ...]
+    inputs: Tuple[str, ...]
     output: TensorType
     tiled: Optional[str] = None
 
@@ -113,7 +114,7 @@ class Cache:
 
     name: str
     dtype: str
-    shape: tuple[int, ...]
+    shape: Tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class Weight:
 
     name: str
     dtype: str
-    shape: tuple[int, ...]
+    shape: Tuple[int, ...]
     offset: int
     nbytes: int
 
@@ -133,7 +134,7 @@ class Weights:
 
     file: str
     alignment: int
-    tensors: tuple[Weight, ...]
+    tensors: Tuple[Weight, ...]
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ class Tokens:
     """Special ids: `bos` starts an otherwise empty prompt, any of `eos` ends generation."""
 
     bos: Optional[int]
-    eos: tuple[int, ...]
+    eos: Tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -162,9 +163,9 @@ class ChatFormat:
     """
 
     format: str
-    system: Optional[tuple[str, str]]
-    user: tuple[str, str]
-    assistant: tuple[str, str]
+    system: Optional[Tuple[str, str]]
+    user: Tuple[str, str]
+    assistant: Tuple[str, str]
     start: str
     generation_prompt: str
     default_system: Optional[str]
@@ -181,7 +182,7 @@ class FileDigest:
     bytes: int
     sha256: str
     chunk_bytes: Optional[int] = None
-    chunks: Optional[tuple[str, ...]] = None
+    chunks: Optional[Tuple[str, ...]] = None
 
 
 @dataclass(frozen=True)
@@ -189,18 +190,18 @@ class Manifest:
     """A whole manifest, without the keys that only the file has: `format`, `version`, `abi` and its own `sha256`."""
 
     model: Model
-    quantization: dict[str, Scalar]
+    quantization: Dict[str, Scalar]
     target: Target
     tvm: TvmVersions
-    tuning: dict[str, TunedKernel]
+    tuning: Dict[str, TunedKernel]
     library: str
-    functions: dict[str, Function]
-    caches: tuple[Cache, ...]
+    functions: Dict[str, Function]
+    caches: Tuple[Cache, ...]
     weights: Weights
     memory: Memory
     tokens: Tokens
     chat: Optional[ChatFormat]
-    files: dict[str, FileDigest]
+    files: Dict[str, FileDigest]
 
 
 def load(path: Path) -> Manifest:

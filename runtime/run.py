@@ -5,15 +5,15 @@ libraries and the tokenizer library. Nothing of it is imported before its digest
 that of runtime.zip, and the runtime itself then checks all files, this one too, before it loads a library.
 The digests find damage and half-made copies. They cannot stop somebody who may write to the bundle, and who could write
 the manifest as well: run only bundles that you would run any program from.
+This file alone is Python 3.6, so that an older Python than is needed says so.
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
 import os
 import sys
 from pathlib import Path
+from typing import List
 
 USAGE = """usage: python3 {name} PROMPT [options of generate]  continue a text
        python3 {name} --chat [options of chat]        talk; /reset starts over, /exit leaves
@@ -25,12 +25,15 @@ USAGE = """usage: python3 {name} PROMPT [options of generate]  continue a text
 RUNTIME = "runtime.zip"
 
 
-def main(arguments: list[str]) -> int:
+OLD_TOKENIZER = "tokenizers.cpython-38-*.so"  # the other one is for Python 3.9 and later
+
+
+def main(arguments: List[str]) -> int:
     """Run one command; gives the exit code."""
     here = Path(__file__).resolve().parent
-    if sys.version_info < (3, 9):
-        found = ".".join(map(str, sys.version_info[:2]))
-        return refuse(f"this is Python {found}, but 3.9 or later is needed. Start it with another python3.")
+    least = (3, 8) if list(here.glob(OLD_TOKENIZER)) else (3, 9)
+    if sys.version_info < least:
+        return refuse(too_old(least[1]))
     if not arguments or arguments[0] in ("-h", "--help"):
         (sys.stdout if arguments else sys.stderr).write(USAGE.format(name=sys.argv[0]))
         return 0 if arguments else 2
@@ -53,6 +56,15 @@ def main(arguments: list[str]) -> int:
     if first == "--rpc-server":
         return run([first[2:], *rest])
     return run(["generate", str(here), f"--prompt={first}", *rest])
+
+
+def too_old(minor: int) -> str:
+    """What to do about a Python before 3.`minor`. Ubuntu 18.04 (JetPack 4) has 3.6 and, in its archive, 3.8."""
+    found = ".".join(map(str, sys.version_info[:2]))
+    return (
+        f"this is Python {found}, but 3.{minor} or later is needed. Start it with another one, like python3.{minor}; "
+        f"on Ubuntu and JetPack: sudo apt install python3.{minor}."
+    )
 
 
 def refuse(what: str) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Optional, Union
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Optional, Sequence, Union
 
 from . import arrays
 from .arrays import Array, np

@@ -208,8 +208,3 @@ def test_what_the_law_allows_passes(tmp_path: Path, file: str, code: str) -> Non
     (tmp_path / file).parent.mkdir(parents=True)
     (tmp_path / file).write_text(code)
     assert breaches(tmp_path) == []
-
-
-def test_the_runtime_is_python_3_9() -> None:
-    for path in sorted((REPO / "runtime").rglob("*.py")):
-        ast.parse(path.read_text(encoding="utf-8"), str(path), feature_version=(3, 9))

@@ -4,7 +4,9 @@ runtime.zip (the runtime package), `run` (the program to start), TVM's two libra
 target's architecture, out of wheels whose digests stand here. Files of other wheels never get into a bundle: the wheel
 is checked before it is opened, and each file again whenever it is taken from the cache.
 tokenizers is older than the compiler's: 0.22.2 is the last one for Python 3.9, and its abi3 library loads in all later
-ones; test_carried_tokenizer.py has both read the same files. numpy is not carried: 50 MB a version of Python, and
+ones. JetPack 4 and 5 have Python 3.8 (the former by apt): bundles for a Jetson carry 0.20.3, the last one for that,
+besides; a Python takes the file with its own version in its name first. test_carried_tokenizer.py has all of them read
+the same files. numpy is not carried: 50 MB a version of Python, and
 runtime/arrays.py does without.
 """
 
@@ -115,12 +117,23 @@ PARTS = {
         ),
     ),
 }
+# For Python 3.8 alone, where a GPU's bundle may meet it: Ubuntu 18.04 and 20.04 on Jetsons.
+OLD_PYTHON = {
+    "aarch64": Part(
+        "tokenizers-0.20.3-cp38-cp38-manylinux_2_17_aarch64.manylinux2014_aarch64.whl",
+        "04627b7b502fa6a2a005e1bd446fa4247d89abcb1afaa1b81eb90e21aba9a60f",
+        "tokenizers/tokenizers.cpython-38-aarch64-linux-gnu.so",
+        "58a43600a38a70d91972d59ac490dadcbe280a4380fa74dd27806f3d21b650e1",
+        3,
+        "3.8",
+    )
+}
 
 
 def fetch(arch: str, offline: bool = False, tvm: bool = True) -> dict[str, bytes]:
     """Name in the bundle -> content, for everything but `run` and the runtime. Raises CarryError.
 
-    tvm: False leaves TVM's libraries out, which a bundle for a GPU does without.
+    tvm: False for a bundle for a GPU, which does without TVM's libraries and may meet Python 3.8.
     From the cache, else from the installed wheel if its file is the pinned one, else from PyPI unless `offline`.
     """
     if arch not in PARTS:
@@ -129,6 +142,8 @@ def fetch(arch: str, offline: bool = False, tvm: bool = True) -> dict[str, bytes
             f"Leave --self-contained out."
         )
     parts = [part for part in PARTS[arch] if tvm or not part.name.startswith("libtvm_")]
+    if not tvm and arch in OLD_PYTHON:
+        parts.append(OLD_PYTHON[arch])
     found = {part.name: _here(part) for part in parts}
     missing = [part for part in parts if found[part.name] is None]
     if missing and offline:

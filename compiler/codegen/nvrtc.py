@@ -119,6 +119,12 @@ def _wheel_file(wheel: tuple[str, str, str]) -> Path:
     return path
 
 
+def require() -> None:
+    """Raise NvrtcError unless both compilers are installed, as they must be."""
+    _library()
+    _ptxas()
+
+
 @cache
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(_wheel_file(NVRTC)))

@@ -5,6 +5,8 @@ import importlib.metadata
 import importlib.util
 import subprocess
 import zipfile
+from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 
 from compiler.codegen import carried
 from compiler.codegen.carried import PARTS, CarryError
+from runtime import run
 
 REPO = Path(__file__).parents[2]
 CONTENT = b"\x7fELF a library"
@@ -67,6 +70,8 @@ def test_pins_are_the_compilers_own_wheels() -> None:
             assert f'"{part.requirement}"' in pinned
             assert importlib.metadata.version(project) == version
         assert "-cp39-abi3-" in parts[2].wheel
+    old = carried.OLD_PYTHON["aarch64"]
+    assert old.name == "tokenizers.cpython-38-aarch64-linux-gnu.so" and fnmatch(old.name, run.OLD_TOKENIZER)
 
 
 def test_licences_are_those_of_the_wheels(tmp_path: Path) -> None:
@@ -74,7 +79,8 @@ def test_licences_are_those_of_the_wheels(tmp_path: Path) -> None:
     carried.write({}, tmp_path)
     text = (tmp_path / "licenses.txt").read_text()
     said = " ".join(text.split())
-    versions = {parts[2].requirement.replace("==", " ") for parts in PARTS.values()}
+    libraries = [*(parts[2] for parts in PARTS.values()), *carried.OLD_PYTHON.values()]
+    versions = {part.requirement.replace("==", " ") for part in libraries}
     assert all(f"{version}: Apache License 2.0" in said for version in versions)
     words = {
         "apache-tvm": ("tvm/NOTICE", "tvm/licenses/LICENSE.builtin_fp16.txt"),
@@ -99,6 +105,15 @@ def test_fetched_once_then_offline(thing: carried.Part, cache: Path, monkeypatch
     assert carried.fetch("aarch64", offline=True) == {"libthing.so": CONTENT}
     assert len(pip.asked) == 1
     assert [path.name for path in cache.rglob("*") if path.is_file()] == ["libthing.so"]
+
+
+def test_a_gpu_may_meet_an_old_python(thing: carried.Part, monkeypatch: pytest.MonkeyPatch) -> None:
+    Pip(monkeypatch, CONTENT)
+    old = replace(thing, member="thing/lib/libold.so", python="3.8")
+    monkeypatch.setattr(carried, "OLD_PYTHON", {"aarch64": old})
+    monkeypatch.setattr(carried, "_download", lambda part: CONTENT)
+    assert list(carried.fetch("aarch64", tvm=False)) == ["libthing.so", "libold.so"]
+    assert list(carried.fetch("aarch64")) == ["libthing.so"]
 
 
 def test_a_damaged_cache_is_not_used(thing: carried.Part, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

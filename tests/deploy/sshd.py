@@ -8,10 +8,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
 CONFIG = """
@@ -24,7 +25,7 @@ StrictModes no
 UsePAM no
 PasswordAuthentication no
 KbdInteractiveAuthentication no
-SetEnv HOME={folder} PATH={path}
+SetEnv HOME={folder} PATH={path}{more}
 """
 
 
@@ -48,8 +49,13 @@ def keygen(path: Path) -> None:
 
 
 @contextmanager
-def serve(folder: Path, programs: Path | None = None) -> Iterator[Server]:
-    """Start it, wait until it answers, end it. `programs` come first on the PATH there; else this Python does."""
+def serve(
+    folder: Path, programs: Path | None = None, environment: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[Server]:
+    """Start it, wait until it answers, end it. `programs` come first on the PATH there; else this Python does.
+
+    environment: variables that sessions have besides, without blanks in them.
+    """
     assert SSHD is not None
     if os.geteuid() == 0:
         Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # as root, sshd insists on it
@@ -60,7 +66,8 @@ def serve(folder: Path, programs: Path | None = None) -> Iterator[Server]:
         port = free.getsockname()[1]
     config = folder / "sshd_config"
     path = f"{programs or Path(sys.executable).parent}:/usr/bin:/bin"
-    config.write_text(CONFIG.format(port=port, folder=folder, path=path))
+    more = "".join(f" {name}={value}" for name, value in environment.items())
+    config.write_text(CONFIG.format(port=port, folder=folder, path=path, more=more))
     with (folder / "log").open("wb") as log:
         server = subprocess.Popen([SSHD, "-D", "-e", "-f", config], stderr=log)
     try:

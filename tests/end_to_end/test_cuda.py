@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 
 from compiler.__main__ import main
 from compiler.cli import card
-from compiler.codegen import carried, elf
+from compiler.codegen import carried, elf, nvrtc
 from runtime.bundle import read_manifest
 from runtime.tokenizer import Tokenizer
 from tests.end_to_end import commands, gpu
@@ -231,10 +232,13 @@ def test_bench_measures_what_a_card_would_do(small: Built, tmp_path: Path) -> No
     assert json.loads(counts.read_text())["graph_launches"] > 0
 
 
-def test_numerics_of_a_card(
+CARD = ["card", "--model", str(STORIES260K), "--activations", "exact"]
+
+
+def test_a_card_is_checked_and_a_failure_goes_on(
     small: Built, bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`card` on the mock, with the bundles that are here already: emulated kernels pass, and a newer target waits."""
+    """On the mock, with the bundles that are here already: for one target the driver refuses what it is to launch."""
     ready = {"gpu": small.bundle, "cpu": bundles(STORIES260K, activations="exact", chunks=(16,))}
     start = card._python
 
@@ -243,23 +247,60 @@ def test_numerics_of_a_card(
             out = Path(arguments[arguments.index("--out") + 1])
             out.symlink_to(ready[out.name])
             return ""
+        if verb == "bench":
+            work = ("--prompt-tokens", "16", "--decode-tokens", "2", "--context", "4", "--rounds", "1", "--json")
+            return start(module, verb, str(small.bundle), *work)
+        monkeypatch.setenv("QUERN_MOCK_REFUSE", "launch" if "cuda-sm72" in arguments[0] else "nothing")
         return start(module, verb, *arguments)
 
     monkeypatch.setattr(card, "_python", instead)
     monkeypatch.setattr(card, "TOKENS", 20)  # a chunk of 16, and single tokens
-    for name, value in small.environment(arch=90).items():
+    for name, value in small.environment(arch=90, memory=64 * MIB).items():
         monkeypatch.setenv(name, value)
     record = tmp_path / "card.jsonl"
-    options = ["card", "--model", str(STORIES260K), "--shapes", "", "--activations", "exact", "--record", str(record)]
-    assert main([*options, "--targets", "cuda-sm90"]) == 0
-    monkeypatch.setenv("QUERN_MOCK_ARCH", "87")
-    assert main([*options, "--targets", "cuda-sm90"]) == 0
+    options = [*CARD, "--shapes", "tinyllama-1.1b", "--record", str(record)]
+    assert main([*options, "--targets", "cuda-sm72,cuda-sm90"]) == 1
     out, err = capsys.readouterr()
-    assert (out, err) == (record.read_text(), "")
-    numerics, skipped = map(json.loads, out.splitlines())
-    assert (numerics["device"], numerics["sm"], numerics["check"]) == ("Mock GPU", 90, "numerics")
+    assert out == record.read_text()
+    about, broken, numerics, *speeds = map(json.loads, out.splitlines())
+    assert all((r["device"], r["sm"], r["driver"], r["emulated"]) == ("Mock GPU", 90, "12.4", True)
+               for r in (about, broken, numerics, *speeds))  # fmt: skip
+    assert (about["check"], about["multiprocessors"]) == ("card", 2)
+    assert (broken["check"], broken["target"], broken["good"]) == ("numerics", "cuda-sm72", False)
+    assert "CUDA_ERROR_LAUNCH_FAILED (719)" in broken["error"]
     assert numerics["good"] is True and 0 < numerics["worst"] < numerics["bound"] and numerics["same_tokens"] == 1
-    assert (skipped["target"], skipped["check"], skipped["why"]) == ("cuda-sm90", "skipped", "this GPU is sm_87")
+    for speed in speeds:
+        assert speed["check"] == "speed" and speed["prefill_tflop_s"] > 0
+        assert min(speed[n] for n in ("decode_tok_s", "decode_plain_tok_s", "copy_gb_s", "prefill_tok_s")) > 0
+    told = err.splitlines()
+    assert told[0] == "Mock GPU, sm_90, driver of CUDA 12.4" and told[-1] == "3 passed, 1 failed, 0 skipped"
+    assert told[1] == "[1/4] numerics of cuda-sm72, activations exact ..."
+    assert told[2].startswith("[1/4] numerics of cuda-sm72, activations exact: failed after ")
+    assert any(line.startswith("[4/4] speed of tinyllama-1.1b, cuda-sm90: passed after ") for line in told)
+
+
+def test_a_card_that_is_too_old_for_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing was checked, and that is no success."""
+    for name, value in mock.environment(None, arch=87, driver=10020).items():
+        monkeypatch.setenv(name, value)
+    assert main([*CARD, "--targets", "cuda-sm90,cuda-sm72"]) == 1
+    out, err = capsys.readouterr()
+    newer, older = map(json.loads, out.splitlines()[1:])
+    assert (newer["check"], newer["target"], newer["why"]) == ("skipped", "cuda-sm90", "this GPU is sm_87")
+    assert older["why"] == "it needs a driver of CUDA 11.4, and this one is of 10.2: update the driver"
+    assert err.splitlines()[-1] == "0 passed, 0 failed, 2 skipped"
+
+
+def test_a_card_needs_the_compilers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, value in mock.environment(None).items():
+        monkeypatch.setenv(name, value)
+    nvrtc._ptxas.cache_clear()
+    monkeypatch.setattr(nvrtc, "PTXAS", ("nvidia-cuda-nvcc-cu99", "12.9.86", "ptxas"))
+    assert main(CARD) == 2
+    assert capsys.readouterr() == (
+        "", "error: CUDA targets need nvidia-cuda-nvcc-cu99 12.9.86 (a Python package). Install what building for CUDA "
+        f"needs: {sys.executable} -m pip install 'quern[cuda]'.\n",
+    )  # fmt: skip
 
 
 @pytest.mark.slow
@@ -279,7 +320,8 @@ def test_what_a_bundle_is_made_of(target: str, tmp_path: Path) -> None:
     names = set(sealed.files)
     assert not [name for name in names if "tvm" in name] and {"tokenizers.abi3.so", "runtime.zip", "run"} <= names
     without = sum(digest.bytes for name, digest in sealed.files.items() if name != "weights.bin")
-    tokenizer = sum(sealed.files[name].bytes for name in ("tokenizers.abi3.so", "tokenizer.json"))
+    assert ("tokenizers.cpython-38-aarch64-linux-gnu.so" in names) == (sealed.target.arch == "aarch64")
+    tokenizer = sum(digest.bytes for name, digest in sealed.files.items() if name.startswith("tokenizer"))
     assert without - tokenizer < MIB and without < carried.MAX_BYTES
 
 

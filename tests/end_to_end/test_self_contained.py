@@ -18,7 +18,7 @@ from compiler.codegen import bundle, carried, elf
 from compiler.tune import tracker
 from compiler.tune.boards import BoardMeasurer
 from compiler.tune.measure import Setting
-from runtime import device, manifest
+from runtime import device, manifest, run
 from runtime.manifest import FILE_NAME
 from schedules.kernel import space
 from tests.end_to_end import commands
@@ -97,6 +97,23 @@ def test_sampling_without_numpy(here: Path, demo: Path) -> None:
     penalty = ("--repetition-penalty", "1.1")
     there = said(bare(here, PROMPT, *OPTIONS, *settings, *penalty))
     assert there == said(commands.run("runtime", "generate", demo, "--prompt", PROMPT, *OPTIONS, *settings, *penalty))
+
+
+@pytest.mark.parametrize(("version", "old", "minor"), [((3, 8), False, 9), ((3, 6), False, 9), ((3, 6), True, 8)])
+def test_a_python_that_is_too_old_says_so(
+    version: tuple[int, int], old: bool, minor: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """A bundle that carries the tokenizer for 3.8 needs no 3.9."""
+    if old:
+        (tmp_path / carried.OLD_PYTHON["aarch64"].name).touch()
+    monkeypatch.setattr(run, "__file__", str(tmp_path / "run"))
+    monkeypatch.setattr(sys, "version_info", (*version, 9, "final", 0))
+    assert run.main([PROMPT]) == 2
+    assert capsys.readouterr().err == (
+        f"error: this is Python 3.{version[1]}, but 3.{minor} or later is needed. Start it with another one, like "
+        f"python3.{minor}; on Ubuntu and JetPack: sudo apt install python3.{minor}.\n"
+    )
 
 
 def test_info_and_usage(here: Path) -> None:

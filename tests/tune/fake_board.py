@@ -147,9 +147,9 @@ def free(tracker: Address, key: str) -> int:
         connection.close()
 
 
-def wait_for(what: Callable[[], object]) -> None:
+def wait_for(what: Callable[[], object], patience_s: float = PATIENCE_S) -> None:
     """Until it is true."""
-    end = time.monotonic() + PATIENCE_S
+    end = time.monotonic() + patience_s
     while not what():
         assert time.monotonic() < end
         time.sleep(0.05)

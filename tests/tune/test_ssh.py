@@ -18,11 +18,14 @@ from compiler.codegen.link import cache_dir
 from compiler.tune.records import FILE_NAME, Database, frozen
 from tests.deploy import sshd
 from tests.end_to_end import commands
+from tests.mock import cuda as mock
 from tests.tune.fake_board import wait_for
 
 pytestmark = pytest.mark.slow
 NATIVE = targets.load("native")
 TRIALS = 2
+PATIENCE_S = 240  # of an emulated board: the kernels are compiled first
+MEMORY = 256 << 20  # a quarter of it is for copies of the arguments
 MODEL = Path(__file__).parents[1] / "models" / "stories260k"
 
 
@@ -76,6 +79,41 @@ def test_a_board_over_ssh(server: sshd.Server, tmp_path: Path) -> None:
     assert {r["measured"] for r in records} == {"rpc"}
     (release,) = there.iterdir()
     assert sorted(p.name for p in release.iterdir()) == ["libtvm_ffi.so", "libtvm_runtime.so", "runtime.zip"]
+
+
+@pytest.mark.board
+def test_a_jetson_over_ssh(board: Any, tmp_path: Path) -> None:
+    """arm64 code of server and candidates under qemu, a mock driver of a board. Killed after a trial, it goes on."""
+    if sshd.SSHD is None or shutil.which("ssh-keygen") is None:
+        pytest.skip("there is no sshd: apt-get install openssh-server")
+    programs, there, logs = tmp_path / "programs", tmp_path / "board", tmp_path / "logs"
+    programs.mkdir()
+    for name, line in (("python3", f'exec {board.root() / "python3"} "$@"'), ("uname", "echo aarch64")):
+        (programs / name).write_text(f"#!/bin/sh\n{line}\n")
+        (programs / name).chmod(0o755)
+    driver = mock.environment(triple="aarch64-linux-gnu.2.27", arch=87, driver=11040, integrated=1, memory=MEMORY)
+    (tmp_path / "sshd").mkdir()
+    database = logs / "jetson-orin" / FILE_NAME
+    tune: list[Any] = ["compiler", "tune", "--target", "jetson-orin", "--model", MODEL, "--bits", "4", "--tokens", "1"]
+    tune += ["--operators", "attention", "--trials", TRIALS, "--drift", 10**12, "--json", "--tuning-logs", logs]
+    with sshd.serve(tmp_path / "sshd", programs, driver) as server:
+        tune += ["--ssh", f"127.0.0.1:{there}", "--port", server.port, "--identity", server.key]
+        own = {"HOME": str(server.home), "QUERN_CACHE": str(cache_dir())}
+        how = {"cwd": tmp_path, "env": {k: v for k, v in commands.environment(own).items() if k != "SSH_AUTH_SOCK"}}
+        with subprocess.Popen(commands.command(*tune), stdout=subprocess.DEVNULL, **how) as killed:
+            wait_for(lambda: database.is_file() and database.read_bytes().count(b"\n") > 0, PATIENCE_S)
+            assert serving(there)
+            killed.kill()
+            assert killed.wait() == -signal.SIGKILL
+        wait_for(lambda: serving(there) == [])
+        before = database.read_bytes()
+        done = subprocess.run(commands.command(*tune), capture_output=True, text=True, check=False, **how)
+    assert (done.returncode, done.stderr, serving(there)) == (0, "", [])
+    records = [json.loads(line) for line in database.read_bytes().splitlines()]
+    assert [r["kind"] for r in records] == ["trial"] * TRIALS + ["choice"]
+    assert database.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
+    assert json.loads(done.stdout)["shapes"][0]["new"] == TRIALS - before.count(b'"kind": "trial"')
+    assert {(r["measured"], r["cpu"]) for r in records} == {("emulated", "Mock GPU, 2 multiprocessors")}
 
 
 def test_a_board_that_cannot_be_reached(
