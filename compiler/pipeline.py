@@ -223,8 +223,10 @@ def compile_inputs(inputs: Inputs, request: Request, report: Reporter) -> manife
     """Graph to bundle: fuse, schedule, generate code, link, pack weights, seal."""
     model, target = inputs.model, request.target
     bundle.check_target(target)
+    # First what may be refused or fail: a compile is long.
+    chat, note = (None, "") if inputs.tokenizer is None else chat_format.derive(inputs.tokenizer, inputs.path)
     libraries = None
-    if request.self_contained:  # first: a compile is long, and a download may fail
+    if request.self_contained:
         with report.stage("carry") as stage:
             libraries = carried.fetch(target.arch, request.offline, tvm=target.gpu is None)
             stage.bytes = sum(map(len, libraries.values()))
@@ -246,10 +248,8 @@ def compile_inputs(inputs: Inputs, request: Request, report: Reporter) -> manife
             weights, digest = weights_file.write(folder / WEIGHTS, pieces, alignment)
             stage.bytes = digest.bytes
         with report.stage("seal") as stage:
-            chat, note = None, ""
             if inputs.tokenizer is not None:
                 tokenizer_files.copy(inputs.tokenizer, folder)
-                chat, note = chat_format.derive(inputs.tokenizer, inputs.path)
             if libraries is not None:
                 carried.write(libraries, folder)
             digests = bundle.digests(folder, {WEIGHTS: digest})

@@ -89,6 +89,17 @@ def open_bundle(
     return Bundle(path, found, _arrays(mapping, found), verify_weights and on_gpu)
 
 
+def missing(path: Path, found: Manifest) -> list[str]:
+    """Why the bundle cannot be whole, by the names and sizes of its files; what is in them is for `open_bundle`."""
+    problems = []
+    for name, digest in sorted(found.files.items()):
+        try:
+            _check_size(path / name, digest)
+        except BundleError as error:  # noqa: PERF203 a dozen files
+            problems.append(str(error).rstrip("."))
+    return problems
+
+
 def _check_size(path: Path, digest: FileDigest) -> None:
     try:
         status = path.stat()

@@ -1,4 +1,7 @@
-"""What a bundle is and whether it runs here, for people and as JSON. Reads the manifest only: any machine will do."""
+"""What a bundle is and whether it runs here, for people and as JSON. Any machine will do.
+
+Reads the manifest and the sizes of the files, not what is in them: whoever runs the bundle checks that.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from . import device
-from .bundle import read_manifest
+from .bundle import missing, read_manifest
 from .manifest import Gpu, Manifest
 
 
 def as_json(path: Path) -> dict[str, Any]:
-    """The manifest's keys (chunk digests left out) and `refusals`: why this machine cannot run it; empty if it can."""
+    """The manifest's keys (chunk digests left out) and `refusals`: why it cannot run here; empty if it can."""
     manifest = read_manifest(path)
     data = asdict(manifest)
     for digest in data["files"].values():
         del digest["chunks"]
-    return {**data, "refusals": device.refusals(manifest.target)}
+    return {**data, "refusals": _refusals(path, manifest)}
 
 
 def as_text(path: Path) -> str:
     """The same in a dozen lines."""
     manifest = read_manifest(path)
-    model, target, refusals = manifest.model, manifest.target, device.refusals(manifest.target)
+    model, target, refusals = manifest.model, manifest.target, _refusals(path, manifest)
     rows = {
         "model": f"{model.name} ({model.type}), {model.parameters:,} parameters, {model.layers} layers, "
         f"vocabulary {model.vocab_size}",
@@ -41,6 +44,10 @@ def as_text(path: Path) -> str:
         "runs here": "no: " + "; ".join(refusals) if refusals else "yes",
     }
     return "".join(f"{name + ':':<14}{value}\n" for name, value in rows.items())
+
+
+def _refusals(path: Path, manifest: Manifest) -> list[str]:
+    return device.refusals(manifest.target) + missing(path, manifest)
 
 
 def _gpu(gpu: Gpu) -> str:

@@ -47,6 +47,11 @@ LAW: dict[str, set[str]] = {
         "compiler.measure.cycles", "compiler.measure.emulator", "compiler.measure.instructions", "compiler.tune",
         "numpy", "schedules", "targets",
     },
+    "compiler.tune.report": {"compiler.tune", "rich", "targets"},
+    "compiler.tune.tasks": {
+        "compiler.checkpoint.hub", "compiler.measure.shapes", "compiler.models", "compiler.passes",
+        "compiler.pipeline", "compiler.tune", "schedules", "targets",
+    },
     "compiler.tune.ssh": {
         "asyncssh", "compiler.codegen.carried", "compiler.deploy", "compiler.tune", "runtime", "targets",
     },

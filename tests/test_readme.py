@@ -1,4 +1,7 @@
-"""Every command that README.md shows works: make targets exist, the others run in their order in an empty folder."""
+"""Every command that README.md and two pages of docs/ show works: make targets exist, the others run in their order.
+
+A block that begins with ```sh is run; one without needs a device that is not here.
+"""
 from __future__ import annotations
 
 import os
@@ -13,7 +16,9 @@ import pytest
 
 REPO = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```sh\n(.*?)^```", re.DOTALL | re.MULTILINE)
-COMMANDS = [line for block in BLOCK.findall((REPO / "README.md").read_text()) for line in block.splitlines() if line]
+PAGES = ("README.md", "docs/deploying.md", "docs/measuring.md")  # in the order in which they are read
+COMMANDS = [line for page in PAGES for block in BLOCK.findall((REPO / page).read_text()) for line in block.splitlines()]
+LINK = re.compile(r"\]\(([^)#]*)(?:#([^)]*))?\)")
 
 
 def test_readme_shows_commands() -> None:
@@ -27,10 +32,18 @@ def test_make_target_exists(command: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("page", [*PAGES, "docs/boards.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    for file, heading in LINK.findall((REPO / page).read_text()):
+        found = (REPO / page).parent / file if file else REPO / page
+        assert found.is_file(), file
+        titles = re.findall(r"^#+ (.*)$", found.read_text(), re.MULTILINE) if heading else []
+        assert not heading or heading in [title.lower().replace(" ", "-") for title in titles], heading
+
+
 @pytest.mark.slow
 def test_commands_in_order(tmp_path: Path) -> None:
     (tmp_path / "tests").symlink_to(REPO / "tests")
-    np.save(tmp_path / "ids.npy", np.arange(3, 9))
     environment = os.environ | {"PYTHONPATH": str(REPO)}
     for command in COMMANDS:
         first, *rest = shlex.split(command)

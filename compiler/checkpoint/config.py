@@ -17,7 +17,7 @@ from compiler.errors import ConfigError
 
 QUANTIZATION = "quantization_config"
 QUANTIZATION_FILES = ("quantize_config.json", "quantization_config.json", "quant_config.json")
-LONGEST_NAME = 80  # characters of a key that a message shows
+LONGEST_NAME = 80  # characters of a key that a message shows, and of a value that is a name
 MOST_NAMED = 6  # unhandled keys one message names
 # Where the file comes from, how it was trained, how a library runs it: never what the model computes.
 PROVENANCE = frozenset({
@@ -135,11 +135,13 @@ class Config:
         return value
 
     def string(self, key: str, choices: Collection[str] = (), default: str | _Required = REQUIRED) -> str:
-        """A string; one of `choices` where they are given."""
+        """A name; one of `choices` where they are given."""
         need = "one of " + ", ".join(map(repr, choices)) if choices else "a string"
         value = self._get(key, default, need)
         if not isinstance(value, str) or (choices and value not in choices):
             self._refuse(key, need)
+        if len(value) > LONGEST_NAME:  # whoever gets it may put it into a message
+            self._refuse(key, f"a string of at most {LONGEST_NAME} characters")
         return value
 
     def strings(self, key: str, default: tuple[str, ...] | _Required = REQUIRED) -> tuple[str, ...]:

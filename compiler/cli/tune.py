@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -13,14 +12,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from compiler.cli.build import positive
 
 if TYPE_CHECKING:
     from compiler.tune.measure import Setting
     from compiler.tune.records import Database
-    from compiler.tune.search import Outcome, Task, Tuner
+    from compiler.tune.search import Outcome
     from targets import Target
 
 UNITS = {"s": 1, "m": 60, "h": 3600}
@@ -101,7 +100,7 @@ def _run_here(options: argparse.Namespace, target: Target) -> int:
 
     threads = options.threads or device.default_threads()
     os.environ["TVM_NUM_THREADS"] = str(threads)  # before TVM is loaded
-    from compiler.tune import records, search
+    from compiler.tune import records, report, search, tasks
     from compiler.tune.local import LocalMeasurer
     from compiler.tune.measure import LOCAL, Setting
 
@@ -112,20 +111,20 @@ def _run_here(options: argparse.Namespace, target: Target) -> int:
     try:
         database.admit(LOCAL)
         measurer.start()  # loads TVM while we do
-        found = _tasks(options, target)
+        found = tasks.of(options, target)
         tuner = search.Tuner(database, measurer, options.trials, stop)
-        outcomes.extend(tuner.tune(task) for task in _shown(tuner, found, quiet=options.json))
+        outcomes.extend(tuner.tune(task) for task in report.shown(tuner, found, quiet=options.json))
     finally:
         measurer.close()
         database.close()
-    _print(options, target, threads, database.path, outcomes, len(found))
+    report.summary(options, target, threads, database.path, outcomes, len(found))
     return 0
 
 
 def _run_modelled(options: argparse.Namespace, target: Target) -> int:
     """On no device: under qemu, by a model of the target's pipelines, into a database of its own."""
     os.environ["TVM_NUM_THREADS"] = "1"  # of this process, which only compiles
-    from compiler.tune import records, search
+    from compiler.tune import records, report, search, tasks
     from compiler.tune.model import ModelMeasurer
 
     measurer = ModelMeasurer.of(target)
@@ -133,12 +132,12 @@ def _run_modelled(options: argparse.Namespace, target: Target) -> int:
     folder = options.tuning_logs or records.DEFAULT_FOLDER
     database = records.Database.writing(folder, target.tuning_key, records.MODEL_FILE_NAME)
     try:
-        found = _tasks(options, target)
+        found = tasks.of(options, target)
         tuner = search.Tuner(database, measurer, options.trials, stop)
-        outcomes = [tuner.tune(task) for task in _shown(tuner, found, quiet=options.json)]
+        outcomes = [tuner.tune(task) for task in report.shown(tuner, found, quiet=options.json)]
     finally:
         database.close()
-    _print(options, target, measurer.setting.threads, database.path, outcomes, len(found))
+    report.summary(options, target, measurer.setting.threads, database.path, outcomes, len(found))
     return 0
 
 
@@ -146,7 +145,7 @@ def _run_there(options: argparse.Namespace, target: Target) -> int:
     """On boards, each of which takes what is to be measured next; this machine is one for its own GPU."""
     os.environ["TVM_NUM_THREADS"] = "1"  # of this process, which only links
     from compiler.errors import UserError
-    from compiler.tune import records, search
+    from compiler.tune import records, report, search, tasks
     from compiler.tune.boards import BoardMeasurer
     from compiler.tune.fleet import Fleet
     from compiler.tune.measure import Setting
@@ -161,7 +160,7 @@ def _run_there(options: argparse.Namespace, target: Target) -> int:
     threads = options.threads or (target.cores if target.gpu is None else 1)
     count = options.boards or len(options.ssh or "1")
     try:
-        found = _tasks(options, target)
+        found = tasks.of(options, target)
         with _tracker(options, target) as (address, key), _scratch() as scratch:
             setting = replace(Setting.here(threads), cpu="unknown", measured="rpc")
             slots = [
@@ -172,14 +171,14 @@ def _run_there(options: argparse.Namespace, target: Target) -> int:
                 for _ in range(count)
             ]  # fmt: skip
             tuner = search.Tuner(database, slots[0], options.trials, stop, devices=count)
-            with _bar(options.json) as bar:
+            with report.bar(options.json) as bar:
                 if bar is not None:
                     tuner.advance = partial(bar.advance, bar.add_task("trials", total=sum(map(tuner.wanted, found))))
                 fleet = Fleet(tuner, slots, lambda line: print(line, file=sys.stderr, flush=True), options.patience)
                 outcomes = fleet.run(found)
     finally:
         database.close()
-    _print(options, target, threads, database.path, outcomes, len(found))
+    report.summary(options, target, threads, database.path, outcomes, len(found))
     return 0
 
 
@@ -281,163 +280,3 @@ def _require(target: Target) -> None:
             f"{target.name}: candidates are timed on this machine, and it cannot run them: {why}. Let a "
             f"board time them: --ssh pi@host, or --rpc HOST:PORT."
         )
-
-
-def _tasks(options: argparse.Namespace, target: Target) -> list[Task]:
-    """Every call with something to choose, each workload once, in the order of the model."""
-    from compiler import models, pipeline
-    from compiler.checkpoint import hub
-    from compiler.errors import UserError
-    from compiler.measure import shapes
-    from compiler.passes.lower_to_schedules import requests
-    from compiler.tune.search import Task
-    from schedules.kernel import space
-
-    chunks = tuple(m for m in options.tokens if m > 1) or (128,)
-    request = pipeline.Request(
-        Path(), target, bits=options.bits, group_size=options.group_size, head_bits=options.head_bits,
-        context=options.context, chunks=chunks, activations=options.activations or pipeline.default_activations(target),
-    )  # fmt: skip
-    pipeline.refuse_half_without_gpu(request)
-    made = []
-    if options.model is not None:
-        made.append(pipeline.import_checkpoint(hub.resolve(options.model), request).model)
-    for name in options.shapes or ():
-        bits = options.bits or 4
-        source = shapes.RandomSource(name, bits, options.group_size or 128, options.head_bits or bits)
-        made.append(models.build(shapes.config(name), source.describe, pipeline.model_options(request)))
-    wanted = {"decode" if m == 1 else f"prefill_{m}" for m in options.tokens}
-    found: dict[Any, Task] = {}
-    for model in made:
-        asked = requests(pipeline.fuse(model.graph.module(), request), target)
-        for function in sorted(wanted & asked.keys()):
-            for call in asked[function]:
-                room = space(call)
-                if room is not None and _wanted(options.operators, call.op, room.schedule):
-                    found.setdefault((room.schedule, tuple(room.workload.items())), Task(call, room))
-    if not found:
-        raise UserError("Nothing to tune: no kernel of this model, with these --tokens and --operators, has knobs.")
-    return list(found.values())
-
-
-def _wanted(names: list[str] | None, operator: str, schedule: str) -> bool:
-    """Whether --operators names an operator, with or without its variants, or the schedule that lowers it."""
-    own = operator.removeprefix("quern.")
-    named = (own == name or own.startswith(f"{name}_") or schedule.split(".")[0] == name for name in names or ())
-    return names is None or any(named)
-
-
-@contextmanager
-def _bar(quiet: bool) -> Iterator[Any]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    console = Console(file=sys.stderr, highlight=False)
-    if quiet or not console.is_terminal:
-        yield None
-        return
-    counted = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), *counted, console=console, transient=True) as bar:
-        yield bar
-
-
-def _shown(tuner: Tuner, tasks: list[Task], quiet: bool) -> Iterator[Task]:
-    """The tasks one by one, with a bar of all trials and the name of the one at hand; without a screen, lines."""
-    total = sum(tuner.wanted(task) for task in tasks)
-    with _bar(quiet) as bar:
-        row = None if bar is None else bar.add_task("", total=total)
-        before = 0
-        for i, task in enumerate(tasks, 1):
-            if bar is not None:
-                done = len(tuner.database.trials(task.space, tuner.measurer.setting.threads))
-                tuner.advance = partial(bar.advance, row)
-                bar.update(row, description=f"{i}/{len(tasks)} {task.name}", completed=before + done)
-                before += tuner.wanted(task)
-            elif not quiet:
-                print(f"{i}/{len(tasks)} {task.name}", file=sys.stderr)
-            yield task
-
-
-def _print(
-    options: argparse.Namespace, target: Target, threads: int, path: Path, outcomes: list[Outcome], asked: int
-) -> None:
-    gained = [o for o in outcomes if o.choice is not None and o.choice["gained"]]
-    complete = [o for o in outcomes if o.choice is not None and o.trials >= min(options.trials, o.points)]
-    if options.json:
-        record = {"target": target.name, "key": target.tuning_key, "database": str(path), "threads": threads}
-        record |= {"cost": options.cost, "gained": len(gained), "complete": len(complete) == asked}
-        print(json.dumps(record | {"shapes": [_as_json(outcome) for outcome in outcomes]}))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    from compiler.tune.search import MIN_GAIN
-
-    modelled = options.cost == "model"
-    gain = "gain (of cycles, modelled)" if modelled else "gain (min to max)"
-    table = Table("shape", "tried", "default", "best", gain, "verdict", box=None, pad_edge=False)
-    for outcome in outcomes:
-        table.add_row(*_row(outcome))
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-    console.print(table)
-    if noisy := [o for o in outcomes if o.noise is not None]:
-        console.print(
-            f"{len(noisy)} shapes were left: {noisy[-1].noise}. Nothing of such batches is recorded. Mend that and run "
-            f"the same command again: it goes on where it stopped."
-        )
-    kept = len(complete) - sum(o in gained for o in complete)
-    rest, new = f"{asked - len(complete)} are not complete.", f"{sum(o.new for o in outcomes)} new trials."
-    if modelled:
-        console.print(
-            f"{path}: {len(gained)} of {asked} shapes gained, {kept} keep the default because nothing beat it by "
-            f"{MIN_GAIN - 1:.0%}, {rest} Cycles of a model, not times: nothing was measured. {new}"
-        )
-        return
-    console.print(
-        f"{path}: {len(gained)} of {asked} shapes gained, {kept} keep the default because nothing beat it beyond the "
-        f"noise, {rest} {threads} threads, {new}"
-    )
-
-
-def _as_json(outcome: Outcome) -> dict[str, Any]:
-    space, choice = outcome.task.space, outcome.choice
-    about = {"schedule": space.schedule, "workload": dict(space.workload), "points": outcome.points}
-    about |= {"noise": outcome.noise, "trials": outcome.trials, "new": outcome.new, "failed": outcome.failed}
-    keys = ("gained", "knobs", "best", "default", "seconds", "default_seconds", "speedup", "wins", "rounds", "gb_s",
-            "gmac_s", "read_gb_s", "instructions", "cycles", "default_instructions", "default_cycles")  # fmt: skip
-    return about | {"choice": None if choice is None else {key: choice[key] for key in keys if key in choice}}
-
-
-def _row(outcome: Outcome) -> list[str]:
-    """One line of the summary."""
-    tried = f"{outcome.trials}/{outcome.points}" + (f" ({outcome.failed} failed)" if outcome.failed else "")
-    choice = outcome.choice
-    if choice is None:
-        return [outcome.task.name, tried, "", "", "", "nothing measured"]
-    speedup, modelled = choice["speedup"], "cycles" in choice
-    verdict = f"default stays: the gain is {'too small' if modelled else 'inside the noise'}"
-    if choice["gained"]:
-        changed = {k: v for k, v in choice["best"].items() if v != choice["default"][k]}
-        verdict = " ".join(f"{k}={v}" for k, v in changed.items())
-    elif speedup["median"] <= 1:
-        verdict = "default stays: nothing was faster"
-    if modelled:
-        figures = (_cost(choice, "default_"), _cost(choice, ""))
-        return [outcome.task.name, tried, *figures, f"{speedup['median']:.3f}x", verdict]
-    best, default = choice["seconds"], choice["default_seconds"]
-    gain = f"{speedup['median']:.2f}x ({speedup['min']:.2f} to {speedup['max']:.2f})"
-    return [outcome.task.name, tried, _speed(choice, default["median"]), _speed(choice, best["median"]), gain, verdict]
-
-
-def _cost(choice: dict[str, Any], whose: str) -> str:
-    return f"{choice[f'{whose}cycles']:.4g} cycles, {choice[f'{whose}instructions']:.4g} instructions"
-
-
-def _speed(choice: dict[str, Any], seconds: float) -> str:
-    """Microseconds, and GB/s beside the ceiling for one token, GMAC/s for several."""
-    scale = choice["seconds"]["median"] / seconds
-    if choice["workload"].get("m") == 1:
-        rate = f"{choice['gb_s'] * scale:.1f} of {choice['read_gb_s']:.1f} GB/s"
-    else:
-        rate = f"{choice['gmac_s'] * scale:.0f} GMAC/s" if choice["gmac_s"] else ""
-    return f"{seconds * 1e6:.0f} us {rate}"

@@ -7,7 +7,11 @@ wrapping is read off; longer conversations of plain words must then come out the
 from __future__ import annotations
 
 import json
+import resource
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from compiler.errors import CheckpointError
 from runtime.manifest import ChatFormat
 
+REPO = str(Path(__file__).parents[2])  # where `compiler` lies
 MOST_BYTES = 1 << 20
+MOST_SECONDS, MOST_MEMORY = 10, 1 << 30  # of a template: those in use take milliseconds and 60 MiB, Python included
 CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 SPECIALS = ("bos_token", "eos_token", "pad_token", "unk_token")
 Render = Callable[[Sequence[tuple[str, str]], bool], str]  # (role, content) pairs, whether to end with a prompt
@@ -27,12 +33,35 @@ def derive(files: Mapping[str, bytes], where: Path) -> tuple[ChatFormat | None, 
     template, specials = _read(files, where)
     if template is None:
         return None, "no chat template: chat continues plain text"
-    try:
-        made = _derive(_renderer(template, specials))
-    except Exception as error:  # a template is a program: it may fail in any way
-        why = " ".join(str(error).split())[:80] or type(error).__name__
+    made, why = _bounded(template, specials)
+    if made is None:
         return None, f"chat template does more than wrap turns ({why}): chat continues plain text"
     return made, "chat template turned into turns" + ("" if made.system else ", without a system message")
+
+
+def _bounded(template: str, specials: dict[str, str]) -> tuple[ChatFormat | None, str]:
+    """(format, or None and why) from a process that can take neither long nor much: the sandbox bounds neither."""
+    request = {"template": template, "specials": specials, "seconds": MOST_SECONDS, "nbytes": MOST_MEMORY}
+    start = f"import sys; sys.path.append({REPO!r}); from compiler.codegen import chat_format; chat_format.answer()"
+    done = subprocess.run(
+        [sys.executable, "-c", start], input=json.dumps(request), capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        return None, f"it takes more than {MOST_SECONDS} s or {MOST_MEMORY >> 20} MiB"
+    values, why = json.loads(done.stdout)
+    return ChatFormat(*(tuple(v) if isinstance(v, list) else v for v in values)) if values else None, why
+
+
+def answer() -> None:
+    """The other end of `_bounded`: a request on stdin, [format's values or null, why] on stdout."""
+    request = json.load(sys.stdin)
+    resource.setrlimit(resource.RLIMIT_CPU, (request["seconds"], request["seconds"]))
+    resource.setrlimit(resource.RLIMIT_AS, (request["nbytes"], request["nbytes"]))
+    try:
+        found: tuple[object, str] = astuple(_derive(_renderer(request["template"], request["specials"]))), ""
+    except Exception as error:  # a template is a program: it may fail in any way
+        found = None, " ".join(str(error).split())[:80] or type(error).__name__
+    json.dump(found, sys.stdout)
 
 
 def _read(files: Mapping[str, bytes], where: Path) -> tuple[str | None, dict[str, str]]:

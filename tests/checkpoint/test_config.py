@@ -43,6 +43,7 @@ WRONG: list[tuple[Any, Callable[[Config], object], str]] = [
     (0, lambda c: c.boolean("k"), "0, but it must be true or false"),
     ("gelu", lambda c: c.string("k", ["silu"]), "'gelu', but it must be one of 'silu'"),
     (1, lambda c: c.string("k"), "1, but it must be a string"),
+    ("x" * 81, lambda c: c.string("k"), f"'{'x' * 81}', but it must be a string of at most 80 characters"),
     (["a", 1], lambda c: c.strings("k"), '["a", 1], but it must be a list of strings'),
     ([], lambda c: c.section("k"), "[], but it must be an object"),
 ]

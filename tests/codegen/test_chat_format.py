@@ -130,6 +130,28 @@ def test_more_than_wrapping_gives_plain_text(tmp_path: Path, template: str, why:
     assert "\n" not in note
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}long{% endfor %}{% endfor %}",
+    ],
+)
+def test_a_template_that_never_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str) -> None:
+    monkeypatch.setattr(chat_format, "MOST_SECONDS", 1)
+    assert derive(folder(tmp_path, template)) == (
+        None, "chat template does more than wrap turns (it takes more than 1 s or 1024 MiB): chat continues plain text",
+    )  # fmt: skip
+
+
+def test_a_template_that_wants_all_memory(tmp_path: Path) -> None:
+    """2 GiB, which this machine may well have: more is refused by the system itself."""
+    made, note = derive(folder(tmp_path, "{{ ('x' * 2147483647)[:1] }}"))
+    assert (made, note) == (
+        None, "chat template does more than wrap turns (MemoryError): chat continues plain text",
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("template", [None, 7, {}, [], [{"name": "tool_use", "template": CHATML}], [3]])
 def test_no_template(tmp_path: Path, template: object) -> None:
     assert derive(folder(tmp_path, template)) == (None, "no chat template: chat continues plain text")

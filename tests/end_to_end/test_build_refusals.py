@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from compiler import models
+from compiler import models, pipeline
 from compiler.__main__ import main
 from compiler.checkpoint import open_checkpoint
 from compiler.codegen import nvrtc
@@ -225,6 +225,17 @@ def test_what_a_gpu_needs_is_asked_first(refusal: Callable[..., str], monkeypatc
     assert refusal("--target", "jetson-orin", "--model", "nothing", "--out", "bundle") == (
         f"CUDA targets need nvidia-no-such-wheel 1.0 (a Python package). Install what building for CUDA needs: "
         f"{sys.executable} -m pip install 'quern[cuda]'."
+    )
+
+
+def test_what_chat_needs_is_read_before_the_compile(
+    model: Path, refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (model / "tokenizer_config.json").write_text("[")
+    monkeypatch.setattr(pipeline, "fuse", lambda *_: pytest.fail("the compile began"))
+    assert refusal("--model", model, "--out", "bundle") == (
+        f"{model}/tokenizer_config.json: is not JSON: Expecting value: line 1 column 2 (char 1). Fetch the checkpoint "
+        f"again."
     )
 
 

@@ -10,11 +10,10 @@ from tvm.script import ir as I
 from tvm.script import relax as R
 
 from compiler.passes.half_activations import HalfActivations
+from tests.passes.linears import Codes, Dense, Scales, Unknown, X, Y, Zeros
 
 HALVE: Any = HalfActivations()
-X, Y = R.Tensor((3, 172), "float32"), R.Tensor((3, 16), "float32")
-Codes, Scales = R.Tensor((16, 172), "uint8"), R.Tensor((16, 4), "float16")
-Zeros, Offsets = R.Tensor((16, 4), "int16"), R.Tensor((16, 4), "float32")
+Offsets = R.Tensor((16, 4), "float32")
 
 
 @I.ir_module
@@ -68,28 +67,6 @@ class Expected:
     def table(x: X, codes: Codes, scale: Scales) -> Y:
         with R.dataflow():
             y = R.call_pure_packed("quern.linear_half_table", x, codes, scale, R.str("nf4"), 4, 43, ty_args=Y)
-            out = y
-            R.output(out)
-        return out
-
-
-@I.ir_module
-class Dense:
-    @R.function
-    def main(x: X, weight: R.Tensor((16, 172), "float16")) -> Y:
-        with R.dataflow():
-            y = R.call_pure_packed("quern.linear_dense", x, weight, ty_args=Y)
-            out = y
-            R.output(out)
-        return out
-
-
-@I.ir_module
-class Unknown:
-    @R.function
-    def main(x: X, codes: Codes, scale: Scales, zero: Zeros) -> Y:
-        with R.dataflow():
-            y = R.call_pure_packed("other.linear_exact", x, codes, scale, zero, 4, 43, ty_args=Y)
             out = y
             R.output(out)
         return out

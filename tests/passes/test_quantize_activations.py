@@ -11,10 +11,9 @@ from tvm.script import relax as R
 
 from compiler.graph import ops
 from compiler.passes.quantize_activations import QuantizeActivations, quantized_types
+from tests.passes.linears import Codes, Dense, Scales, Unknown, X, Y, Zeros
 
 QUANTIZE: Any = QuantizeActivations()
-X, Y = R.Tensor((3, 172), "float32"), R.Tensor((3, 16), "float32")
-Codes, Scales, Zeros = R.Tensor((16, 172), "uint8"), R.Tensor((16, 4), "float16"), R.Tensor((16, 4), "int16")
 Quantized = R.Tuple(R.Tensor((3, 4, 48), "int8"), R.Tensor((3, 4), "float32"), R.Tensor((3, 4), "int32"))
 
 
@@ -41,28 +40,6 @@ class Expected:
             ascale = triple[1]
             asum = triple[2]
             y = R.call_pure_packed("quern.linear_int8", q, ascale, asum, codes, scale, zero, 4, 43, ty_args=Y)
-            out = y
-            R.output(out)
-        return out
-
-
-@I.ir_module
-class Dense:
-    @R.function
-    def main(x: X, weight: R.Tensor((16, 172), "float16")) -> Y:
-        with R.dataflow():
-            y = R.call_pure_packed("quern.linear_dense", x, weight, ty_args=Y)
-            out = y
-            R.output(out)
-        return out
-
-
-@I.ir_module
-class Unknown:
-    @R.function
-    def main(x: X, codes: Codes, scale: Scales, zero: Zeros) -> Y:
-        with R.dataflow():
-            y = R.call_pure_packed("other.linear_exact", x, codes, scale, zero, 4, 43, ty_args=Y)
             out = y
             R.output(out)
         return out

@@ -129,11 +129,24 @@ def test_info(toy: Path, bundle: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert data["model"]["context"] == tiny.CONTEXT
     target = {**data["target"], "features": ["made_up"]}
     tiny.edit_manifest(bundle, target=target)
-    (bundle / "model.so").unlink()  # info looks at the manifest only
     assert main(["info", str(bundle)]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == (
         "runs here:    no: it is built for native (generic), but this CPU lacks made_up"
     )
+
+
+def test_info_about_half_a_bundle(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    size = (bundle / "weights.bin").stat().st_size
+    (bundle / "model.so").unlink()
+    os.truncate(bundle / "weights.bin", size - 1)
+    refusals = [
+        f"{bundle}/model.so: cannot be read: No such file or directory. Copy the bundle again",
+        f"{bundle}/weights.bin: has {size - 1} bytes, but the manifest says {size}. Copy the bundle again",
+    ]
+    assert main(["info", str(bundle)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"runs here:    no: {'; '.join(refusals)}"
+    assert main(["info", str(bundle), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["refusals"] == refusals
 
 
 # --- logits ----------------------------------------------------------------------------------------------------------

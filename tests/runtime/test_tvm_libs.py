@@ -1,6 +1,7 @@
 """Finding and refusing the TVM libraries."""
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import shutil
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime import tvm_libs
+from runtime import device, tvm_libs
 from runtime.errors import InputError, LibraryError
 from runtime.manifest import TvmVersions
 
@@ -156,8 +157,8 @@ def test_the_environment_may_set_the_thread_count(monkeypatch: pytest.MonkeyPatc
 
 
 def test_workers_that_outnumber_the_cpus_do_not_wait_for_work_busily(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tvm_libs.device, "affinity", lambda: {0, 1})
-    monkeypatch.setattr(tvm_libs.ctypes, "CDLL", lambda *_: None)  # this process has one TVM already
+    monkeypatch.setattr(device, "affinity", lambda: {0, 1})
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_: None)  # this process has one TVM already
     found = tvm_libs.find()
     tvm_libs._open(found, 2)
     assert tvm_libs.SPINS not in os.environ

@@ -11,11 +11,10 @@ import pytest
 
 from compiler import pipeline
 from compiler.__main__ import main
-from compiler.cli import tune
 from compiler.measure import cycles
 from compiler.passes.lower_to_schedules import Decision, requests
 from compiler.progress import Reporter
-from compiler.tune import model
+from compiler.tune import model, tasks
 from compiler.tune.measure import MODEL
 from compiler.tune.model import ModelMeasurer
 from compiler.tune.records import FILE_NAME, MODEL_FILE_NAME, Database, DatabaseError, Tuned
@@ -100,7 +99,7 @@ def test_tuning_resumes_and_repeats(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     emulated.require("aarch64")
-    monkeypatch.setattr(tune, "_tasks", lambda options, target: [Task(REQUEST, room())])
+    monkeypatch.setattr(tasks, "of", lambda options, target: [Task(REQUEST, room())])
     asked = ["tune", "--target", "rpi4", "--cost", "model", "--shapes", "a72-count", "--trials", "2", "--tuning-logs"]
 
     def tuned() -> dict[str, Any]:
