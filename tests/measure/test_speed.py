@@ -43,15 +43,15 @@ def test_spread_by_hand() -> None:
 
 
 def test_bytes_a_token_by_hand(stories: Path) -> None:
-    """4 bits a code with rows in 32s, 2 + 1 bytes for a span's scale and zero; 8 bits for the head.
+    """4 bits a code with rows in 32s, 2 bytes for a span's scale, 1 for a weight's zero; 8 bits for the head.
 
     qkv [128, 64] and o [64, 64] in groups of 64, gate and up [344 -> 352, 64] too; down [64, 172] in 6 groups of 32,
     the last one short; head [512, 64] in one group; 11 norms of 64 floats; a row of the embedding in float16, and one
     of the rotary table, 8 floats.
     """
-    layer = sum(rows * (spans * width // 2 + 3 * spans) for rows, spans, width in
+    layer = sum(rows * (spans * width // 2 + 2 * spans) + 1 for rows, spans, width in
                 ((128, 1, 64), (64, 1, 64), (352, 1, 64), (64, 6, 32)))  # fmt: skip
-    head, norms, rows = 512 * (64 + 3), 11 * 64 * 4, 64 * 2 + 8 * 4
+    head, norms, rows = 512 * (64 + 2) + 1, 11 * 64 * 4, 64 * 2 + 8 * 4
     assert speed.weight_bytes_per_token(open_bundle(stories).manifest) == 5 * layer + head + norms + rows
 
 

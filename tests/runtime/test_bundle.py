@@ -51,13 +51,13 @@ def test_weights_are_exact_read_only_views(toy: Path) -> None:
 def test_weights_are_asked_for_in_large_pages_before_they_are_read(has_large_pages: bool) -> None:
     asked: list[int] = []
 
-    class Mapping:
-        def madvise(self, advice: int) -> None:
+    class Mapping(mmap.mmap):
+        def madvise(self, advice: int, *_: int) -> None:
             asked.append(advice)
             if not has_large_pages and advice == mmap.MADV_HUGEPAGE:
                 raise OSError(22, "Invalid argument")  # what a kernel without them says
 
-    _read_ahead(Mapping())
+    _read_ahead(Mapping(-1, mmap.PAGESIZE))
     assert asked == [mmap.MADV_HUGEPAGE, mmap.MADV_WILLNEED]
 
 

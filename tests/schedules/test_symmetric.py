@@ -33,30 +33,32 @@ from tests.schedules.test_linear_int8_amx import AMX
 HERE = [isa for isa in ISAS if not lacking(stand_in(isa))]
 N, K, GROUP = 105, 172, 43
 ONE = (1, 1)
+ARM_ISAS: list[Any] = [neon_dotprod, neon_i8mm]
+Arrays = list[np.ndarray]
 Lower = Callable[[Request], Any]
 
 
-def linear(path: str, m: int, bits: int, target: targets.Target) -> tuple[Request, list[np.ndarray]]:
+def linear(path: str, m: int, bits: int, target: targets.Target) -> tuple[Request, Arrays]:
     """A call of a layer whose zeros are spelled out, with a residual."""
     rng = np.random.default_rng(0)
     w = weight(f"int{bits}", False, N, K, GROUP)
     x = rng.standard_normal((m, K)).astype(np.float32)
     inputs = [x] if path != "int8" else [*quantize_activations(x, Geometry(K, GROUP).source)]
     zeros = np.full(w.zero.shape, integer_grid(bits).middle, np.int16)
-    args = [*inputs, w.codes, w.scale, zeros, rng.standard_normal((m, N)).astype(np.float32)]
+    args: Arrays = [*inputs, w.codes, w.scale, zeros, rng.standard_normal((m, N)).astype(np.float32)]
     outs = (TensorSpec((m, N), "float32"),)
     attrs = {"bits": bits, "group": GROUP}
     return Request(f"quern.linear_{path}_residual", tuple(map(spec, args)), outs, attrs, target), args
 
 
-def shortened(request: Request, args: list[np.ndarray]) -> tuple[Request, list[np.ndarray]]:
+def shortened(request: Request, args: Arrays) -> tuple[Request, Arrays]:
     """The same call with one zero."""
     place = next(i for i, a in enumerate(args) if a.dtype == np.int16)
     fewer = [a[:1, :1] if i == place else a for i, a in enumerate(args)]
     return replace(request, args=tuple(map(spec, fewer))), fewer
 
 
-def run(kernel: Kernel, request: Request, args: list[np.ndarray]) -> np.ndarray:
+def run(kernel: Kernel, request: Request, args: Arrays) -> np.ndarray:
     packed = [kernel.packings[i].pack(a) if i in kernel.packings else a for i, a in enumerate(args)]
     for i, packing in kernel.packings.items():
         assert spec(packed[i]) == packing.spec
@@ -64,7 +66,7 @@ def run(kernel: Kernel, request: Request, args: list[np.ndarray]) -> np.ndarray:
     return out
 
 
-def equal(lower: Lower, request: Request, args: list[np.ndarray]) -> None:
+def equal(lower: Lower, request: Request, args: Arrays) -> None:
     one, fewer = shortened(request, args)
     want = run(lower(request), request, args)
     assert np.abs(want).max() > 1
@@ -97,8 +99,8 @@ def test_exact_layers() -> None:
     [
         (linear_int8_widening.lower, ARM, None, 1, 4),
         (linear_int8_widening.lower, ARM, None, 2, 8),
-        (linear_int8.lower, stand_in(neon_dotprod), "cortex-a76", 1, 4),
-        (linear_int8_smmla.lower, stand_in(neon_i8mm), "max", 4, 4),
+        (linear_int8.lower, stand_in(ARM_ISAS[0]), "cortex-a76", 1, 4),
+        (linear_int8_smmla.lower, stand_in(ARM_ISAS[1]), "max", 4, 4),
     ],
     ids=["widening", "widening-8-bits", "dot-product", "matrix"],
 )
@@ -111,9 +113,9 @@ def test_integer_layers_on_arm(lower: Lower, target: targets.Target, cpu: str | 
     assert np.array_equal(got, run(linear_int8.lower(here), here, args))
 
 
-def embedding(target: targets.Target) -> tuple[Request, list[np.ndarray]]:
+def embedding(target: targets.Target) -> tuple[Request, Arrays]:
     w = weight("int4", False, 11, K, GROUP)
-    args = [np.array([3, 10], np.int32), w.codes, w.scale, np.full(w.zero.shape, 8, np.int16)]
+    args: Arrays = [np.array([3, 10], np.int32), w.codes, w.scale, np.full(w.zero.shape, 8, np.int16)]
     outs, attrs = (TensorSpec((2, K), "float32"),), {"bits": 4, "group": GROUP, "times": 40.0}
     return Request("quern.embedding_quantized", tuple(map(spec, args)), outs, attrs, target), args
 
