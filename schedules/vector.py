@@ -125,8 +125,8 @@ def largest(x: Expr, lanes: int) -> Expr:
 def quotient(a: Expr, b: Expr, lanes: int, arch: str) -> Expr:
     """a / b: correctly rounded, but on arm64 a times the reciprocal of b, relative error QUOTIENT_ERROR.
 
-    FDIV takes a Cortex-A72 8.5 cycles a number and lets nothing beside it; FRECPE and two steps of Newton's method, which
-    double the right bits each, take 1.5. b in 2^-126..2^127, so that 1 / b is a number, maybe a denormal one.
+    FDIV takes a Cortex-A72 8.5 cycles a number; FRECPE and two steps of Newton's method, which double the right bits
+    each, take 1.5. b in 2^-126..2^127, so that 1 / b is a number, maybe a denormal one.
     """
     if arch != "aarch64":
         return a / b
