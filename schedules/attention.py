@@ -446,15 +446,24 @@ def kernel(request: Request, chosen: Plan, family: str, made: type[Task]) -> Ker
 
 def space(request: Request) -> Space:
     """What tuning may try. The best block and accumulators depend on registers and caches, not on the scale."""
+    m, item = request.args[0].shape[0], request.args[1].dtype
+    heads, kv_heads, d = (int(request.attrs[key]) for key in ("heads", "kv_heads", "head_dim"))
+    default = plan(request, m, kv_heads, heads // kv_heads, d, 2 if item == "float16" else 4)
+    return space_around(request, default, f"attention.v{request.target.vector_bits}", lambda _: True)
+
+
+def space_around(
+    request: Request, chosen: Plan, schedule: str, also: Callable[[Mapping[str, int]], bool]
+) -> Space:  # fmt: skip
+    """Plans that a family of this frame may try; `also` is what else it asks of a point."""
     (m, _), item = request.args[0].shape, request.args[1].dtype
     heads, kv_heads, d = (int(request.attrs[key]) for key in ("heads", "kv_heads", "head_dim"))
     group = heads // kv_heads
-    default = asdict(plan(request, m, kv_heads, group, d, 2 if item == "float16" else 4))
 
     def allowed(knobs: Mapping[str, int]) -> bool:
         rows = knobs["tile"] * group
         fits = knobs["key_rows"] * knobs["key_chains"] <= 32 and knobs["value_rows"] * knobs["value_vectors"] <= 32
-        return fits and knobs["key_rows"] <= rows and knobs["value_rows"] <= rows and rows <= 32
+        return fits and knobs["key_rows"] <= rows and knobs["value_rows"] <= rows and rows <= 32 and also(knobs)
 
     tried = {
         "tile": tuple(t for t in (1, 2, 4, 8, 16) if m % t == 0),
@@ -469,8 +478,7 @@ def space(request: Request) -> Space:
     window, capacity = int(request.attrs.get("window", 0)), request.args[2].shape[1]
     workload: dict[str, int | str] = {"m": m, "heads": heads, "kv_heads": kv_heads, "head_dim": d}
     workload |= {"capacity": capacity, "cache": item, "window": window}
-    name = f"attention.v{request.target.vector_bits}"
-    return Space.around(default, tried, schedule=name, workload=workload, allowed=allowed)
+    return Space.around(asdict(chosen), tried, schedule=schedule, workload=workload, allowed=allowed)
 
 
 LOWERS = {"quern.attention": lower}

@@ -9,7 +9,7 @@ fp16 is exact in fp32, and the order of sums is the same: results equal those of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from tvm.script.ir_builder import tirx as T
 
 from schedules import attention, vector
 from schedules.attention import TASKS, Columns, Plan, Task, largest_divisor, multiple
-from schedules.kernel import Kernel, NotSuited, Request
+from schedules.kernel import Kernel, NotSuited, Request, Space
 from schedules.vector import LANES, Expr
 
 RANK = 5  # asked before schedules.attention
@@ -96,7 +96,7 @@ def plan(request: Request) -> Plan:
 
     rows = int(request.knobs.get("tile", max(filter(fits, range(1, m + 1))))) * group
     together = largest_divisor(rows, TOGETHER)
-    if together == rows or together == 1:
+    if not 1 < together < rows:
         raise NotSuited
     own = {
         "tile": rows // group,
@@ -114,4 +114,17 @@ def lower(request: Request) -> Kernel:
     return attention.kernel(request, plan(request), "attention_widened", WidenedTask)
 
 
+def space(request: Request) -> Space:
+    """What tuning may try: rows that divide those of a task, and fewer than these."""
+    group = int(request.attrs["heads"]) // int(request.attrs["kv_heads"])
+
+    def shares(knobs: Mapping[str, int]) -> bool:
+        rows = knobs["tile"] * group
+        suited = 1 < largest_divisor(rows, TOGETHER) < rows
+        return suited and all(rows % knobs[of] == 0 for of in ("key_rows", "value_rows"))
+
+    return attention.space_around(request, plan(request), "attention_widened.neon", shares)
+
+
 LOWERS = {"quern.attention": lower}
+SPACES = {"quern.attention": space}

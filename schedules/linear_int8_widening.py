@@ -208,8 +208,8 @@ class _Tile:
                 rows = [[self._weights(step + local, v, r) for v in planes] for r in range(ROWS)]
                 fields = [self._fields(vectors) for vectors in rows]
             codes = [self._signed(of_row[place // BYTES]) for of_row in fields]
-            # Ahead of the sums that end here: several tokens' products at once, behind them, would take the multiplier's
-            # pipe (0.1306 cycles a product instead of 0.1296; one token's: 0.1289 instead of 0.1299).
+            # Ahead of the sums that end here: behind them several tokens' products would take the multiplier's pipe at
+            # once (0.1306 cycles instead of 0.1296). For one token it is the other way round (0.1289 and 0.1299).
             ends = range(at // width, (at + BYTES) // width) if layer.tokens > 1 else range(0)
             ahead = {
                 (s, t): vector.hold(self._scales(t, factors, s), ROWS) for s in ends for t in range(layer.tokens)

@@ -97,7 +97,7 @@ class QuantizedRows:
     def _span(self, t: Expr, s: Expr, held: list[tuple[int, int, Expr]]) -> None:
         """One span from its (offset, lanes, values), all unrolled: between maximum and rounding it is all registers."""
         by_width = [(lanes, list(group)) for lanes, group in groupby(held, key=itemgetter(1))]
-        bits: Expr = T.int32(0)  # of |x|: they rise as numbers do, and an A72 compares integers in a quarter of the time
+        bits: Expr = T.int32(0)  # of |x|, which rise as the numbers do; comparing integers takes an A72 a quarter
         for lanes, group in by_width:
             kind = vector.kind("int32", lanes)
             most = reduce(T.max, [T.reinterpret(kind, vector.absolute(x, lanes)) for _, _, x in group])

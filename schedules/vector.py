@@ -20,7 +20,9 @@ Expr = Any  # tvm has no types for mypy
 # error), constant term held at 1 so that 2^0 is exact. Max relative error 9.2e-8, and 1.7e-7 once rounded to fp32.
 EXP2 = (0.001326472731307149, 0.009671512991189957, 0.05550733581185341, 0.24022242426872253, 0.6931470036506653)
 EXP2_ERROR = 1.7e-7
-QUOTIENT_ERROR = 2.0**-22  # FRECPE is off by less than 2^-8, its two steps round twice each, and so does the product
+# FRECPE is off by less than 2^-8 (Arm ARM, FPRecipEstimate); a step squares that and rounds twice: 2^-32 + 2 * 2^-24
+# after the second. The product with the dividend rounds once more.
+QUOTIENT_ERROR = 3.01 * 2.0**-24
 TANH2_ERROR = 1.2e-6  # 2^f - 1 = f * p(f) is off by 9.2e-8 / f for small f; measured 9.4e-7, at arguments near 0.05
 LOG2_E = 1.4426950408889634
 
@@ -123,8 +125,8 @@ def largest(x: Expr, lanes: int) -> Expr:
 def quotient(a: Expr, b: Expr, lanes: int, arch: str) -> Expr:
     """a / b: correctly rounded, but on arm64 a times the reciprocal of b, relative error QUOTIENT_ERROR.
 
-    FDIV takes a Cortex-A72 8.5 cycles a number and lets nothing beside it; FRECPE and two steps of Newton's method, which
-    double the right bits each, take 1.5. b in 2^-126..2^127, so that 1 / b is a number, maybe a denormal one.
+    FDIV takes a Cortex-A72 8.5 cycles a number; FRECPE and two steps of Newton's method, which double the right bits
+    each, take 1.5. b in 2^-126..2^127, so that 1 / b is a number, maybe a denormal one.
     """
     if arch != "aarch64":
         return a / b

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from schedules import attention
-from schedules.kernel import TensorSpec
+from schedules.kernel import TensorSpec, lowerings
 from schedules.vector import EXP2_ERROR, TANH2_ERROR
+from tests.schedules import emulated
 from tests.schedules.kernels import ARM, AVX2, EPS32, NATIVE, RUNNABLE, build, request, widest_register
 from tests.schedules.test_rope import block_keys
 
@@ -123,6 +124,44 @@ def test_extreme_scores(target):
     (got,) = kernel(np.repeat(q[:, :1] * np.float32(1e4), 2, 1).reshape(1, 128), block_keys(one_hot), values,
                     np.array([303, 1], np.int32))  # fmt: skip
     assert np.array_equal(got[0, :64], values[0, 77].astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("m", "heads", "kv_heads", "d", "own"),
+    [(16, 16, 4, 64, {}), (16, 7, 1, 12, {}), (8, 8, 2, 80, {"window": 17}), (4, 8, 1, 128, {"softcap": 30.0}),
+     (1, 8, 1, 64, {})],
+    ids=str,
+)  # fmt: skip
+def test_prompts_on_arm64(m, heads, kv_heads, d, own) -> None:
+    """Keys and values that are widened once a task: to the bit what is widened anew for every group of rows."""
+    rng, scale = np.random.default_rng(d), d**-0.5
+    q = rng.standard_normal((m, heads, d)).astype(np.float32)
+    keys, values = (rng.standard_normal((kv_heads, 304, d)).astype(np.float16) for _ in range(2))
+    start, valid = 130, max(1, m - 1)
+    end, before = start + valid, max(0, start - own["window"] + 1) if "window" in own else 0
+    want = oracle(q[:valid], keys, values, start, scale, own.get("softcap", 0), own.get("window", 0))
+    limit = tolerance(q, keys[:, :end], values[:, :end], d, end)
+    limit += 2 * TANH2_ERROR * own.get("softcap", 0) * np.abs(values[:, :end].astype(np.float64)).max()
+    keys[:, :before], keys[:, end:], values[:, end:] = 6e4, 6e4, np.nan
+    args = [q.reshape(m, heads * d), block_keys(keys), values, np.array([start, valid], np.int32)]
+    outs = [TensorSpec((m, heads * d), "float32")]
+    call = request("quern.attention", args, outs, ARM, {}, heads=heads, kv_heads=kv_heads, head_dim=d, **own)
+    kernel = lowerings()["quern.attention"](call)
+    assert kernel.name.startswith("attention_widened_")
+    (got,), (plain,) = (emulated.run(k, call, args) for k in (kernel, attention.lower(call)))
+    np.testing.assert_allclose(got.reshape(m, heads, d)[:valid], want, rtol=0, atol=limit)
+    assert np.array_equal(got.reshape(m, heads, d)[:valid], plain.reshape(m, heads, d)[:valid])
+
+
+def test_who_takes_attention() -> None:
+    """Widening once a task serves several groups of rows; one token of 4 heads a kv head is one group."""
+    for m, dtype, target, family in ((16, "float16", ARM, "_widened"), (1, "float16", ARM, ""),
+                                     (16, "float32", ARM, ""), (16, "float16", AVX2, "")):  # fmt: skip
+        args = [np.zeros((m, 512), np.float32), np.zeros((2, 4, 64, 16), dtype), np.zeros((2, 64, 64), dtype),
+                np.zeros(2, np.int32)]  # fmt: skip
+        call = request("quern.attention", args, [TensorSpec((m, 512), "float32")], target, heads=8, kv_heads=2,
+                       head_dim=64)  # fmt: skip
+        assert lowerings()["quern.attention"](call).name.startswith(f"attention{family}_{dtype}_")
 
 
 @pytest.mark.parametrize("target", [NATIVE, AVX2, ARM], ids=lambda t: t.name)
