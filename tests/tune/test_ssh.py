@@ -100,7 +100,8 @@ def test_a_jetson_over_ssh(board: Any, tmp_path: Path) -> None:
     with sshd.serve(tmp_path / "sshd", programs, driver) as server:
         tune += ["--ssh", f"127.0.0.1:{there}", "--port", server.port, "--identity", server.key]
         own = {"HOME": str(server.home), "QUERN_CACHE": str(cache_dir())}
-        how = {"cwd": tmp_path, "env": {k: v for k, v in commands.environment(own).items() if k != "SSH_AUTH_SOCK"}}
+        how: dict[str, Any] = {"cwd": tmp_path}
+        how["env"] = {k: v for k, v in commands.environment(own).items() if k != "SSH_AUTH_SOCK"}
         with subprocess.Popen(commands.command(*tune), stdout=subprocess.DEVNULL, **how) as killed:
             wait_for(lambda: database.is_file() and database.read_bytes().count(b"\n") > 0, PATIENCE_S)
             assert serving(there)
