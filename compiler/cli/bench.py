@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from compiler.cli.deploy import connection_arguments, require_asyncssh
 
 if TYPE_CHECKING:
-    from compiler.measure.compare import Row, Workload
+    from compiler.measure.compare import Row, Runs, Workload
     from compiler.measure.gpu_speed import GpuSpeed
     from compiler.measure.growth import Point, Setup
     from compiler.measure.peers import Peer, PeerModel, Side
@@ -371,7 +371,7 @@ def _sides(
 
 
 def _grow(options: argparse.Namespace, target: Target) -> int:
-    """A comparison a point; the table grows as the points come in."""
+    """Every round goes through all points, so that what the machine drifts meanwhile does not look like growth."""
     from compiler.measure import compare, growth, shapes
 
     points: list[Point] = []
@@ -380,25 +380,46 @@ def _grow(options: argparse.Namespace, target: Target) -> int:
     todo = growth.setups(options.growth, _setup(options), growth.values(options.growth, options.growth_values))
     for _, setup in todo:
         shapes.settings(setup.shape)  # a wrong name is told before the first minutes have passed
-    for threads in options.threads:
-        for value, setup in todo:
-            with ExitStack() as stack:
-                path = stack.enter_context(built(setup, target, quiet=True))
-                rows = compare.compare(_sides(options, stack, path, setup, peers, threads), setup.work)
-            at = shapes.parameters(setup.shape) if options.growth == "size" else value
-            points += [growth.Point(value, at, row) for row in rows]
-            more = {**_where(options), "shape": setup.shape, "growth": options.growth, "value": value}
-            latest = compare.records(rows, setup.work, more)
-            _record(options.record, latest)
-            found += latest
-            if not options.json:
-                print(f"{options.growth} {value}")
-                _print_rows(rows, setup.work, [None] * len(rows))
+    with ExitStack() as stack:
+        models = growth.shared([setup for _, setup in todo])
+        places = {model: stack.enter_context(built(model, target, quiet=True)) for model in dict.fromkeys(models)}
+        for threads in options.threads:
+            runs_of = _rounds(options, todo, models, places, peers, threads)
+            for (value, setup), runs in zip(todo, runs_of, strict=True):
+                rows = compare.rows(compare.joined(runs))
+                at = shapes.parameters(setup.shape) if options.growth == "size" else value
+                points += [growth.Point(value, at, row) for row in rows]
+                more = {**_where(options), "shape": setup.shape, "growth": options.growth, "value": value}
+                latest = compare.records(rows, setup.work, more)
+                _record(options.record, latest)
+                found += latest
+                if not options.json:
+                    print(f"{options.growth} {value}")
+                    _print_rows(rows, setup.work, [None] * len(rows))
     if options.json:
         print("\n".join(json.dumps(record) for record in found))
     if options.plot is not None:
         growth.plot(options.growth, points, f"{options.shape or DEFAULT_SHAPE}, {options.bits} bits", options.plot)
     return 0
+
+
+def _rounds(
+    options: argparse.Namespace, todo: Sequence[tuple[Any, Setup]], models: Sequence[Setup],
+    places: Mapping[Setup, Path], peers: Sequence[tuple[Peer, str]], threads: int | None,
+) -> list[list[list[Runs]]]:  # fmt: skip
+    """What the engines of each point did, round by round. Only one point's processes exist at a time: on a machine
+    the first one binds its threads. Its first run does not count, for it brings the weights into memory."""
+    from compiler.measure import compare
+
+    found: list[list[list[Runs]]] = [[] for _ in todo]
+    for turn in range(options.rounds):
+        for (value, setup), model, rounds in zip(todo, models, found, strict=True):
+            print(f"round {turn + 1} of {options.rounds}: {options.growth} {value}", file=sys.stderr)
+            with ExitStack() as stack:
+                sides = _sides(options, stack, places[model], model, peers, threads)
+                compare.runs(sides, replace(setup.work, rounds=1))
+                rounds.append(compare.runs(sides, replace(setup.work, rounds=1)))
+    return found
 
 
 def _record(file: Path | None, found: Sequence[dict[str, object]]) -> None:

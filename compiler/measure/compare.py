@@ -7,7 +7,7 @@ A B A B ..., and the ratio is taken pair by pair before its median is.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from compiler.measure.peers import Side
@@ -40,18 +40,54 @@ class Row:
     decode_ratio: Spread | None
 
 
+@dataclass(frozen=True)
+class Runs:
+    """What one engine did, tokens/s run by run; the same place in the lists of two engines is the same round."""
+
+    name: str
+    about: dict[str, object]
+    threads: int
+    prefill: tuple[float, ...]
+    decode: tuple[float, ...]
+
+
 def compare(sides: Sequence[Side], work: Workload) -> list[Row]:
     """The first side is the one that ratios are about."""
+    return rows(runs(sides, work))
+
+
+def runs(sides: Sequence[Side], work: Workload) -> list[Runs]:
+    """All rounds, engine by engine."""
     prompts = [partial(side.prefill, work.prompt_tokens) for side in sides]
     steps = [partial(side.decode, work.context, work.decode_tokens) for side in sides]
     prefill = interleave(prompts, work.rounds if work.prompt_tokens else 0)
     decode = interleave(steps, work.rounds if work.decode_tokens else 0)
     return [
-        Row(
-            side.name, dict(side.about), side.threads, _spread(prefill[i]), _spread(decode[i]),
-            _ratio(prefill[0], prefill[i]) if i else None, _ratio(decode[0], decode[i]) if i else None,
-        )
+        Runs(side.name, dict(side.about), side.threads, tuple(prefill[i]), tuple(decode[i]))
         for i, side in enumerate(sides)
+    ]
+
+
+def joined(rounds: Sequence[Sequence[Runs]]) -> list[Runs]:
+    """One after another; an engine that is not in every round is left out, because rounds would no longer be pairs."""
+    found = []
+    for first in rounds[0]:
+        same = [one for each in rounds for one in each if one.name == first.name]
+        if len(same) == len(rounds):
+            prefill = tuple(speed for one in same for speed in one.prefill)
+            decode = tuple(speed for one in same for speed in one.decode)
+            found.append(replace(first, prefill=prefill, decode=decode))
+    return found
+
+
+def rows(found: Sequence[Runs]) -> list[Row]:
+    """Spreads of each engine, and ratios to the first."""
+    return [
+        Row(
+            one.name, one.about, one.threads, _spread(one.prefill), _spread(one.decode),
+            _ratio(found[0].prefill, one.prefill) if i else None, _ratio(found[0].decode, one.decode) if i else None,
+        )
+        for i, one in enumerate(found)
     ]  # fmt: skip
 
 
@@ -64,8 +100,8 @@ def interleave(runs: Sequence[Callable[[], float]], rounds: int) -> list[list[fl
     return results
 
 
-def _spread(values: list[float]) -> Spread | None:
-    return Spread.of(values) if values else None
+def _spread(values: Sequence[float]) -> Spread | None:
+    return Spread.of(list(values)) if values else None
 
 
 def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> Spread | None:

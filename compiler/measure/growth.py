@@ -1,6 +1,7 @@
 """How speed grows with context, prompt, model size, group size and bits: one table of points, and a plot.
 
-Each point is a comparison of its own (compare.py); engines that cannot run a point are left out there, with the reason.
+Points take turns, round by round, so that a machine that drifts does so for all of them alike. Engines that cannot run
+a point are left out there, with the reason.
 """
 
 from __future__ import annotations
@@ -59,6 +60,15 @@ def setups(kind: str, base: Setup, values: Sequence[Any]) -> list[tuple[Any, Set
         "bits": lambda v: replace(base, bits=v, head_bits=v),
     }
     return [(value, made[kind](value)) for value in values]
+
+
+def shared(todo: Sequence[Setup]) -> list[Setup]:
+    """What to build for each: of setups that differ in their workload alone, the one with the most positions."""
+    largest: dict[Setup, Setup] = {}
+    keys = [replace(setup, work=Workload(0, 0, 0, 0)) for setup in todo]
+    for key, setup in zip(keys, todo, strict=True):
+        largest[key] = max(largest.get(key, setup), setup, key=lambda s: s.positions)
+    return [largest[key] for key in keys]
 
 
 def values(kind: str, given: str | None) -> list[Any]:

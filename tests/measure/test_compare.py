@@ -44,6 +44,19 @@ def test_turns_and_ratios() -> None:
     assert (second.prefill_ratio, second.decode_ratio) == (Spread(2, 2, 2), Spread(4, 4, 4))
 
 
+def test_rounds_of_their_own_make_the_same_rows() -> None:
+    """As growth takes them; an engine that missed a round is left out, since nothing stands beside that round."""
+    log: list[str] = []
+    ours = Scripted("quern", [100, 50], [40, 20], log)
+    theirs = Scripted("other", [50, 25], [10, 5], log)
+    once = Scripted("once", [1], [1], log)
+    work = Workload(512, 128, 16, 1)
+    first, second = compare.runs([ours, theirs, once], work), compare.runs([ours, theirs], work)
+    rows = compare.rows(compare.joined([first, second]))
+    assert [(row.name, row.prefill_tok_s, row.decode_ratio) for row in rows] == [
+        ("quern", Spread(75, 50, 100), None), ("other", Spread(37.5, 25, 50), Spread(4, 4, 4))]  # fmt: skip
+
+
 def test_a_part_that_is_left_out() -> None:
     log: list[str] = []
     ours, theirs = (Scripted(name, [], [3, 4], log) for name in ("quern", "other"))

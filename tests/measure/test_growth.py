@@ -47,6 +47,13 @@ def test_refused(kind: str, given: str, said: str) -> None:
     assert str(caught.value) == said
 
 
+def test_setups_share_a_bundle_where_only_the_workload_differs() -> None:
+    made = [setup for _, setup in growth.setups("context", BASE, [0, 4096, 128])]
+    assert growth.shared(made) == [made[1]] * 3
+    made = [setup for _, setup in growth.setups("bits", BASE, [4, 8])]
+    assert growth.shared(made) == made
+
+
 def test_the_sizes_grow() -> None:
     counts = [shapes.parameters(shape) for shape in growth.SIZES]
     assert counts == sorted(counts)
