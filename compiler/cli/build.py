@@ -72,8 +72,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--self-contained",
         action="store_true",
-        help="carry the runtime and its libraries, 16 MB: the device needs Python 3.9 or later and nothing else, and "
-        "starts the model with python3 BUNDLE/run PROMPT",
+        help="carry the runtime and its libraries, 16 MB: the device needs Python 3.9 (Jetsons: 3.8) or later and "
+        "nothing else, and starts the model with python3 BUNDLE/run PROMPT",
     )
     parser.add_argument(
         "--offline", action="store_true", help="download nothing: use what earlier builds left in the cache"

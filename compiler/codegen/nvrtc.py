@@ -95,12 +95,6 @@ def set_version(ptx: bytes, version: str) -> bytes:
     return changed
 
 
-def require() -> None:
-    """Raise NvrtcError unless both wheels are there: before a compile, which is long."""
-    for wheel in (NVRTC, PTXAS):
-        _wheel_file(wheel)
-
-
 def _wheel_file(wheel: tuple[str, str, str]) -> Path:
     name, version, file = wheel
     install = f"Install what building for CUDA needs: {sys.executable} -m pip install 'quern[cuda]'"
@@ -120,7 +114,7 @@ def _wheel_file(wheel: tuple[str, str, str]) -> Path:
 
 
 def require() -> None:
-    """Raise NvrtcError unless both compilers are installed, as they must be."""
+    """Raise NvrtcError unless both compilers are installed, as they must be: before work that takes long."""
     _library()
     _ptxas()
 

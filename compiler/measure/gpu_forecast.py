@@ -1,6 +1,6 @@
 """What a published shape will do on Jetson boards that are not at hand: a model from bytes, instructions, data sheets.
 
-Every launch of a call, after its kernels were compiled for the chip and their instructions counted (ptx.py):
+Every launch of a call, after its kernels were compiled for the chip and their instructions counted (ptx_walk.py):
 
     memory   bytes of weights and cache that it reads, and twice what it writes / (SHARE * bandwidth)
     issue    clocks of the busiest multiprocessor (gpu_issue.py) / (ISSUED * clock)
@@ -28,7 +28,7 @@ from compiler.errors import UserError
 from compiler.graph import ops
 from compiler.graph.build import Function, Graph
 from compiler.graph.weights import Linear
-from compiler.measure import gpu_issue, ptx, shapes
+from compiler.measure import gpu_issue, ptx, ptx_walk, shapes
 from compiler.measure.forecast import Spread
 from compiler.measure.gpu_issue import CHIPS, Busy, Chip
 from compiler.passes.lower_to_launches import HEADER, FunctionPlan, Launches, Step, lower_to_launches
@@ -202,7 +202,7 @@ class _Counted:
             if not place.parameter and place.at == HEADER:
                 memory[i] = np.zeros(tokens, np.int32)
         function, used = self.functions[launch.function], self.resources[launch.function]
-        done = ptx.walk(function, launch.grid, launch.block, memory, FOLLOWED)
+        done = ptx_walk.walk(function, launch.grid, launch.block, memory, FOLLOWED)
         nbytes = 2 * done.stored
         for argument, loaded in done.loads.items():
             if 0 <= argument < len(step.arguments) and step.arguments[argument].parameter:

@@ -1,4 +1,4 @@
-"""How long a multiprocessor is busy with what its warps execute (ptx.Executed). A model, by NVIDIA's published rates.
+"""How long a multiprocessor is busy with what its warps execute (ptx_walk.py). A model, by NVIDIA's published rates.
 
 Rates are results a clock and multiprocessor: CUDA C++ Programming Guide, "Throughput of Native Arithmetic
 Instructions", columns 5.3, 7.x, 8.6 (8.7 has no own) and 9.0; half precision counts pairs here. It lists no dp4a: as
@@ -15,7 +15,8 @@ import numpy as np
 
 from compiler.codegen.nvrtc import Resources
 from compiler.measure import ptx
-from compiler.measure.ptx import Executed, Function
+from compiler.measure.ptx import Function
+from compiler.measure.ptx_walk import Executed
 
 WARPS_A_CLOCK = 4  # schedulers of a multiprocessor; Maxwell's second instruction of a clock is left out
 SCALE = (0.8, 1.3)  # machine code by PTX, at most: beyond are paths for denormals and unrolled loops, rarely executed

@@ -45,7 +45,13 @@ _PUT = 'mkdir -p "$1" && cd "$1" && cat >"$2.part" && mv -f "$2.part" "$2"'
 _START = """
 cd "$1" || exit 1
 export PYTHONPATH="$PWD/runtime.zip" QUERN_TVM_LIBS="$PWD"
-exec python3 -m runtime rpc-server --tracker "127.0.0.1:$2" --key "$3" --port 0 --tunnel
+for python in python3 python3.12 python3.11 python3.10 python3.9 python3.8; do
+  if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 8))' 2>/dev/null; then
+    exec "$python" -m runtime rpc-server --tracker "127.0.0.1:$2" --key "$3" --port 0 --tunnel
+  fi
+done
+echo 'it has no Python 3.8 or later. On Ubuntu and JetPack: sudo apt install python3.8' >&2
+exit 1
 """
 
 

@@ -12,7 +12,7 @@ import pytest
 import targets
 from compiler.__main__ import main
 from compiler.codegen import nvrtc
-from compiler.measure import gpu_forecast, gpu_forecast_report, gpu_issue, ptx
+from compiler.measure import gpu_forecast, gpu_forecast_report, gpu_issue, ptx, ptx_walk
 from compiler.measure.forecast import Spread
 from compiler.measure.gpu_forecast import (
     BOARDS,
@@ -46,13 +46,13 @@ extern "C" __global__ void strided(const uint4* x, const int32_t* span, float* o
 """
 
 
-def walked(step: int, blocks: int, count: int) -> ptx.Executed:
+def walked(step: int, blocks: int, count: int) -> ptx_walk.Executed:
     gpu = targets.load("jetson-orin").gpu
     assert gpu is not None
     made = nvrtc.compile(SOURCE.replace("STEP", str(step)), gpu)
     assert 30 <= made.functions["strided"].instructions <= 120
     function = ptx.functions(made.ptx.decode())["strided"]
-    return ptx.walk(function, (3, 1, 1), (64, 1, 1), {1: np.array([blocks, count], np.int32)}, 3)
+    return ptx_walk.walk(function, (3, 1, 1), (64, 1, 1), {1: np.array([blocks, count], np.int32)}, 3)
 
 
 def test_what_a_kernel_executes_follows_from_its_numbers() -> None:
@@ -123,11 +123,11 @@ def test_a_launch_by_hand() -> None:
 def test_clocks_of_a_multiprocessor_by_hand() -> None:
     kinds = np.zeros(ptx.KINDS)
     kinds[[ptx.HALF, ptx.LOGIC, ptx.SHIFT, ptx.TO_FLOAT, ptx.SHUFFLE]] = 40, 20, 10, 8, 2
-    done = ptx.Executed(kinds, 1, {}, 0, 12, 4, 5, 3, {}, 80, 0)
+    done = ptx_walk.Executed(kinds, 1, {}, 0, 12, 4, 5, 3, {}, 80, 0)
     found = gpu_issue.busy(done, 1.0, CHIPS[53])
     assert (found.issue, found.units, found.tensor) == (80 / 4, (40 + 20) / 4 + 10 / 2, 0)
     assert (found.turns, found.lines, found.clocks(2)) == (5 + 4 + 2, 8, 20)
-    tensor = gpu_issue.busy(ptx.Executed(kinds, 1, {}, 0, 0, 0, 0, 0, {8: 4096 * 100}, 80, 0), 1.0, CHIPS[87])
+    tensor = gpu_issue.busy(ptx_walk.Executed(kinds, 1, {}, 0, 0, 0, 0, 0, {8: 4096 * 100}, 80, 0), 1.0, CHIPS[87])
     assert tensor.tensor == 200 and tensor.units == max(40 + 8, 20 + 10) / 2
     used = nvrtc.Resources(registers=106, spill_bytes=0, shared_bytes=128)
     assert gpu_issue.resident(64, 0, used, CHIPS[53]) == 65536 // (112 * 64)

@@ -15,6 +15,7 @@ import pytest
 import targets
 from compiler.__main__ import main
 from compiler.codegen.link import cache_dir
+from compiler.tune import ssh
 from compiler.tune.records import FILE_NAME, Database, frozen
 from tests.deploy import sshd
 from tests.end_to_end import commands
@@ -99,7 +100,8 @@ def test_a_jetson_over_ssh(board: Any, tmp_path: Path) -> None:
     with sshd.serve(tmp_path / "sshd", programs, driver) as server:
         tune += ["--ssh", f"127.0.0.1:{there}", "--port", server.port, "--identity", server.key]
         own = {"HOME": str(server.home), "QUERN_CACHE": str(cache_dir())}
-        how = {"cwd": tmp_path, "env": {k: v for k, v in commands.environment(own).items() if k != "SSH_AUTH_SOCK"}}
+        how: dict[str, Any] = {"cwd": tmp_path}
+        how["env"] = {k: v for k, v in commands.environment(own).items() if k != "SSH_AUTH_SOCK"}
         with subprocess.Popen(commands.command(*tune), stdout=subprocess.DEVNULL, **how) as killed:
             wait_for(lambda: database.is_file() and database.read_bytes().count(b"\n") > 0, PATIENCE_S)
             assert serving(there)
@@ -114,6 +116,22 @@ def test_a_jetson_over_ssh(board: Any, tmp_path: Path) -> None:
     assert database.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
     assert json.loads(done.stdout)["shapes"][0]["new"] == TRIALS - before.count(b'"kind": "trial"')
     assert {(r["measured"], r["cpu"]) for r in records} == {("emulated", "Mock GPU, 2 multiprocessors")}
+
+
+@pytest.mark.parametrize("new", [False, True])
+def test_a_board_whose_python3_is_too_old(new: bool, tmp_path: Path) -> None:
+    """JetPack 4: python3 is 3.6, and python3.8 may have been installed."""
+    for name, line in (("python3", "exit 1"), *([("python3.8", 'echo "$0 $@"')] if new else [])):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    command = ["/bin/sh", "-c", ssh._START, "sh", str(tmp_path), "9190", "nano"]
+    done = subprocess.run(command, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False)
+    if new:
+        asked = f"{tmp_path}/python3.8 -m runtime rpc-server --tracker 127.0.0.1:9190 --key nano --port 0 --tunnel"
+        assert done.returncode == 0 and done.stdout.splitlines()[-1] == asked
+    else:
+        said = "it has no Python 3.8 or later. On Ubuntu and JetPack: sudo apt install python3.8\n"
+        assert (done.returncode, done.stdout, done.stderr) == (1, "", said)
 
 
 def test_a_board_that_cannot_be_reached(
