@@ -49,7 +49,10 @@ def _bounded(template: str, specials: dict[str, str]) -> tuple[ChatFormat | None
     if done.returncode:
         return None, f"it takes more than {MOST_SECONDS} s or {MOST_MEMORY >> 20} MiB"
     values, why = json.loads(done.stdout)
-    return ChatFormat(*(tuple(v) if isinstance(v, list) else v for v in values)) if values else None, why
+    if values is None:
+        return None, why
+    fields: list[Any] = [tuple(value) if isinstance(value, list) else value for value in values]
+    return ChatFormat(*fields), why
 
 
 def answer() -> None:
