@@ -59,9 +59,10 @@ class Workload:
         streamed = [a for a in arguments if a["streamed"]]
         start = _up(front_bytes) + sum(_up(a["nbytes"]) for a in held)
         one = sum(_up(a["nbytes"]) for a in streamed)
-        self.copies = timing.copies(one, least_bytes, most_copies)
-        self.rotated_bytes = self.copies * one
         self._owner = Model(path(canaries), path(canaries), TIMED)
+        room_for_copies = int(self._owner.info.free_bytes) // 4  # the rest is for results, the canary and others
+        self.copies = timing.copies(one, min(least_bytes, room_for_copies), most_copies)
+        self.rotated_bytes = self.copies * one
         size, spin_place = start + self.rotated_bytes, (ctypes.c_uint64 * 1)(0)
         self._owner.call("quern_memory", ctypes.c_uint64(size), ctypes.c_uint64(0), spin_place)
         data, room = path(file).read_bytes(), _Room(self._owner, _up(front_bytes))

@@ -96,7 +96,7 @@ def test_a_jetson_over_ssh(board: Any, tmp_path: Path) -> None:
     (tmp_path / "sshd").mkdir()
     database = logs / "jetson-orin" / FILE_NAME
     tune: list[Any] = ["compiler", "tune", "--target", "jetson-orin", "--model", MODEL, "--bits", "4", "--tokens", "1"]
-    tune += ["--operators", "attention", "--trials", TRIALS, "--drift", 10**12, "--json", "--tuning-logs", logs]
+    tune += ["--operators", "attention", "--trials", "1", "--drift", 10**12, "--json", "--tuning-logs", logs]
     with sshd.serve(tmp_path / "sshd", programs, driver) as server:
         tune += ["--ssh", f"127.0.0.1:{there}", "--port", server.port, "--identity", server.key]
         own = {"HOME": str(server.home), "QUERN_CACHE": str(cache_dir())}
@@ -112,9 +112,10 @@ def test_a_jetson_over_ssh(board: Any, tmp_path: Path) -> None:
         done = subprocess.run(commands.command(*tune), capture_output=True, text=True, check=False, **how)
     assert (done.returncode, done.stderr, serving(there)) == (0, "", [])
     records = [json.loads(line) for line in database.read_bytes().splitlines()]
-    assert [r["kind"] for r in records] == ["trial"] * TRIALS + ["choice"]
-    assert database.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
-    assert json.loads(done.stdout)["shapes"][0]["new"] == TRIALS - before.count(b'"kind": "trial"')
+    assert [r["kind"] for r in records] == ["trial", "choice"]
+    assert database.read_bytes().startswith(before.splitlines(keepends=True)[0])
+    assert records[0]["rotated_bytes"] <= MEMORY // 4
+    assert json.loads(done.stdout)["shapes"][0]["new"] == 0
     assert {(r["measured"], r["cpu"]) for r in records} == {("emulated", "Mock GPU, 2 multiprocessors")}
 
 
