@@ -115,7 +115,8 @@ def _wheel_file(wheel: tuple[str, str, str]) -> Path:
 
 def require() -> None:
     """Raise NvrtcError unless both compilers are installed, as they must be: before work that takes long."""
-    _library()
+    for wheel in (NVRTC, PTXAS):
+        _wheel_file(wheel)
     _ptxas()
 
 
