@@ -70,10 +70,11 @@ def test_costs_are_exact_and_wrong_candidates_fail() -> None:
     assert good.failure is None and good.cost is not None and first.default.cost is not None
     assert good.seconds == [] == first.default.seconds == first.reads
     assert good.speedups == [first.default.cost.cycles / good.cost.cycles]
-    # A prefetch is one more instruction and nothing else. 32 inputs of 8 rows: 2 * 16 multiplications of 8 bytes, one a
-    # cycle and no more.
+    # A prefetch is one more instruction and nothing else; its cycle may hide behind others. 32 inputs of 8 rows: 2 * 16
+    # multiplications of 8 bytes, one a cycle and no more.
     assert good.cost.instructions > first.default.cost.instructions > 8 * 32 / 8
-    assert good.cost.cycles > first.default.cost.cycles > 8 * 32 / 8
+    assert good.cost.cycles == pytest.approx(first.default.cost.cycles, rel=0.02)
+    assert min(good.cost.cycles, first.default.cost.cycles) > 8 * 32 / 8
 
 
 def test_other_results_are_no_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
