@@ -125,8 +125,10 @@ class _Factors:
 
     @property
     def by_scalars(self) -> bool:
-        """Whether the one zero point is multiplied outside of the vectors. By count that is worse only where one token's
-        sums of activations come as a vector, whose lanes must be moved first: 0.345 and 0.322 instructions (g32).
+        """Whether the one zero point is multiplied outside of the vectors.
+
+        By count that is worse only where one token's sums of activations come as a vector, whose lanes must be moved
+        first: 0.345 and 0.322 instructions (groups of 32).
         """
         layer = self._tile.layer
         return layer.affine == "one_zero" and (self._at_once == 1 or layer.tokens > 1)
