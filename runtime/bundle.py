@@ -162,8 +162,7 @@ def _checking(path: Path, mapping: mmap.mmap, digest: FileDigest) -> Iterator[No
     """Hash the chunks in threads (hashlib lets go of the interpreter lock). Warms the mapping, too."""
     from concurrent.futures import ThreadPoolExecutor
 
-    step = digest.chunk_bytes or max(1, digest.bytes)
-    expected = digest.chunks or (digest.sha256,)
+    step, expected = digest.piece_bytes, digest.pieces
 
     def intact(index: int) -> bool:
         with memoryview(mapping) as view, view[index * step : (index + 1) * step] as chunk:
@@ -193,7 +192,7 @@ def _arrays(mapping: Optional[mmap.mmap], found: Manifest) -> dict[str, Array]:
 
 def damaged_chunk(path: Path, digest: FileDigest, index: int) -> BundleError:
     """What to say of a chunk of the weights whose digest is wrong."""
-    step = digest.chunk_bytes or max(1, digest.bytes)
+    step = digest.piece_bytes
     end = min((index + 1) * step, digest.bytes)
     return _damaged(path, f"the SHA-256 of bytes {index * step} to {end - 1} is not the manifest's")
 

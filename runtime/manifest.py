@@ -184,6 +184,16 @@ class FileDigest:
     chunk_bytes: Optional[int] = None
     chunks: Optional[Tuple[str, ...]] = None
 
+    @property
+    def piece_bytes(self) -> int:
+        """Length of what one of `pieces` is the digest of: a chunk's, or the file's. At least 1."""
+        return self.chunk_bytes or max(1, self.bytes)
+
+    @property
+    def pieces(self) -> Tuple[str, ...]:
+        """SHA-256 of what is hashed at once: every chunk, or the whole file."""
+        return self.chunks or (self.sha256,)
+
 
 @dataclass(frozen=True)
 class Manifest:

@@ -32,8 +32,7 @@ def upload(bundle: Bundle, copy: Copy, evict: bool) -> None:
     if not manifest.weights.tensors:
         return
     path, digest = bundle.path / manifest.weights.file, manifest.files[manifest.weights.file]
-    step = digest.chunk_bytes or max(1, digest.bytes)
-    expected = digest.chunks or (digest.sha256,)
+    step, expected = digest.piece_bytes, digest.pieces
     threads = min(THREADS, device.default_threads()) if bundle.unchecked else 1
     buffers = [(ctypes.c_char * min(step, digest.bytes))() for _ in range(min(threads + AHEAD, len(expected)))]
     checks: list[Future[str]] = []
