@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
@@ -20,7 +21,8 @@ from .manifest_check import nbytes
 ABI = 1
 PARAMETER = 1 << 63  # in an offset: bytes into the caches, not into the weights
 NO_DRIVER, OLD_DRIVER, WRONG_DEVICE, NO_MEMORY, REFUSED, FAILED = range(1, 7)
-GRAPHS, TIMED, PTX_ONLY = 1, 2, 4
+GRAPHS, TIMED, PTX_ONLY, CHECKED = 1, 2, 4, 8
+CHECK_LAUNCHES = "QUERN_CHECK_LAUNCHES"  # in the environment: wait for every kernel, so that one that fails is named
 HEADER = 256  # bytes before the ids: the span and nothing else
 CACHE_ALIGNMENT = 256
 
@@ -66,6 +68,7 @@ class Model:
         self.where, self._model = str(where), ctypes.c_void_p()
         self._pinned: list[int] = []
         self.library = _open_library(library)
+        options |= CHECKED * bool(os.environ.get(CHECK_LAUNCHES))
         opened = self.library.quern_open(cuda_driver.path().encode(), 0, options, ctypes.byref(self._model))
         self._raise_for(opened, "quern_open")
 
@@ -269,4 +272,5 @@ def _error(where: str, code: int, name: str, text: str) -> UserError:
         )
     if code == REFUSED:
         return DeviceError(f"{where}: {text}. Rebuild the bundle with this release of quern, or update the driver.")
-    return VmError(f"{where}: {name}: {text}. The GPU is lost to this process: start again.")
+    hint = "" if os.environ.get(CHECK_LAUNCHES) else f"; with {CHECK_LAUNCHES}=1 it says which kernel failed"
+    return VmError(f"{where}: {name}: {text}. The GPU is lost to this process: start again{hint}.")

@@ -102,10 +102,11 @@ def test_the_gpu_tells_the_cpus_story_by_graphs(small: Built, expected: list[int
         (("--no-cuda-graphs",), {"graphs": True}),
         ((), {"graphs": False}),
         ((), {"refuse": "capture"}),
+        ((), {"refuse": "replay"}),
         ((), {"refuse": "cubin"}),
         ((), {"integrated": 1, "arch": 100}),
     ],
-    ids=["by option", "no graphs in the driver", "capture fails", "machine code refused", "a later board"],
+    ids=["by option", "no graphs in the driver", "capture fails", "replay fails", "machine code refused", "a later board"],
 )
 def test_what_a_driver_lacks_changes_nothing(
     small: Built, expected: list[int], tmp_path: Path, arguments: tuple[str, ...], settings: dict[str, Any]
@@ -126,6 +127,10 @@ def test_logits_of_every_token(small: Built, bundles: Bundles, sessions: Session
     assert np.abs(np.load(tmp_path / "logits.npy") - want).max() < EXACT_BOUND
 
 
+LESS_MEMORY = (
+    "Close what else uses the GPU, or rebuild the bundle with a shorter context or fewer bits (python -m compiler "
+    "build --context, --bits)."
+)
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "init": (
         {"refuse": "init"},
@@ -144,13 +149,20 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no memory": (
         {"memory": MIB},
-        "the caches need 1 MiB of GPU memory, but Mock GPU has 0 MiB free of 1 MiB. Close what else uses the GPU, or "
-        "rebuild the bundle with a shorter context or fewer bits (python -m compiler build --context, --bits).",
+        f"the caches need 1 MiB of GPU memory, but Mock GPU has 0 MiB free of 1 MiB. {LESS_MEMORY}",
     ),
     "a kernel fails": (
         {"refuse": "launch"},
         "quern_run: cuStreamSynchronize failed: CUDA_ERROR_LAUNCH_FAILED (719). The GPU is lost to this process: start "
-        "again.",
+        "again; with QUERN_CHECK_LAUNCHES=1 it says which kernel failed.",
+    ),
+    "no memory for a context": (
+        {"refuse": "context"},
+        f"Mock GPU lacks the free memory for a context of its driver. {LESS_MEMORY}",
+    ),
+    "no memory for code": (
+        {"refuse": "code memory", "memory": 8 * MIB},
+        f"the kernels need 1 MiB of GPU memory, but Mock GPU has 6 MiB free of 8 MiB. {LESS_MEMORY}",
     ),
     "refused code": (
         {"refuse": "ptx", "arch": 100},
@@ -165,6 +177,19 @@ def test_refusals(small: Built, case: str) -> None:
     settings, message = REFUSALS[case]
     done = small.run("generate", "--prompt", PROMPT, emulated=False, **settings)
     assert commands.message(done.returncode, done.stdout, done.stderr) == f"{small.bundle}: {message}"
+
+
+def test_a_kernel_that_fails_is_named(small: Built, tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.arange(16))
+    arguments = ("logits", small.bundle, "--ids", tmp_path / "ids.npy", "--out", tmp_path / "out.npy")
+    settings = small.environment(False, refuse="launch") | {"QUERN_CHECK_LAUNCHES": "1"}
+    done = commands.run("runtime", *arguments, env=settings)
+    first = re.search(r"prefill_16: .*\n  (\w+)<<<", (small.bundle.parent / "ir" / "3_launches.txt").read_text())
+    assert first is not None
+    assert commands.message(done.returncode, done.stdout, done.stderr) == (
+        f"{small.bundle}: quern_run: launch 1 of prefill_16, {first[1]}: CUDA_ERROR_LAUNCH_FAILED (719). "
+        f"The GPU is lost to this process: start again."
+    )
 
 
 def test_a_machine_without_a_driver(small: Built, tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from compiler.codegen import link
 
-SOURCE = Path(__file__).with_name("libcuda.c")
+HERE = Path(__file__).parent
+SOURCE = HERE / "libcuda.c"
+SOURCES = [SOURCE, HERE / "device_code.c"]
 HEADERS = Path(link.__file__).parent / "cuda"
 FLAGS = ("-shared", "-O1", "-g0", "-fPIC", "-Wall", "-Wextra", "-Werror", "-fno-sanitize=undefined")
 
@@ -19,7 +21,8 @@ FLAGS = ("-shared", "-O1", "-g0", "-fPIC", "-Wall", "-Wextra", "-Werror", "-fno-
 @cache
 def library(graphs: bool = True, triple: str = "native") -> Path:
     """The mock driver, compiled once for its text. graphs: False leaves the entry points of CUDA graphs out."""
-    text = [SOURCE.read_text(), (HEADERS / "driver.h").read_text(), str(graphs), triple]
+    read = [*SOURCES, HERE / "device_code.h"]
+    text = [*(path.read_text() for path in read), (HEADERS / "driver.h").read_text(), str(graphs), triple]
     digest = hashlib.sha256("\0".join(text).encode()).hexdigest()[:24]
     out = link.cache_dir() / "mock-libcuda" / digest / "libcuda.so.1"
     if not out.is_file():
@@ -28,7 +31,7 @@ def library(graphs: bool = True, triple: str = "native") -> Path:
         command += [] if graphs else ["-DWITHOUT_GRAPHS"]
         with tempfile.TemporaryDirectory(dir=out.parent) as scratch:  # other processes may want it, too
             made = Path(scratch) / out.name
-            subprocess.run([*command, "-o", str(made), str(SOURCE), "-ldl"], env=link.zig_environment(), check=True)
+            subprocess.run([*command, "-o", str(made), *map(str, SOURCES), "-ldl"], env=link.zig_environment(), check=True)
             made.replace(out)
     return out
 

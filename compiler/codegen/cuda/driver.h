@@ -17,6 +17,7 @@ typedef void *CUcontext, *CUmodule, *CUfunction, *CUstream, *CUevent, *CUgraph, 
 enum { /* CUresult, CUdevice_attribute, CUjit_option, CUfunction_attribute, flags */
   CUDA_SUCCESS = 0,
   CUDA_ERROR_OUT_OF_MEMORY = 2,
+  CUDA_ERROR_CAPTURE_INVALIDATED = 901,
   ATTRIBUTE_MULTIPROCESSORS = 16,
   ATTRIBUTE_INTEGRATED = 18,
   ATTRIBUTE_MAJOR = 75,
@@ -25,6 +26,8 @@ enum { /* CUresult, CUdevice_attribute, CUjit_option, CUfunction_attribute, flag
   JIT_INFO_LOG_BYTES = 4,
   JIT_ERROR_LOG = 5,
   JIT_ERROR_LOG_BYTES = 6,
+  FUNCTION_MAX_THREADS = 0,
+  FUNCTION_STATIC_SHARED = 1,
   FUNCTION_MAX_DYNAMIC_SHARED = 8,
   HOST_PORTABLE = 1,
   ATTACH_GLOBAL = 1,
@@ -57,6 +60,7 @@ enum { /* CUresult, CUdevice_attribute, CUjit_option, CUfunction_attribute, flag
   REQUIRED(cuModuleLoadDataEx, 2010, (CUmodule * module, const void *image, unsigned n, int *options, void **values))  \
   REQUIRED(cuModuleUnload, 2000, (CUmodule module))                                                                    \
   REQUIRED(cuModuleGetFunction, 2000, (CUfunction * function, CUmodule module, const char *name))                      \
+  REQUIRED(cuFuncGetAttribute, 2020, (int *value, int attribute, CUfunction function))                                \
   REQUIRED(cuFuncSetAttribute, 9000, (CUfunction function, int attribute, int value))                                  \
   REQUIRED(cuLaunchKernel, 4000,                                                                                       \
            (CUfunction function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,         \

@@ -12,6 +12,7 @@ from compiler.codegen.link import LinkError
 from targets import Target
 
 HERE = Path(__file__).parent
+RUNTIME = ("open", "memory", "code", "run", "measure")
 # No debug information and no paths, so that equal inputs give equal bytes in any folder.
 FLAGS = ("-c", "-O2", "-std=c11", "-fPIC", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra", "-Werror")
 
@@ -21,7 +22,8 @@ def build(tables: str, out: Path, target: Target) -> None:
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".objects.", ignore_cleanup_errors=True) as scratch:
         folder = Path(scratch)
         (folder / "tables.c").write_text(tables, encoding="utf-8")
-        objects = [_compile(source, folder, target) for source in (HERE / "runtime.c", folder / "tables.c")]
+        sources = [*(HERE / f"{name}.c" for name in RUNTIME), folder / "tables.c"]
+        objects = [_compile(source, folder, target) for source in sources]
         link.link(objects, out, target, ("dl",))
 
 

@@ -1,6 +1,6 @@
-/* What the compiler writes of one model (tables.py), and what runtime.c makes of it: the flat interface of model.so.
+/* What the compiler writes of one model (tables.py), and what the runtime makes of it: the flat interface of model.so.
  *
- * runtime/cuda.py is the only caller, through ctypes: keep its structures equal to these.
+ * runtime/on_cuda.py is the only caller, through ctypes: keep its structures equal to these.
  */
 #ifndef QUERN_MODEL_H
 #define QUERN_MODEL_H
@@ -60,7 +60,12 @@ enum { /* what went wrong; the text is quern_error() */
   QUERN_FAILED = 6,       /* any other call of the driver */
 };
 
-enum { QUERN_GRAPHS = 1, QUERN_TIMED = 2, QUERN_PTX_ONLY = 4 }; /* options of quern_open */
+enum { /* options of quern_open */
+  QUERN_GRAPHS = 1,   /* replay calls as graphs where the driver can */
+  QUERN_TIMED = 2,    /* quern_milliseconds works */
+  QUERN_PTX_ONLY = 4, /* leave the machine code alone */
+  QUERN_CHECKED = 8,  /* wait after every launch, without graphs: a kernel that fails is named */
+};
 
 typedef struct {
   char name[128];
