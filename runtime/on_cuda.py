@@ -225,6 +225,15 @@ class OnCuda:
         self.model.call("quern_milliseconds", ctypes.byref(found))
         return found.value
 
+    def profile(self, function: str) -> list[tuple[str, float]]:
+        """Kernel and milliseconds on the GPU of every launch of a function, for what was last asked of it."""
+        index, library = self.model.library.quern_function_index(function.encode()), self.model.library
+        names = itertools.takewhile(bool, (library.quern_launched(index, i) for i in itertools.count()))
+        kernels = [name.decode() for name in names]
+        found = (ctypes.c_float * len(kernels))()
+        self.model.call("quern_profile", index, found)
+        return list(zip(kernels, found))  # noqa: B905 strict is Python 3.10's
+
     def copy_gb_s(self, nbytes: int, repeats: int = 5) -> float:
         """GB/s read and written by the fastest copy of `nbytes` within the GPU's memory."""
         found = ctypes.c_double()
@@ -258,6 +267,7 @@ def _open_library(path: Path) -> ctypes.CDLL:
         raise VmError(f"{path}: has interface {abi}, but this runtime knows {ABI}. Rebuild the bundle.")
     library.quern_weights.restype = ctypes.c_uint64
     library.quern_error.restype = library.quern_parameter.restype = ctypes.c_char_p
+    library.quern_launched.restype = ctypes.c_char_p
     library.quern_host_free.restype = library.quern_close.restype = None
     return library
 

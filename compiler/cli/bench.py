@@ -29,7 +29,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
     parser.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="bundle folder to measure")
     shape = parser.add_argument_group("a published shape with random weights, instead of a bundle")
-    shape.add_argument("--shape", metavar="NAME", help=f"e.g. {DEFAULT_SHAPE}")
+    shape.add_argument("--shape", metavar="NAME", help=f"e.g. {DEFAULT_SHAPE}; {DEFAULT_SHAPE}:1 is one layer of it")
     shape.add_argument("--bits", type=int, choices=BITS, default=4, help="bits of the linear layers (default: 4)")
     shape.add_argument(
         "--group-size", type=int, default=128, metavar="G", help="inputs that share a scale (default: 128)"

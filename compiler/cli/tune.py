@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
-def _seconds(text: str) -> float:
+def seconds(text: str) -> float:
+    """A time for an option: 90s, 10m, 2h, or a bare number of seconds."""
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smh]?)", text)
     if found is None or float(found[1]) == 0:
         raise argparse.ArgumentTypeError(f"{text} is not a time like 90s, 10m or 2h")
@@ -49,7 +50,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trials", type=positive, default=48, metavar="N", help="points tried a shape, counting earlier runs (48)"
     )
-    parser.add_argument("--time-budget", type=_seconds, metavar="T", help="stop after this time, e.g. 10m")
+    parser.add_argument("--time-budget", type=seconds, metavar="T", help="stop after this time, e.g. 10m")
     parser.add_argument(
         "--cost", choices=("time", "model"), default="time",
         help="choose by measured time, or without the device by counted instructions and llvm-mca's cycles (time)",
@@ -69,7 +70,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     boards.add_argument("--port", type=positive, metavar="N", help="of the SSH servers (~/.ssh/config, 22)")
     boards.add_argument("--identity", type=Path, metavar="FILE", help="private key (default: agent and ~/.ssh)")
     boards.add_argument(
-        "--patience", type=_seconds, default=900.0, metavar="T", help="give up a board after this time (default: 15m)"
+        "--patience", type=seconds, default=900.0, metavar="T", help="give up a board after this time (default: 15m)"
     )
     parser.add_argument("--tuning-logs", type=Path, metavar="DIR", help="databases (default: the repository's)")
     parser.add_argument("--json", action="store_true", help="print one JSON object to stdout")

@@ -129,7 +129,7 @@ def report(shape: str, bits: int, group_size: int, head_bits: int, context: int,
     gpu = target.gpu
     assert gpu is not None
     source = shapes.RandomSource(shape, bits, group_size, head_bits)
-    limit = int(shapes.SHAPES[shape]["max_position_embeddings"])
+    limit = int(shapes.settings(shape)["max_position_embeddings"])
     room = min(limit, max(2048, context + CHUNK))
     if context + CHUNK > room:
         raise UserError(f"--context is {context}, but {shape} has {limit} positions: leave {CHUNK} for the prompt.")

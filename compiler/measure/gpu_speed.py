@@ -15,6 +15,7 @@ from runtime.manifest import Manifest
 
 Note = Callable[[str, float], None]
 COPY_BYTES = 1 << 30  # far beyond any cache
+PROFILED = 5  # calls, launch by launch
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class GpuSpeed:
 
     decode_plain_tok_s: without CUDA graphs. kernels_ms: a token's kernels by the GPU's own clock. copy_gb_s counts
     bytes read and bytes written. decode_bandwidth_ratio: weights a second by copy_gb_s.
+    kernels: by function, [kernel, launches, milliseconds of all of them], the longest first.
     """
 
     prefill_tok_s: Spread
@@ -34,13 +36,15 @@ class GpuSpeed:
     decode_bandwidth_ratio: Spread
     weight_bytes_per_token: int
     gpu: dict[str, object]
+    kernels: dict[str, list[list[object]]]
 
     def record(self) -> dict[str, object]:
         """One JSON object, medians by themselves and all spreads under `spread`."""
         spreads = {name: value for name, value in vars(self).items() if isinstance(value, Spread)}
         found: dict[str, object] = {name: value.median for name, value in spreads.items()}
         found |= {"prefill_tflop_s": self.prefill_tflop_s, "weight_bytes_per_token": self.weight_bytes_per_token}
-        return {**found, "spread": {name: asdict(value) for name, value in spreads.items()}, **self.gpu}
+        found |= {"spread": {name: asdict(value) for name, value in spreads.items()}, **self.gpu}
+        return {**found, "kernels": self.kernels}
 
 
 def flops_per_token(manifest: Manifest) -> int:
@@ -66,10 +70,23 @@ def measure(path: Path, prompt: int, steps: int, rounds: int, context: int) -> G
         side.process.ask("graphs", on=True)
         side.decode(context, 1)
         gpu = side.process.ask("gpu")
-        used = side.used
+        used, kernels = side.used, _profile(side, path, prompt, context)
     spreads = {name: Spread.of(values) for name, values in found.items()}
     flops = flops_per_token(read_manifest(path)) * spreads["prefill_tok_s"].median / 1e12
-    return GpuSpeed(prefill_tflop_s=flops, weight_bytes_per_token=used, gpu=gpu, **spreads)
+    return GpuSpeed(prefill_tflop_s=flops, weight_bytes_per_token=used, gpu=gpu, kernels=kernels, **spreads)
+
+
+def _profile(side: QuernSide, path: Path, prompt: int, context: int) -> dict[str, list[list[object]]]:
+    """Where the time of a token goes, and that of the prompt function that this prompt mostly takes."""
+    functions = read_manifest(path).functions
+    chunks = {f.tokens: name for name, f in functions.items() if name.startswith("prefill_") and f.tokens <= prompt}
+    side.decode(context, 1)
+    found = {"decode": side.process.ask("profile", function="decode", rounds=PROFILED)["kernels"]}
+    if chunks:
+        name = chunks[max(chunks)]
+        side.prefill(max(chunks))
+        found[name] = side.process.ask("profile", function=name, rounds=PROFILED)["kernels"]
+    return found
 
 
 def _ignore(name: str, value: float) -> None:

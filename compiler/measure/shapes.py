@@ -69,10 +69,19 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def settings(shape: str, positions: int = 1) -> dict[str, Any]:
-    """config.json's keys, with room for `positions` at least. Raises UserError."""
-    if shape not in SHAPES:
-        raise UserError(f"There is no shape {shape!r}. Known shapes: {', '.join(SHAPES)}.")
-    published = SHAPES[shape]
+    """config.json's keys, with room for `positions` at least. Raises UserError.
+
+    NAME:N is the shape cut to N layers, to try something quickly: whatever names the shape says so.
+    """
+    name, cut, layers = shape.partition(":")
+    if name not in SHAPES:
+        raise UserError(f"There is no shape {name!r}. Known shapes: {', '.join(SHAPES)}.")
+    published = SHAPES[name]
+    if cut:
+        whole = published["num_hidden_layers"]
+        if not (layers.isdecimal() and 1 <= int(layers) <= whole):
+            raise UserError(f"The shape {shape!r} would have {layers or 'no'} layers, but {name} has 1 to {whole}.")
+        published = {**published, "num_hidden_layers": int(layers)}
     return {**published, "max_position_embeddings": max(published["max_position_embeddings"], positions)}
 
 

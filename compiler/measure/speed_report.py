@@ -12,6 +12,8 @@ from compiler.measure.compare import Row, Workload
 from compiler.measure.gpu_speed import GpuSpeed
 from compiler.measure.speed import Speed, Spread
 
+SHOWN = 5  # kernels of a function
+
 
 def _cells(spread: Spread | None) -> list[str]:
     if spread is None:
@@ -53,6 +55,9 @@ def on_gpu(speed: GpuSpeed, work: Workload) -> None:
     )
     if gpu["note"]:
         console.print(str(gpu["note"]))
+    for function, kernels in speed.kernels.items():
+        console.print(f"longest kernels of {function} (launches, ms): ", end="")
+        console.print("; ".join(f"{name} ({count}, {ms:.3f})" for name, count, ms in kernels[:SHOWN]))
 
 
 def beside(rows: Sequence[Row], work: Workload, perplexities: Sequence[float | None]) -> None:

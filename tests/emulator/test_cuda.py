@@ -12,6 +12,8 @@ from compiler.codegen.nvrtc import HEADER
 from schedules.cuda.kernel import CudaKernel, Launch
 from schedules.kernel import TensorSpec
 from tests.emulator import cuda
+from tests.emulator.cuda import hardware
+from tests.mock import cuda as mock
 
 # Row sums of x f32[3, 256] times 2: half a row a warp, joined through shared memory.
 TOY = """
@@ -229,3 +231,24 @@ def test_the_emulator_has_what_the_header_has() -> None:
     here = {a or b for a, b in names.findall((cuda.HERE / "emulator.h").read_text())} - {"NAME"}
     assert there - here == set()
     assert len(there) > 40
+
+
+def test_the_same_call_runs_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """QUERN_TEST_GPU takes kernels to the driver: here to the mock, with this kernel's emulation behind it."""
+    for name, value in mock.environment(cuda.library(TOY), arch=90).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv(hardware.ASKED, "1")
+    hardware.driver.cache_clear()
+    x, out = np.random.default_rng(0).standard_normal((3, 256)).astype(np.float32), np.full(3, np.nan, np.float32)
+    toy = CudaKernel("toy", TOY, (Launch("toy", (3, 1, 1), (64, 1, 1), (0, 1)),))
+    cuda.run(toy, [x, out])
+    assert np.allclose(out, 2 * x.sum(1), atol=1e-4)
+    with pytest.raises(pytest.skip.Exception, match="Mock GPU is sm_90, and this kernel is for sm_100"):
+        cuda.run(replace(toy, name="toy_sm_100"), [x, out])
+    with pytest.raises(pytest.skip.Exception, match="only the emulator sees what this kernel does wrong"):
+        hardware.require_emulator()
+    hardware.driver().close()
+    hardware.driver.cache_clear()
+    monkeypatch.setenv("QUERN_LIBCUDA", "/nowhere/libcuda.so.1")
+    with pytest.raises(pytest.fail.Exception, match="QUERN_TEST_GPU is set, but the NVIDIA driver is not there: "):
+        cuda.run(toy, [x, out])

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from compiler.__main__ import main
-from compiler.cli import card
 from compiler.codegen import carried, elf, nvrtc
+from compiler.measure import commands as measure_commands
+from compiler.measure import gpu_checks
 from runtime.bundle import read_manifest
 from runtime.tokenizer import Tokenizer
 from tests.end_to_end import commands, gpu
@@ -106,7 +107,7 @@ def test_the_gpu_tells_the_cpus_story_by_graphs(small: Built, expected: list[int
         ((), {"refuse": "cubin"}),
         ((), {"integrated": 1, "arch": 100}),
     ],
-    ids=["by option", "no graphs in the driver", "capture fails", "replay fails", "machine code refused", "a later board"],
+    ids=["by option", "no graphs", "capture fails", "replay fails", "machine code refused", "a later board"],
 )
 def test_what_a_driver_lacks_changes_nothing(
     small: Built, expected: list[int], tmp_path: Path, arguments: tuple[str, ...], settings: dict[str, Any]
@@ -263,45 +264,54 @@ CARD = ["card", "--model", str(STORIES260K), "--activations", "exact"]
 def test_a_card_is_checked_and_a_failure_goes_on(
     small: Built, bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On the mock, with the bundles that are here already: for one target the driver refuses what it is to launch."""
-    ready = {"gpu": small.bundle, "cpu": bundles(STORIES260K, activations="exact", chunks=(16,))}
-    start = card._python
+    """On the mock, with the bundles that are here already: for one target the GPU fails, and then it hangs."""
+    ready = {"bundle": small.bundle, "cpu-exact-16-float32": bundles(STORIES260K, activations="exact", chunks=(16,))}
+    start = measure_commands.run
 
-    def instead(module: str, verb: str, *arguments: str) -> str:
+    def instead(module: str, verb: str, *arguments: str, limit_s: float, **others: Any) -> str:
         if verb == "build":
             out = Path(arguments[arguments.index("--out") + 1])
             out.symlink_to(ready[out.name])
             return ""
+        older = any("cuda-sm72" in argument for argument in arguments)
+        monkeypatch.setenv("QUERN_MOCK_REFUSE", "nothing" if not older else "hang" if verb == "bench" else "launch")
         if verb == "bench":
             work = ("--prompt-tokens", "16", "--decode-tokens", "2", "--context", "4", "--rounds", "1", "--json")
-            return start(module, verb, str(small.bundle), *work)
-        monkeypatch.setenv("QUERN_MOCK_REFUSE", "launch" if "cuda-sm72" in arguments[0] else "nothing")
-        return start(module, verb, *arguments)
+            return start(module, verb, str(small.bundle), *work, limit_s=3 if older else limit_s, **others)
+        return start(module, verb, *arguments, limit_s=limit_s, **others)
 
-    monkeypatch.setattr(card, "_python", instead)
-    monkeypatch.setattr(card, "TOKENS", 20)  # a chunk of 16, and single tokens
+    monkeypatch.setattr(measure_commands, "run", instead)
+    monkeypatch.setattr(gpu_checks, "TOKENS", 20)  # a chunk of 16, and single tokens
     for name, value in small.environment(arch=90, memory=64 * MIB).items():
         monkeypatch.setenv(name, value)
     record = tmp_path / "card.jsonl"
-    options = [*CARD, "--shapes", "tinyllama-1.1b", "--record", str(record)]
+    options = [*CARD, "--shapes", "tinyllama-1.1b:1", "--record", str(record)]
     assert main([*options, "--targets", "cuda-sm72,cuda-sm90"]) == 1
     out, err = capsys.readouterr()
     assert out == record.read_text()
-    about, broken, numerics, *speeds = map(json.loads, out.splitlines())
-    assert all((r["device"], r["sm"], r["driver"], r["emulated"]) == ("Mock GPU", 90, "12.4", True)
-               for r in (about, broken, numerics, *speeds))  # fmt: skip
+    about, broken, numerics, hanging, speed = found = list(map(json.loads, out.splitlines()))
+    assert all((r["device"], r["sm"], r["driver"], r["emulated"]) == ("Mock GPU", 90, "12.4", True) for r in found)
     assert (about["check"], about["multiprocessors"]) == ("card", 2)
     assert (broken["check"], broken["target"], broken["good"]) == ("numerics", "cuda-sm72", False)
-    assert "CUDA_ERROR_LAUNCH_FAILED (719)" in broken["error"]
+    assert re.search(
+        r"cuStreamSynchronize failed: CUDA_ERROR_LAUNCH_FAILED \(719\).* Kernel by kernel: .*: launch 1 of prefill_16, "
+        r"embedding_\w+: CUDA_ERROR_LAUNCH_FAILED \(719\)", broken["error"],
+    )  # fmt: skip
     assert numerics["good"] is True and 0 < numerics["worst"] < numerics["bound"] and numerics["same_tokens"] == 1
-    for speed in speeds:
-        assert speed["check"] == "speed" and speed["prefill_tflop_s"] > 0
-        assert min(speed[n] for n in ("decode_tok_s", "decode_plain_tok_s", "copy_gb_s", "prefill_tok_s")) > 0
+    assert (hanging["check"], hanging["target"], hanging["good"]) == ("speed", "cuda-sm72", False)
+    assert hanging["error"].endswith("was ended after 3 s: it hangs, or the machine is too slow.")
+    assert (speed["check"], speed["shape"]) == ("speed", None) and speed["prefill_tflop_s"] > 0
+    assert min(speed[n] for n in ("decode_tok_s", "decode_plain_tok_s", "copy_gb_s", "prefill_tok_s")) > 0
+    steps = launches_of(small)
+    for function in ("decode", "prefill_16"):
+        times = [ms for _, _, ms in speed["kernels"][function]]
+        assert times == sorted(times, reverse=True) and min(times) > 0
+        assert sum(launches for _, launches, _ in speed["kernels"][function]) == steps[function]
     told = err.splitlines()
-    assert told[0] == "Mock GPU, sm_90, driver of CUDA 12.4" and told[-1] == "3 passed, 1 failed, 0 skipped"
+    assert told[0] == "Mock GPU, sm_90, driver of CUDA 12.4" and told[-1] == "2 passed, 2 failed, 0 skipped"
     assert told[1] == "[1/4] numerics of cuda-sm72, activations exact ..."
     assert told[2].startswith("[1/4] numerics of cuda-sm72, activations exact: failed after ")
-    assert any(line.startswith("[4/4] speed of tinyllama-1.1b, cuda-sm90: passed after ") for line in told)
+    assert any(line.startswith("[4/4] speed of tinyllama-1.1b:1, cuda-sm90: passed after ") for line in told)
 
 
 def test_a_card_that_is_too_old_for_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

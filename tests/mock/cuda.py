@@ -28,10 +28,11 @@ def library(graphs: bool = True, triple: str = "native") -> Path:
     if not out.is_file():
         out.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "ziglang", "cc", "-target", triple, *FLAGS, f"-I{HEADERS}"]
+        command += [*map(str, SOURCES), "-ldl"]
         command += [] if graphs else ["-DWITHOUT_GRAPHS"]
         with tempfile.TemporaryDirectory(dir=out.parent) as scratch:  # other processes may want it, too
             made = Path(scratch) / out.name
-            subprocess.run([*command, "-o", str(made), *map(str, SOURCES), "-ldl"], env=link.zig_environment(), check=True)
+            subprocess.run([*command, "-o", str(made)], env=link.zig_environment(), check=True)
             made.replace(out)
     return out
 

@@ -35,7 +35,12 @@ enum { MAX_REGIONS = 1024, MAX_HANDLES = 1 << 16, MAX_PARAMETERS = 32, POISON = 
        COHERENT_SM = 72, WARP = 32 };
 
 typedef struct { void *start; uint64_t bytes; int host, managed; } region;
-typedef struct { kernel_facts *facts; unsigned granted; int launched; } function;
+typedef struct { /* what emulates a module's kernels, if anything does */
+  int (*launch)(const char *, const unsigned *, const unsigned *, unsigned, void **);
+  const char *(*message)(void);
+  void (*set_regions)(const void *, int);
+} emulation;
+typedef struct { kernel_facts *facts; unsigned granted; int launched; emulation emulated; } function;
 typedef struct { code_facts facts; function *functions; } module;
 typedef struct { double at; int recorded, waiting, captured; struct stream *in; } event;
 typedef struct {
@@ -53,10 +58,6 @@ static struct { void *at; kind of; } handles[MAX_HANDLES];
 static int region_count, handle_count, started, loaded, broken, retained;
 static _Thread_local CUcontext current;
 static uint64_t used, peak;
-static void *kernels;
-static int (*launch)(const char *, const unsigned *, const unsigned *, unsigned, void **);
-static const char *(*message)(void);
-static void (*set_regions)(const void *, int);
 static struct { long launches, graph_launches, captures, copies_in, copies_out, bytes_in, syncs, ptx; } counts;
 
 static const char *setting(const char *name, const char *otherwise) {
@@ -128,12 +129,12 @@ static region *find(uint64_t at, uint64_t bytes) {
   return NULL;
 }
 
-static void tell_regions(void) {
+static void tell_regions(const emulation *to) {
   struct { void *start; uint64_t bytes; } known[MAX_REGIONS];
   int count = 0;
   for (int i = 0; i < region_count; i++)
     if (!regions[i].host) known[count].start = regions[i].start, known[count++].bytes = regions[i].bytes;
-  if (set_regions) set_regions(known, count);
+  to->set_regions(known, count);
 }
 
 static int idle(void) {
@@ -162,7 +163,6 @@ static CUresult take(void **out, size_t bytes, int host, int managed) {
   regions[region_count++] = (region){*out, bytes, host, managed};
   if (!host) used += bytes, peak = used > peak ? used : peak;
   if (managed && !idle()) guard(0);
-  tell_regions();
   return CUDA_SUCCESS;
 }
 
@@ -173,7 +173,6 @@ static CUresult give(void *at, int host, int managed) {
       if (managed) munmap(at, regions[i].bytes);
       else free(at);
       regions[i] = regions[--region_count];
-      tell_regions();
       return CUDA_SUCCESS;
     }
   return INVALID_VALUE;
@@ -203,8 +202,11 @@ static void run(const work *w) {
   while (refuses("hang")) sleep(1);
   void *arguments[MAX_PARAMETERS];
   for (unsigned i = 0; i < w->f->facts->parameters; i++) arguments[i] = (void *)&w->values[i];
-  if (kernels && launch(w->f->facts->name, w->grid, w->block, w->shared, arguments)) {
-    fprintf(stderr, "mock GPU: %s: %s\n", w->f->facts->name, message());
+  const emulation *by = &w->f->emulated;
+  if (!by->launch) return;
+  tell_regions(by);
+  if (by->launch(w->f->facts->name, w->grid, w->block, w->shared, arguments)) {
+    fprintf(stderr, "mock GPU: %s: %s\n", w->f->facts->name, by->message());
     broken = 1;
   }
 }
@@ -384,21 +386,21 @@ static CUresult check_image(const void *image, char *log, size_t room) {
   return CUDA_SUCCESS;
 }
 
-static CUresult load_kernels(void) {
+static CUresult find_emulation(emulation *out) {
   const char *path = getenv("QUERN_MOCK_KERNELS");
-  if (!path || kernels) return CUDA_SUCCESS;
-  kernels = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-  if (!kernels) return fprintf(stderr, "mock GPU: %s\n", dlerror()), NOT_FOUND;
-  *(void **)&launch = dlsym(kernels, "quern_launch");
-  *(void **)&message = dlsym(kernels, "quern_message");
-  *(void **)&set_regions = dlsym(kernels, "quern_regions");
-  tell_regions();
+  void *kernels = path ? dlopen(path, RTLD_NOW | RTLD_LOCAL) : NULL;
+  if (path && !kernels) return fprintf(stderr, "mock GPU: %s\n", dlerror()), NOT_FOUND;
+  if (!kernels) return CUDA_SUCCESS;
+  *(void **)&out->launch = dlsym(kernels, "quern_launch");
+  *(void **)&out->message = dlsym(kernels, "quern_message");
+  *(void **)&out->set_regions = dlsym(kernels, "quern_regions");
   return CUDA_SUCCESS;
 }
 
 CUresult cuModuleLoadDataEx(CUmodule *out, const void *image, unsigned n, int *options, void **values) {
   char *log = NULL;
   size_t room = 0;
+  emulation emulated = {0};
   NOT_WHILE_CAPTURING;
   for (unsigned i = 0; i < n; i++) {
     if (options[i] == JIT_ERROR_LOG) log = values[i];
@@ -407,12 +409,13 @@ CUresult cuModuleLoadDataEx(CUmodule *out, const void *image, unsigned n, int *o
   }
   *out = NULL;
   CUresult code = check_image(image, log, room);
-  if (!code) code = load_kernels();
+  if (!code) code = find_emulation(&emulated);
   if (code) return code;
   module *made = keep(sizeof *made, MODULE);
   made->facts = memcmp(image, "\177ELF", 4) ? read_ptx(image) : read_machine_code(image);
   made->functions = calloc(made->facts.count + 1, sizeof *made->functions);
-  for (size_t i = 0; i < made->facts.count; i++) made->functions[i].facts = &made->facts.kernels[i];
+  for (size_t i = 0; i < made->facts.count; i++)
+    made->functions[i] = (function){.facts = &made->facts.kernels[i], .emulated = emulated};
   loaded = 1;
   return *out = made, CUDA_SUCCESS;
 }

@@ -1,4 +1,4 @@
-"""The mock driver refuses what a driver refuses: a runtime that passes here is one that a driver has no word against."""
+"""The mock driver refuses what a driver refuses: what passes there, a driver has no word against."""
 
 from __future__ import annotations
 
@@ -141,7 +141,8 @@ extern "C" __global__ void wide(const float* a, float* out) {{
 
 
 def test_what_spoils_a_graph(driver: Driver) -> None:
-    stream, event, graph = driver.made("cuStreamCreate", NON_BLOCKING), driver.made("cuEventCreate", 0), ctypes.c_void_p()
+    stream, event = driver.made("cuStreamCreate", NON_BLOCKING), driver.made("cuEventCreate", 0)
+    graph = ctypes.c_void_p()
     module = driver.made("cuModuleLoadDataEx", code("cuda-sm90").cubin, 0, None, None)
     small = driver.made("cuModuleGetFunction", module, b"small")
     spoiling = [

@@ -46,6 +46,28 @@ int32_t quern_measure(quern *model, int32_t function, uint32_t set, uint32_t cal
   return QUERN_OK;
 }
 
+/* The kernel of a launch of a function; NULL behind the last one. */
+const char *quern_launched(int32_t function, uint32_t step) {
+  if (function < 0 || (uint32_t)function >= quern_this.functions || step >= quern_functions[function].steps) return NULL;
+  return quern_kernel_names[quern_steps[quern_functions[function].first_step + step].kernel];
+}
+
+/* A call by itself, on what the last one left in the header: time on the GPU of every launch. */
+int32_t quern_profile(quern *model, int32_t function, float *milliseconds) {
+  if (function < 0 || (uint32_t)function >= quern_this.functions) return fail(QUERN_FAILED, "no such function");
+  const quern_function *called = &quern_functions[function];
+  TRY(model, cuCtxSetCurrent, model->context);
+  for (uint32_t i = 0; i < called->steps; i++) {
+    TRY(model, cuEventRecord, model->began, model->stream);
+    int32_t code = launch_step(model, called, i, 0);
+    if (code) return code;
+    TRY(model, cuEventRecord, model->ended, model->stream);
+    TRY(model, cuStreamSynchronize, model->stream);
+    TRY(model, cuEventElapsedTime, &milliseconds[i], model->began, model->ended);
+  }
+  return QUERN_OK;
+}
+
 /* The fastest of `repeats` copies of `bytes` bytes from GPU memory to GPU memory: bytes read and bytes written, GB/s. */
 int32_t quern_copy_speed(quern *model, uint64_t bytes, int32_t repeats, double *gb_s) {
   CUdeviceptr from = 0, to = 0;

@@ -100,6 +100,8 @@ QUERN_API int32_t quern_milliseconds(quern *model, float *out);
 QUERN_API int32_t quern_borrow(quern *model, uint32_t sets, const uint64_t *addresses);
 QUERN_API uint64_t quern_weights(quern *model);
 QUERN_API int32_t quern_measure(quern *model, int32_t function, uint32_t set, uint32_t calls, float *milliseconds);
+QUERN_API const char *quern_launched(int32_t function, uint32_t step);
+QUERN_API int32_t quern_profile(quern *model, int32_t function, float *milliseconds);
 QUERN_API int32_t quern_copy_speed(quern *model, uint64_t bytes, int32_t repeats, double *gb_s);
 QUERN_API void quern_close(quern *model);
 

@@ -3,19 +3,21 @@
 
 #include "state.h"
 
+int32_t launch_step(quern *model, const quern_function *function, uint32_t step, uint32_t set) {
+  const quern_step *s = &quern_steps[function->first_step + step];
+  void **arguments = model->arguments + (size_t)set * quern_this.places + s->first_place;
+  CUresult code = model->cu.cuLaunchKernel(model->functions[s->kernel], s->grid[0], s->grid[1], s->grid[2], s->block[0],
+                                           s->block[1], s->block[2], s->shared, model->stream, arguments, NULL);
+  if (code == CUDA_SUCCESS && model->options & QUERN_CHECKED) code = model->cu.cuStreamSynchronize(model->stream);
+  if (code == CUDA_SUCCESS) return QUERN_OK;
+  return fail(QUERN_FAILED, "launch %u of %s, %s: %s (%d)", step + 1, function->name, quern_kernel_names[s->kernel],
+              name_of(model, code), code);
+}
+
 int32_t launch_set(quern *model, const quern_function *function, uint32_t set) {
-  void **arguments = model->arguments + (size_t)set * quern_this.places;
-  for (uint32_t i = 0; i < function->steps; i++) {
-    const quern_step *s = &quern_steps[function->first_step + i];
-    CUresult code = model->cu.cuLaunchKernel(model->functions[s->kernel], s->grid[0], s->grid[1], s->grid[2],
-                                             s->block[0], s->block[1], s->block[2], s->shared, model->stream,
-                                             arguments + s->first_place, NULL);
-    if (code == CUDA_SUCCESS && model->options & QUERN_CHECKED) code = model->cu.cuStreamSynchronize(model->stream);
-    if (code != CUDA_SUCCESS)
-      return fail(QUERN_FAILED, "launch %u of %s, %s: %s (%d)", i + 1, function->name, quern_kernel_names[s->kernel],
-                  name_of(model, code), code);
-  }
-  return QUERN_OK;
+  int32_t code = QUERN_OK;
+  for (uint32_t i = 0; i < function->steps && !code; i++) code = launch_step(model, function, i, set);
+  return code;
 }
 
 /* Calls go on launch by launch: whatever is wrong, a launch by itself has the better words for it. */

@@ -57,7 +57,8 @@ int32_t short_of_memory(quern *model, const char *what, uint64_t bytes);
 int32_t allocate(quern *model, const char *what, uint64_t bytes, CUdeviceptr *out);
 /* The buffers of uploads go; all copies have arrived. */
 int32_t end_uploads(quern *model);
-/* All launches of a function, with parameters number `set`. */
+/* One launch of a function, or all of them, with parameters number `set`. */
+int32_t launch_step(quern *model, const quern_function *function, uint32_t step, uint32_t set);
 int32_t launch_set(quern *model, const quern_function *function, uint32_t set);
 
 #endif

@@ -15,7 +15,7 @@ from schedules.cuda.kernel import lowerings
 from schedules.kernel import Request, TensorSpec
 from schedules.vector import TANH2_ERROR
 from targets import Target
-from tests.emulator.cuda import EmulationError
+from tests.emulator.cuda import EmulationError, hardware
 from tests.schedules import test_attention_int8
 from tests.schedules.cuda.kernels import ALL, NANO, ORIN, SM90, XAVIER, Emulated, check_resources
 from tests.schedules.kernels import spec
@@ -252,6 +252,7 @@ BROKEN = {  # text of a kernel, what it becomes, and what must come of it
 
 @pytest.mark.parametrize("what", BROKEN)
 def test_broken_kernels_are_caught(what: str) -> None:
+    hardware.require_emulator()
     target, m, text, other, error = BROKEN[what]
     made = case(target, "float16", m, 8, 2, 32)
     source = made.made.kernel.source

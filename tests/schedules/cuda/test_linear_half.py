@@ -18,7 +18,7 @@ from schedules.cuda.kernel import lowerings
 from schedules.cuda.packed_half import Places, unpack_codes, weight_packings
 from schedules.kernel import Request, TensorSpec
 from targets import Target
-from tests.emulator.cuda import EmulationError
+from tests.emulator.cuda import EmulationError, hardware
 from tests.schedules.cuda.kernels import ALL, NANO, ORIN, SM90, XAVIER, Emulated, check_resources
 from tests.schedules.kernels import EPS32, spec
 from tests.schedules.test_linear_grids import weight, weight_arguments
@@ -188,6 +188,7 @@ BROKEN = {  # text of a kernel, what it becomes, and what must come of it
 
 @pytest.mark.parametrize("what", BROKEN)
 def test_broken_kernels_are_caught(what: str) -> None:
+    hardware.require_emulator()
     m, target, text, other, error = BROKEN[what]
     w = weight("int4", False, 33, 2048 if m == 1 else 256, 64)
     made = layer(w, m, target)

@@ -10,6 +10,7 @@ import pytest
 from compiler.quant.ir import QuantWeight
 from schedules.cuda.kernel import CudaKernel
 from tests.emulator import cuda
+from tests.emulator.cuda import hardware
 from tests.schedules.cuda.linears import Activations, edited, lowered, run
 from tests.schedules.test_linear_grids import exact_terms, spans, weight
 
@@ -57,6 +58,7 @@ def kernel_of(gpu: str, m: int) -> CudaKernel:
     ids=lambda v: v.strip()[:24] if isinstance(v, str) else None,
 )  # fmt: skip
 def test_found_by_the_emulator(gpu: str, m: int, old: str, new: str, message: str) -> None:
+    hardware.require_emulator()
     w, activations = problem(m)
     with pytest.raises(cuda.EmulationError, match=message):
         run(edited(kernel_of(gpu, m), old, new), activations, w)
