@@ -290,6 +290,8 @@ def _for_gpu(mod: tvm.IRModule, gpu: Gpu, request: Request, report: Reporter) ->
         stage.note = f"{len(launches.kernels)} kernels for {target.name} ({gpu.arch}), {decode} launches a token"
         stage.note += f", {len(launches.tuned)} tuned" if launches.tuned else ""
     _report_misfits(tuned, report)
+    if devices := tuned.devices():
+        report.line(devices)
     with report.stage("codegen") as stage:
         source = device_code.unit(launches.kernels.values())
         _dump(request.dump_ir, "4_code.cu", lambda: source)

@@ -77,6 +77,16 @@ class Target:
             cpuinfo=tuple(name for name in self.cpuinfo if name not in granted.values()),
         )
 
+    def sized(self, multiprocessors: int | None) -> Target:
+        """The same device with a GPU of another size, where a target covers several: kernels and records are chosen by
+        it. None leaves it. Raises TargetError without a GPU.
+        """
+        if multiprocessors is None:
+            return self
+        if self.gpu is None:
+            raise TargetError(f"{self.name} has no GPU, so it has no multiprocessors. Leave --multiprocessors out.")
+        return replace(self, gpu=replace(self.gpu, multiprocessors=multiprocessors))
+
     def has(self, feature: str) -> bool:
         """True when the CPU has this LLVM feature, named without a sign: has("avx512vnni")."""
         return f"+{feature}" in self.features

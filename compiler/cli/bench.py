@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compiler.cli.build import KV_CACHES
+from compiler.cli.build import KV_CACHES, gpu_size_argument
 from compiler.cli.deploy import connection_arguments, require_asyncssh
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--kv-cache", choices=KV_CACHES, help="what keys and values of past tokens are kept in (default: float16)"
     )
     shape.add_argument("--target", default="native", metavar="NAME", help="build for this target (default: native)")
+    gpu_size_argument(shape)
     board = parser.add_argument_group("a board, instead of this machine, with BUNDLE")
     board.add_argument(
         "--host", metavar="[USER@]HOST[:DIR]",
@@ -110,7 +111,7 @@ def run(options: argparse.Namespace) -> int:
     _check(options)
     if options.host or options.board:
         return _on_device(options)
-    target = targets.load(options.target)
+    target = targets.load(options.target).sized(options.multiprocessors)
     if options.cost == "model":
         from compiler.measure import forecast_report, gpu_forecast_report
 

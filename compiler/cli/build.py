@@ -26,6 +26,14 @@ def positive(text: str) -> int:
     return value
 
 
+def gpu_size_argument(parser: argparse._ActionsContainer) -> None:
+    """`--multiprocessors`, for verbs that compile; Target.sized takes it."""
+    parser.add_argument(
+        "--multiprocessors", type=positive, metavar="N",
+        help="size of the GPU, where a target covers several: 16 for an AGX Orin (default: the target's; Orin Nano: 8)",
+    )  # fmt: skip
+
+
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
     parser.add_argument(
@@ -37,6 +45,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target", default="native", metavar="NAME", help="device to build for (default: this machine); see `targets`"
     )
+    gpu_size_argument(parser)
     parser.add_argument(
         "--out", type=Path, required=True, metavar="BUNDLE", help="bundle folder to write; an older bundle is replaced"
     )
@@ -89,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
     from compiler.codegen import bundle, nvrtc
     from compiler.progress import Reporter
 
-    target = targets.load(options.target)
+    target = targets.load(options.target).sized(options.multiprocessors)
     bundle.check_target(target)
     bundle.check_place(options.out)  # before the compiler itself is loaded, which takes seconds
     _check_folders(options)

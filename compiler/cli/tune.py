@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compiler.cli.build import positive
+from compiler.cli.build import gpu_size_argument, positive
 
 if TYPE_CHECKING:
     from compiler.tune.measure import Setting
@@ -36,6 +36,7 @@ def seconds(text: str) -> float:
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
     parser.add_argument("--target", default="native", metavar="NAME", help="build target (default: this machine)")
+    gpu_size_argument(parser)
     parser.add_argument("--model", metavar="MODEL", help="tune what this checkpoint needs; as in build")
     parser.add_argument("--shapes", nargs="+", metavar="NAME", help="tune published shapes, e.g. tinyllama-1.1b")
     parser.add_argument("--bits", type=int, choices=(4, 8), help="bits of dense linear layers, and of --shapes (4)")
@@ -84,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
     if (options.model is None) == (options.shapes is None):
         raise UserError("tune needs either a --model or --shapes: give one of the two.")
     _check_boards(options)
-    target = targets.load(options.target)
+    target = targets.load(options.target).sized(options.multiprocessors)
     if options.cost == "model":
         return _run_modelled(options, target)
     if target.gpu is not None and options.threads:
@@ -167,7 +168,7 @@ def _run_there(options: argparse.Namespace, target: Target) -> int:
             slots = [
                 BoardMeasurer(
                     setting, most_drift=_drift(options), tracker=address, key=key, target=target, folder=scratch,
-                    admit=partial(_admit, database),
+                    admit=partial(_admit, database, target),
                 )
                 for _ in range(count)
             ]  # fmt: skip
@@ -204,7 +205,7 @@ def _check_boards(options: argparse.Namespace) -> None:
             raise UserError(f"--rpc: {error}. Give the address of `python -m tvm.exec.rpc_tracker`.") from None
 
 
-def _admit(database: Database, setting: Setting) -> None:
+def _admit(database: Database, target: Target, setting: Setting) -> None:
     """Raise UserError when records of this board may not stand in the database."""
     from compiler.tune.boards import BoardError
     from compiler.tune.measure import EMULATED
@@ -215,7 +216,13 @@ def _admit(database: Database, setting: Setting) -> None:
             f"This board is emulated: its times say nothing about a real one and never go into {DEFAULT_FOLDER.name}/. "
             f"Give them a folder of their own with --tuning-logs DIR."
         )
+    told = database.gpu is not None
     database.admit(setting.measured, setting.gpu)
+    size = None if target.gpu is None else target.gpu.multiprocessors
+    if setting.gpu is None or told or setting.measured == EMULATED or setting.gpu.multiprocessors == size:
+        return
+    option = f"--multiprocessors {setting.gpu.multiprocessors}, here and in `build`,"
+    print(f"This GPU is {setting.gpu}; defaults are for {size}. {option} is for this one.", file=sys.stderr)
 
 
 @contextmanager

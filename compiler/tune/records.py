@@ -8,7 +8,8 @@ Costs of a model ("model", see model.py) are no times and have a file of their o
 build asks it only about workloads on which there is no measured verdict.
 Devices of one target differ: an Orin Nano has half of an AGX Orin's multiprocessors. Records of a GPU say which device
 made them ("gpu"); tuning goes on with those of its own device, and a build takes the verdict of the device whose number
-of multiprocessors is nearest to the target's.
+of multiprocessors is nearest to the target's, which `--multiprocessors` sets; of two as near, the last one. It says
+whose records it took (`Tuned.devices`).
 """
 
 from __future__ import annotations
@@ -207,6 +208,14 @@ class Database:
         asked.check(record["knobs"])
         return Decision(dict(record["knobs"]), name, record["measured"] == MODEL)
 
+    def device_of(self, decision: Decision) -> Device:
+        """The GPU that a decision's record was made on."""
+        return Device(**self.records[self.names.index(decision.record)]["gpu"])
+
+    def devices(self) -> set[Device]:
+        """All GPUs that have verdicts here."""
+        return {Device(**r["gpu"]) for r in self.records if r["kind"] == "choice"}
+
     def _load(self, raw: bytes) -> None:
         for number, line in enumerate(raw.split(b"\n")[:-1], 1):
             self._add(line, number)
@@ -239,6 +248,7 @@ class Tuned:
     threads: int
     multiprocessors: int | None = None
     misfits: Counter[str] = field(default_factory=Counter)
+    _used: set[Device] = field(default_factory=set)
 
     @classmethod
     def of(cls, folder: Path, target: Target) -> Tuned:
@@ -256,10 +266,23 @@ class Tuned:
             return None
         try:
             database = self.database if self.database.knows(asked) else self.modelled
-            return database.decision(asked, self.threads, self.multiprocessors)
+            decision = database.decision(asked, self.threads, self.multiprocessors)
+            if decision is not None and self.multiprocessors is not None:
+                self._used.add(database.device_of(decision))
+            return decision
         except OutsideSpace as error:
             self.misfits[str(error)] += 1
             return None
+
+    def devices(self) -> str:
+        """Whose records were taken, and whose were not, for people; "" where there is nothing to choose."""
+        others = sorted(map(str, self.database.devices() - self._used)) if self.multiprocessors is not None else []
+        right = all(device.multiprocessors == self.multiprocessors for device in self._used)
+        if not self._used or (right and not others):
+            return ""
+        text = f"records are of {', '.join(sorted(map(str, self._used)))}, nearest to {self.multiprocessors}"
+        text += f"; there are others of {', '.join(others)}" if others else ""
+        return f"{text}. --multiprocessors says how many your GPU has."
 
 
 def _no_constant(name: str) -> Any:

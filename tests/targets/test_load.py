@@ -135,3 +135,13 @@ def test_an_unknown_name() -> None:
 def test_a_name_is_no_path() -> None:
     with pytest.raises(targets.TargetError, match=r"There is no target '\.\./targets/rpi4'"):
         targets.load("../targets/rpi4")
+
+
+def test_a_gpu_of_another_size() -> None:
+    orin, pi = targets.load("jetson-orin"), targets.load("rpi4")
+    agx = orin.sized(16)
+    assert agx.gpu is not None and agx.gpu.multiprocessors == 16 and agx.sized(8) == orin == orin.sized(None)
+    assert pi.sized(None) == pi
+    with pytest.raises(targets.TargetError) as caught:
+        pi.sized(16)
+    assert str(caught.value) == "rpi4 has no GPU, so it has no multiprocessors. Leave --multiprocessors out."

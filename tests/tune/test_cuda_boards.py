@@ -183,6 +183,30 @@ def test_a_build_takes_a_gpus_records(tmp_path: Path) -> None:
     assert cuda_lowerings()[REQUEST.op](replace(REQUEST, knobs=GOOD)).name == name
 
 
+def test_a_build_says_whose_records_it_took(tmp_path: Path) -> None:
+    """Of an Orin Nano and of an AGX Orin in one file: the target's size decides, and --multiprocessors is that."""
+    sizes = {8: GOOD, 16: WRONG}
+    orins = [{"name": "Orin", "multiprocessors": size} for size in sizes]
+    lines = [choice(**ABOUT_SPACE, knobs=sizes[orin["multiprocessors"]], gpu=orin) for orin in orins]
+    database(tmp_path, *lines, key=SM90.tuning_key)
+    for size, nearest, other in ((8, 8, 16), (16, 16, 8), (14, 16, 8)):
+        tuned = Tuned.of(tmp_path, SM90.sized(size))
+        assert tuned.devices() == ""
+        found = tuned(REQUEST)  # the space's default does not depend on the size
+        assert found is not None and found.knobs == sizes[nearest]
+        assert tuned.devices() == (
+            f"records are of Orin with {nearest} multiprocessors, nearest to {size}; there are others of Orin with "
+            f"{other} multiprocessors. --multiprocessors says how many your GPU has."
+        )
+    (tmp_path / SM90.tuning_key / "tune.jsonl").unlink()
+    database(tmp_path, lines[0], key=SM90.tuning_key)
+    alone, far = Tuned.of(tmp_path, SM90.sized(8)), Tuned.of(tmp_path, SM90)
+    assert alone(REQUEST) == far(REQUEST) is not None and alone.devices() == ""
+    assert far.devices() == (
+        "records are of Orin with 8 multiprocessors, nearest to 132. --multiprocessors says how many your GPU has."
+    )
+
+
 def test_each_device_has_trials_of_its_own(tmp_path: Path) -> None:
     """Two Orins in one file: what one of them measured is no trial of the other, and boards of both are not mixed."""
     nano, agx = Device("Orin", 8), Device("Orin", 16)
