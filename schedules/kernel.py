@@ -16,7 +16,7 @@ import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -142,6 +142,7 @@ class Space:
 
 
 Lower = Callable[[Request], Kernel]
+Lowered = TypeVar("Lowered")  # a Kernel, or a schedules.cuda.kernel.CudaKernel
 
 
 def spelled(number: float) -> str:
@@ -170,7 +171,7 @@ def lowerings() -> dict[str, Lower]:
     """All operators that have a schedule, collected from every module in this package."""
     import schedules
 
-    return {op: _first_suited([module.LOWERS[op] for module in found]) for op, found in families(schedules).items()}
+    return {op: first_suited([module.LOWERS[op] for module in found]) for op, found in families(schedules).items()}
 
 
 def space(request: Request) -> Space | None:
@@ -191,13 +192,15 @@ def space(request: Request) -> Space | None:
     return None
 
 
-def _first_suited(families: list[Lower]) -> Lower:
-    first, *rest = families
+def first_suited(families: list[Callable[[Request], Lowered]]) -> Callable[[Request], Lowered]:
+    """What lowers a request by the first family that is meant for it."""
 
-    def lower(request: Request) -> Kernel:
-        try:
-            return first(request)
-        except NotSuited:
-            return _first_suited(rest)(request)
+    def lower(request: Request) -> Lowered:
+        for family in families:
+            try:
+                return family(request)
+            except NotSuited:  # noqa: PERF203 two or three families
+                continue
+        raise Unsupported(f"{request.op}: no kernel is meant for {request.args} on {request.target.name}")
 
-    return lower if rest else first
+    return lower if families[1:] else families[0]

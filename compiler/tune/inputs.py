@@ -32,6 +32,8 @@ def _array(name: str, spec: TensorSpec, request: Request, random: np.random.Gene
     if name == "span":
         m = request.args[0].shape[0]
         return np.array([context(request) - m, m], spec.dtype)
+    if name == "ids":
+        return random.integers(0, request.args[1].shape[0], spec.shape, spec.dtype)
     if name == "codes":
         return random.integers(0, 1 << int(request.attrs["bits"]), spec.shape, spec.dtype)
     if name == "zero":

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import pi, sqrt
 
-from schedules.cuda.kernel import CudaKernel, Launch
-from schedules.kernel import Request, spelled
+from schedules.cuda.kernel import CudaKernel, Launch, block_size
+from schedules.kernel import Request, Space, spelled
 
-BLOCK = 256
+BLOCK = 256  # threads, the default
+BLOCKS = (64, 128, 256, 512)
 LOG2_E = 1.4426950408889634
 CUBIC = 0.044715  # of GELU by tanh
 Body = Callable[[Request], str]  # C++ that gives `value` from the row t and the column c of the result
@@ -81,20 +82,31 @@ BODIES: dict[str, Body] = {
 def lower(request: Request) -> CudaKernel:
     """A grid over the columns, a row of blocks for each token."""
     op, (m, n) = request.op.partition(".")[2], request.outs[0].shape
+    block = request.knobs.get("threads", BLOCK)
     name = f"{op}_" + "_".join("x".join(map(str, arg.shape)) for arg in request.args)
     name += "".join(f"_{key}{spelled(float(value))}" for key, value in request.attrs.items())
+    name += f"_t{block}"
     second = "" if len(request.args) == 1 else "const int32_t* b, " if op == "gather" else "const float* b, "
     source = f"""#include "quern.cuh"
 extern "C" __global__ void {name}(const float* a, {second}float* out) {{
-  const int c = blockIdx.x * {BLOCK} + threadIdx.x, t = blockIdx.y;
+  const int c = blockIdx.x * {block} + threadIdx.x, t = blockIdx.y;
   if (c < {n}) {{
     {BODIES[op](request)}
     out[t * {n} + c] = value;
   }}
 }}
 """
-    grid = (-(-n // BLOCK), m, 1)
-    return CudaKernel(name, source, (Launch(name, grid, (BLOCK, 1, 1), tuple(range(len(request.args) + 1))),))
+    grid = (-(-n // block), m, 1)
+    return CudaKernel(name, source, (Launch(name, grid, (block, 1, 1), tuple(range(len(request.args) + 1))),))
 
 
 LOWERS = {f"quern.{op}": lower for op in BODIES}
+
+
+def space(request: Request) -> Space:
+    """Threads of a block: a short row wants small ones, or some multiprocessors have none."""
+    m, n = request.outs[0].shape
+    return block_size(request, "threads", BLOCK, BLOCKS, m=m, n=n)
+
+
+SPACES = dict.fromkeys(LOWERS, space)

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from schedules import storage as storages
-from schedules.cuda.elementwise import BLOCK, literal
-from schedules.cuda.kernel import CudaKernel, Launch
+from schedules.cuda.elementwise import BLOCK, BLOCKS, literal
+from schedules.cuda.kernel import CudaKernel, Launch, block_size
 from schedules.embedding_quantized import packings, row_bytes
-from schedules.kernel import Request, spelled
+from schedules.kernel import Request, Space, spelled
 from schedules.packed import affine_of
 from schedules.storage import QUAD, Storage
 
@@ -54,14 +54,15 @@ def lower(request: Request) -> CudaKernel:
     (m,), (vocab, d), dtype = request.args[0].shape, request.args[1].shape, request.args[1].dtype
     scale = float(request.attrs["scale"])
     name = f"embedding_{dtype}_m{m}_v{vocab}_d{d}" + (f"_x{spelled(scale)}" if scale != 1 else "")
-    times = f" * {literal(scale)}" if scale != 1 else ""
+    block, times = request.knobs.get("threads", BLOCK), f" * {literal(scale)}" if scale != 1 else ""
+    name += f"_t{block}"
     source = f"""#include "quern.cuh"
 extern "C" __global__ void {name}(const int32_t* ids, const {ELEMENTS[dtype]}* table, float* out) {{
-  const int c = blockIdx.x * {BLOCK} + threadIdx.x, t = blockIdx.y;
+  const int c = blockIdx.x * {block} + threadIdx.x, t = blockIdx.y;
   if (c < {d}) out[t * {d} + c] = {widened(dtype, f"table[int64_t(ids[t]) * {d} + c]")}{times};
 }}
 """
-    return CudaKernel(name, source, (Launch(name, (-(-d // BLOCK), m, 1), (BLOCK, 1, 1), (0, 1, 2)),))
+    return CudaKernel(name, source, (Launch(name, (-(-d // block), m, 1), (block, 1, 1), (0, 1, 2)),))
 
 
 def lower_quantized(request: Request) -> CudaKernel:
@@ -72,6 +73,8 @@ def lower_quantized(request: Request) -> CudaKernel:
     storage = storages.choose(int(request.attrs["bits"]), d * QUAD)
     kind = f"{request.attrs.get('grid', storage.name)}_g{group}_s{scales.dtype[5:]}"
     name = f"embedding_{kind}_{affine}_m{m}_v{vocab}_d{d}" + (f"_x{spelled(times)}" if times != 1 else "")
+    block = request.knobs.get("threads", BLOCK)
+    name += f"_t{block}"
     value = {
         "zero": f"float(int(code) - int(more[int64_t(id) * {groups} + c / {group}])) * factor",
         "offset": f"float(code) * factor + more[int64_t(id) * {groups} + c / {group}]",
@@ -81,7 +84,7 @@ def lower_quantized(request: Request) -> CudaKernel:
     source = f"""#include "quern.cuh"
 {table_of(request.table, name)}extern "C" __global__ void {name}(const int32_t* ids, const uint8_t* codes,
     const {ELEMENTS[scales.dtype]}* scale, {more}float* out) {{
-  const int c = blockIdx.x * {BLOCK} + threadIdx.x, t = blockIdx.y;
+  const int c = blockIdx.x * {block} + threadIdx.x, t = blockIdx.y;
   if (c < {d}) {{
     const int id = ids[t];
     const uint8_t* row = codes + int64_t(id) * {row_bytes(d, storage)};
@@ -91,7 +94,7 @@ def lower_quantized(request: Request) -> CudaKernel:
   }}
 }}
 """
-    launch = Launch(name, (-(-d // BLOCK), m, 1), (BLOCK, 1, 1), tuple(range(len(request.args) + 1)))
+    launch = Launch(name, (-(-d // block), m, 1), (block, 1, 1), tuple(range(len(request.args) + 1)))
     return CudaKernel(name, source, (launch,), packings(request, storage))
 
 
@@ -99,3 +102,13 @@ LOWERS = {
     "quern.embedding": lower,
     **{f"quern.embedding_quantized{affine}": lower_quantized for affine in ("", "_offset", "_table")},
 }
+
+
+def space(request: Request) -> Space:
+    """Threads of a block, each of which makes one element."""
+    m, d = request.outs[0].shape
+    kind = str(request.attrs.get("grid", request.attrs.get("bits", request.args[1].dtype)))
+    return block_size(request, "threads", BLOCK, BLOCKS, m=m, d=d, kind=kind)
+
+
+SPACES = dict.fromkeys(LOWERS, space)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from schedules.kernel import NotSuited, Packing, Request, TensorSpec, Unsupported, families
+from schedules.kernel import Packing, Request, Space, TensorSpec, families, first_suited
 
 Dim3 = tuple[int, int, int]
 
@@ -66,17 +66,12 @@ def lowerings() -> dict[str, Lower]:
     """All operators that have a CUDA kernel, collected from every module of this package."""
     import schedules.cuda
 
-    offers = families(schedules.cuda)
-    return {op: _first_suited(op, [module.LOWERS[op] for module in found]) for op, found in offers.items()}
+    return {op: first_suited([module.LOWERS[op] for module in found]) for op, found in families(schedules.cuda).items()}
 
 
-def _first_suited(op: str, lowers: list[Lower]) -> Lower:
-    def lower(request: Request) -> CudaKernel:
-        for family in lowers:
-            try:
-                return family(request)
-            except NotSuited:  # noqa: PERF203 two or three families
-                continue
-        raise Unsupported(f"{op}: no CUDA kernel is meant for {request.args} on {request.target.name}")
-
-    return lower
+def block_size(request: Request, knob: str, default: int, tried: tuple[int, ...], **workload: int | str) -> Space:
+    """The space of a kernel that has nothing to choose but the threads or warps of a block."""
+    gpu = request.target.gpu
+    assert gpu is not None, request.target.name
+    schedule = f"cuda.{request.op.removeprefix('quern.')}.{gpu.arch}"
+    return Space.around({knob: default}, {knob: tried}, schedule=schedule, workload=workload)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from schedules.cuda.elementwise import literal
 from schedules.cuda.embedding import ELEMENTS
-from schedules.cuda.kernel import CudaKernel, Launch
-from schedules.kernel import Request, TensorSpec, spelled
+from schedules.cuda.kernel import CudaKernel, Launch, block_size
+from schedules.kernel import Request, Space, TensorSpec, spelled
 from schedules.quantize import SMALLEST
 
-WARPS = 4  # of a block: heads of one token
+WARPS, TRIED = 4, (1, 2, 4, 8)  # of a block: heads of one token
 
 
 def _norms(specs: tuple[TensorSpec, ...], heads: int, kv_heads: int, d: int, eps: float) -> str:
@@ -78,10 +78,12 @@ def lower(request: Request) -> CudaKernel:
     arguments += ["const float* q_norm", "const float* k_norm"] if norms else []
     arguments += [f"{element}* k_cache", f"{element}* v_cache"]
     arguments += ["float* k_scale", "float* v_scale"] if kind == "int8" else []
+    warps = request.knobs.get("warps", WARPS)
+    name += f"_w{warps}"
     all_heads, normed = heads + 2 * kv_heads, " * factor * weight[{}]" if norms else ""
     source = f"""#include "quern.cuh"
 extern "C" __global__ void {name}({", ".join(arguments)}, float* out) {{
-  const int lane = threadIdx.x % 32, head = blockIdx.x * {WARPS} + threadIdx.x / 32, t = blockIdx.y;
+  const int lane = threadIdx.x % 32, head = blockIdx.x * {warps} + threadIdx.x / 32, t = blockIdx.y;
   if (head >= {all_heads} || t >= span[1]) return;  // whole warps
   const int position = span[0] + t;
   const float* row = qkv + int64_t(t) * {columns};
@@ -107,9 +109,19 @@ extern "C" __global__ void {name}({", ".join(arguments)}, float* out) {{
     }
 }}
 """
-    grid = (-(-all_heads // WARPS), m, 1)
-    launch = Launch(name, grid, (32 * WARPS, 1, 1), tuple(range(len(request.args) + 1)))
+    grid = (-(-all_heads // warps), m, 1)
+    launch = Launch(name, grid, (32 * warps, 1, 1), tuple(range(len(request.args) + 1)))
     return CudaKernel(name, source, (launch,))
 
 
 LOWERS = {f"quern.rope_append{norm}{kind}": lower for norm in ("", "_norm") for kind in ("", "_int8")}
+
+
+def space(request: Request) -> Space:
+    """Warps of a block."""
+    heads, kv_heads, d = (int(request.attrs[key]) for key in ("heads", "kv_heads", "head_dim"))
+    m, cache = request.args[0].shape[0], request.args[-4 if request.op.endswith("_int8") else -2].dtype
+    return block_size(request, "warps", WARPS, TRIED, m=m, heads=heads, kv_heads=kv_heads, head_dim=d, cache=cache)
+
+
+SPACES = dict.fromkeys(LOWERS, space)

@@ -19,7 +19,7 @@ from compiler.__main__ import main
 from compiler.cli import tune
 from compiler.progress import Reporter
 from compiler.tune.boards import BoardError
-from compiler.tune.measure import EMULATED, RPC, Setting
+from compiler.tune.measure import EMULATED, RPC, Device, Setting
 from compiler.tune.records import DEFAULT_FOLDER, FILE_NAME, ID_DIGITS, Database
 from runtime import info, manifest
 from tests.end_to_end import commands
@@ -87,15 +87,26 @@ def test_a_time_that_is_none(text: str, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_emulated_times_stay_out_of_the_repository(tmp_path: Path) -> None:
-    setting = Setting(1, "0xd08", "", "", EMULATED)
+    setting, pi = Setting(1, "0xd08", "", "", EMULATED), targets.load("rpi4")
     with pytest.raises(BoardError) as caught:
-        tune._admit(Database(DEFAULT_FOLDER / "rpi4" / FILE_NAME, "rpi4"), setting)
+        tune._admit(Database(DEFAULT_FOLDER / "rpi4" / FILE_NAME, "rpi4"), pi, setting)
     assert str(caught.value) == (
         "This board is emulated: its times say nothing about a real one and never go into tuning_logs/. Give them a "
         "folder of their own with --tuning-logs DIR."
     )
-    tune._admit(Database(tmp_path / "rpi4" / FILE_NAME, "rpi4"), setting)
-    tune._admit(Database(DEFAULT_FOLDER / "rpi4" / FILE_NAME, "rpi4"), replace(setting, measured=RPC))
+    tune._admit(Database(tmp_path / "rpi4" / FILE_NAME, "rpi4"), pi, setting)
+    tune._admit(Database(DEFAULT_FOLDER / "rpi4" / FILE_NAME, "rpi4"), pi, replace(setting, measured=RPC))
+
+
+def test_a_gpu_of_another_size_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logs, agx = Database(tmp_path / "jetson-orin" / FILE_NAME, "jetson-orin"), Device("Orin", 16)
+    setting = Setting(1, "0xd42", "", "", RPC, agx)
+    for orin in (targets.load("jetson-orin"), targets.load("jetson-orin"), targets.load("jetson-orin").sized(16)):
+        tune._admit(logs, orin, setting)
+    assert capsys.readouterr().err == (
+        "This GPU is Orin with 16 multiprocessors; defaults are for 8. --multiprocessors 16, here and in `build`, is for "
+        "this one.\n"
+    )
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,11 @@ from random import Random
 import numpy as np
 import pytest
 
+import schedules.cuda
 from compiler.codegen import nvrtc
 from compiler.tune import candidates
 from schedules.cuda.kernel import CudaKernel, lowerings
-from schedules.kernel import OutsideSpace, Request, Space, Unsupported, space
+from schedules.kernel import OutsideSpace, Request, Space, TensorSpec, Unsupported, families, space
 from targets import Target
 from tests.schedules.cuda import test_attention, test_linear_half
 from tests.schedules.cuda.kernels import ALL, NANO, ORIN, SM90, XAVIER, check_resources
@@ -84,6 +85,38 @@ def test_a_space_has_real_choices(call: Request) -> None:
         assert parts[1] in (None, call.target.gpu.arch[3:]) and int(parts[2]) == call.args[0].shape[0]
         assert len(re.findall(r"[a-z]", parts[3])) == len(set(re.findall(r"[a-z]", parts[3]))) >= len(found.default)
     assert len(sources) > 1 and len(set(sources.values())) == len(sources)
+
+
+SMALL = {  # operator: shapes of its arguments, attributes
+    "add": (((2, 4096), (2, 4096)), {}),
+    "swiglu": (((2, 8192),), {}),
+    "rms_norm": (((2, 4096), (4096,)), {"eps": 1e-5}),
+    "embedding": (((2,), (100, 4096)), {"scale": 1.0}),
+    "rms_norm_quantize": (((2, 4096), (4096,)), {"eps": 1e-5, "group": 128}),
+    "rope_append": (
+        ((2, 4096), (64, 64), (2,), (4, 4, 64, 16), (4, 64, 64)), {"heads": 56, "kv_heads": 4, "head_dim": 64},
+    ),
+}
+
+
+@pytest.mark.parametrize("op", SMALL)
+@pytest.mark.parametrize("target", ALL, ids=lambda t: t.name)
+def test_small_kernels_have_blocks_of_several_sizes(op: str, target: Target) -> None:
+    """That they are right at any point is test_plain's and test_quantize's affair."""
+    shapes, attrs = SMALL[op]
+    args = tuple(TensorSpec(shape, "float32") for shape in shapes)
+    call = Request(f"quern.{op}", args, (TensorSpec((2, 4096), "float32"),), attrs, target)
+    found = room(call)
+    kernels = [lowered(call, dict(point)) for point in (found.default, *found.points())]
+    assert kernels[0].name == LOWERS[call.op](call).name
+    (knob, values), = found.choices.items()
+    assert {kernel.name.rpartition("_")[2] for kernel in kernels} == {f"{knob[0]}{value}" for value in values}
+    threads = {"threads": 1, "warps": 32}[knob]
+    assert sorted(kernel.launches[0].block[0] // threads for kernel in kernels) == list(values)
+
+
+def test_every_kernel_has_something_to_choose() -> None:
+    assert LOWERS.keys() == {op for family in families(schedules.cuda).values() for m in family for op in m.SPACES}
 
 
 CHIPS = [(NANO, "int8", "int4"), (XAVIER, "float16", "int8"), (ORIN, "float16", "int4")]  # cache, grid

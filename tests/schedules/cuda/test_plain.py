@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from compiler.quant.grids import GRIDS
 from compiler.quant.reference import dequantize
 from schedules.cuda import elementwise, embedding, linear_exact, rms_norm, rope
 from schedules.cuda.kernel import CudaKernel
-from schedules.kernel import Request, TensorSpec
+from schedules.kernel import Request, TensorSpec, space
 from tests.emulator import cuda
 from tests.schedules.kernels import EPS32, spec
 from tests.schedules.test_linear_grids import weight, weight_arguments
@@ -33,6 +34,16 @@ REGISTERS = 80  # of a thread: three blocks of 256 threads share the 65536 of a 
 EXP2 = 4 * 2.0**-23  # exp2_approx is within 2 units in the last place, and its argument is rounded
 F32 = np.float32
 rng = np.random.default_rng(5)
+
+
+def any_point(request: Request) -> Mapping[str, int]:
+    """Of a kernel with blocks of any size; points of matrices are test_knobs' affair."""
+    found = space(request)
+    assert found is not None
+    return {} if "linear" in request.op else rng.choice(list(found.points()))
+
+
+POINTS = cycle((lambda request: {}, any_point))  # every other case: all kinds have several
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,7 @@ def case(
     outs = (TensorSpec(out, "float32"),)
     target = targets.load("cuda-sm90")
     request = Request(f"quern.{op}", tuple(map(spec, args)), outs, attrs, target, table=table)
+    request = replace(request, knobs=next(POINTS)(request))
     return Case(f"{op} {name}".strip(), request, (*args, np.full(out, np.nan, F32)), check)
 
 

@@ -22,9 +22,9 @@ EPS = test_rms_norm.EPS
 Results = list[np.ndarray]
 
 
-def lowered(op: str, args: list[np.ndarray], geometry: Geometry, **attrs: Any) -> CudaKernel:
+def lowered(op: str, args: list[np.ndarray], geometry: Geometry, warps: int = 8, **attrs: Any) -> CudaKernel:
     outs = outputs(args[0].shape[0], geometry)
-    return quantize.lower(request(op, args, outs, ORIN, group=geometry.group, **attrs))
+    return quantize.lower(request(op, args, outs, ORIN, {"warps": warps}, group=geometry.group, **attrs))
 
 
 def run(kernel: CudaKernel, args: list[np.ndarray], geometry: Geometry) -> Results:
@@ -64,14 +64,14 @@ def assert_quantises(made: Results, want: np.ndarray, error: np.ndarray, geometr
     assert (np.abs(q).max(-1) == 127)[some].all(), name
 
 
-@pytest.mark.parametrize(("m", "d", "group"), [(1, 2048, 128), (2, 172, 43), (1, 1030, 103)])
+@pytest.mark.parametrize(("m", "d", "group", "warps"), [(1, 2048, 128, 16), (2, 172, 43, 1), (1, 1030, 103, 8)])
 @pytest.mark.parametrize("permuted", [False, True])
-def test_behind_a_norm(m: int, d: int, group: int, permuted: bool) -> None:
+def test_behind_a_norm(m: int, d: int, group: int, warps: int, permuted: bool) -> None:
     geometry, weight = Geometry(d, group), np.random.default_rng(2).standard_normal(d).astype(np.float32)
     places = order(d)
     op = f"quern.rms_norm_quantize{'_permuted' if permuted else ''}"
     more = [places] if permuted else []
-    kernel = lowered(op, [np.zeros((m, d), np.float32), weight, *more], geometry, eps=EPS)
+    kernel = lowered(op, [np.zeros((m, d), np.float32), weight, *more], geometry, warps, eps=EPS)
     for name, x in test_rms_norm.samples(m, d).items():
         want = test_rms_norm.oracle(x, weight)
         error = np.abs(want) * test_rms_norm.tolerance(d) + 1e-37
@@ -79,14 +79,14 @@ def test_behind_a_norm(m: int, d: int, group: int, permuted: bool) -> None:
         assert_quantises(run(kernel, [x, weight, *more], geometry), want, error, geometry, name)
 
 
-@pytest.mark.parametrize(("m", "f", "group"), [(1, 256, 128), (2, 172, 43)])
+@pytest.mark.parametrize(("m", "f", "group", "warps"), [(1, 256, 128, 8), (2, 172, 43, 2)])
 @pytest.mark.parametrize("permuted", [False, True])
 @pytest.mark.parametrize("gate", [test_swiglu, test_geglu], ids=["swiglu", "geglu"])
-def test_behind_a_gate(gate: Any, permuted: bool, m: int, f: int, group: int) -> None:
+def test_behind_a_gate(gate: Any, permuted: bool, m: int, f: int, group: int, warps: int) -> None:
     geometry, places = Geometry(f, group), order(f)
     more = [places] if permuted else []
     op = f"quern.{gate.__name__.rpartition('_')[2]}_quantize{'_permuted' if permuted else ''}"
-    kernel = lowered(op, [np.zeros((m, 2 * f), np.float32), *more], geometry)
+    kernel = lowered(op, [np.zeros((m, 2 * f), np.float32), *more], geometry, warps)
     for name, x in gate.samples(m, f).items():
         want, error = gate.oracle(x), gate.tolerance(x)
         want, error = (want[:, places], error[:, places]) if permuted else (want, error)
