@@ -105,8 +105,9 @@ def _parts(options: argparse.Namespace, chosen: list[Target], found: Found, chec
             yield f"numerics of {name}, activations {activations}", partial(_checked, about, call)
     for target in chosen:
         for shape in [] if _unfit(target, found) else _names(options.shapes):
-            about, call = {"check": "speed", "target": target.name, "shape": shape}, checks.speed
-            yield f"speed of {shape}, {target.name}", partial(_checked, about, partial(call, shape, target.name))
+            about = {"check": "speed", "target": target.name, "shape": shape}
+            timed = partial(checks.speed, shape, target.name)
+            yield f"speed of {shape}, {target.name}", partial(_checked, about, timed)
 
 
 def _unfit(target: Target, found: Found) -> str:

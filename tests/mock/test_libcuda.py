@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -145,7 +145,7 @@ def test_what_spoils_a_graph(driver: Driver) -> None:
     graph = ctypes.c_void_p()
     module = driver.made("cuModuleLoadDataEx", code("cuda-sm90").cubin, 0, None, None)
     small = driver.made("cuModuleGetFunction", module, b"small")
-    spoiling = [
+    spoiling: list[Callable[[], int]] = [
         lambda: driver.launch(small, stream, 64),  # a kernel that was never launched is loaded now
         lambda: driver("cuStreamSynchronize", stream),
         lambda: driver("cuMemAlloc_v2", ctypes.byref(ctypes.c_void_p()), ctypes.c_size_t(256)),

@@ -186,7 +186,7 @@ def test_a_build_takes_a_gpus_records(tmp_path: Path) -> None:
 def test_a_build_says_whose_records_it_took(tmp_path: Path) -> None:
     """Of an Orin Nano and of an AGX Orin in one file: the target's size decides, and --multiprocessors is that."""
     sizes = {8: GOOD, 16: WRONG}
-    orins = [{"name": "Orin", "multiprocessors": size} for size in sizes]
+    orins = [asdict(Device("Orin", size)) for size in sizes]
     lines = [choice(**ABOUT_SPACE, knobs=sizes[orin["multiprocessors"]], gpu=orin) for orin in orins]
     database(tmp_path, *lines, key=SM90.tuning_key)
     for size, nearest, other in ((8, 8, 16), (16, 16, 8), (14, 16, 8)):

@@ -104,8 +104,8 @@ def test_a_gpu_of_another_size_is_told_once(tmp_path: Path, capsys: pytest.Captu
     for orin in (targets.load("jetson-orin"), targets.load("jetson-orin"), targets.load("jetson-orin").sized(16)):
         tune._admit(logs, orin, setting)
     assert capsys.readouterr().err == (
-        "This GPU is Orin with 16 multiprocessors; defaults are for 8. --multiprocessors 16, here and in `build`, is for "
-        "this one.\n"
+        "This GPU is Orin with 16 multiprocessors; defaults are for 8. --multiprocessors 16, here and in `build`, is "
+        "for this one.\n"
     )
 
 

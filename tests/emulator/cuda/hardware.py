@@ -78,7 +78,7 @@ class Driver:
         there, here = self.made("cuMemAlloc_v2", size), self.made("cuMemHostAlloc", size, PINNED)
         try:
             assert here.value is not None
-            pinned = np.frombuffer((ctypes.c_uint8 * size.value).from_address(here.value), np.uint8)
+            pinned = np.ctypeslib.as_array((ctypes.c_uint8 * size.value).from_address(here.value))
             pinned[: array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
             self("cuMemcpyHtoDAsync_v2", there, here, size, self.stream)
             yield there, here, pinned

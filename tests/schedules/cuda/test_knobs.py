@@ -87,7 +87,8 @@ def test_a_space_has_real_choices(call: Request) -> None:
     assert len(sources) > 1 and len(set(sources.values())) == len(sources)
 
 
-SMALL = {  # operator: shapes of its arguments, attributes
+Small = tuple[tuple[tuple[int, ...], ...], dict[str, int | float | str]]  # shapes of the arguments, attributes
+SMALL: dict[str, Small] = {
     "add": (((2, 4096), (2, 4096)), {}),
     "swiglu": (((2, 8192),), {}),
     "rms_norm": (((2, 4096), (4096,)), {"eps": 1e-5}),
