@@ -18,11 +18,11 @@ from typing import Any, Optional
 from . import cuda_driver, timing
 from .errors import VmError
 from .manifest_check import nbytes
-from .on_cuda import TIMED, Model
+from .on_cuda import GRAPHS, TIMED, Model
 
 ALIGNMENT = 256  # bytes, as cuMemAlloc promises
-# A burst of calls is timed at once: one alone may take less than the events can tell (half a microsecond) and than the
-# CPU needs to launch the next one.
+# A burst of calls is timed at once, as a CUDA graph where the driver has them: one alone may take less than the events
+# can tell (half a microsecond), and than the CPU needs to launch the next one.
 BURST_MS, MOST_CALLS = 0.5, 64
 COPIES = 1  # of the canary's, whose first one does not count
 LOST = 70  # exit code of a session whose GPU does not answer any more
@@ -87,7 +87,7 @@ class Workload:
         if self._timed:
             self._candidates[1:] = [None] * (len(self._candidates) - 1)
             self._timed = False
-        model = Model(self._path(library), self._path(library), TIMED)
+        model = Model(self._path(library), self._path(library), TIMED | GRAPHS)
         model.call("quern_borrow", self.copies, self._addresses)
         model.call("quern_load")
         _alive(model.call, "quern_run", 0, None, ctypes.c_uint64(0), ctypes.c_void_p(self._result))

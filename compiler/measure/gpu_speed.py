@@ -20,7 +20,8 @@ PROFILED = 5  # calls, launch by launch
 
 @dataclass(frozen=True)
 class GpuSpeed:
-    """tokens/s, GB/s (10^9 bytes), bytes of weights that a decoded token reads; `gpu`: bundle_process's words of it.
+    """tokens/s, GB/s (10^9 bytes), bytes of weights that a decoded token reads; `gpu`: bundle_process's words of it,
+    and what the manifest says of bits, activations and caches.
 
     decode_plain_tok_s: without CUDA graphs. kernels_ms: a token's kernels by the GPU's own clock. copy_gb_s counts
     bytes read and bytes written. decode_bandwidth_ratio: weights a second by copy_gb_s.
@@ -69,7 +70,7 @@ def measure(path: Path, prompt: int, steps: int, rounds: int, context: int) -> G
             _round(side, prompt, steps, context, note)
         side.process.ask("graphs", on=True)
         side.decode(context, 1)
-        gpu = side.process.ask("gpu")
+        gpu = {**read_manifest(path).quantization, **side.process.ask("gpu")}
         used, kernels = side.used, _profile(side, path, prompt, context)
     spreads = {name: Spread.of(values) for name, values in found.items()}
     flops = flops_per_token(read_manifest(path)) * spreads["prefill_tok_s"].median / 1e12

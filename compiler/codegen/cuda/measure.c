@@ -31,17 +31,25 @@ int32_t quern_milliseconds(quern *model, float *out) {
 }
 
 /* `calls` calls behind each other, the first with parameters number `set`, the next with the set after it: time on the
- * GPU of all of them, the gaps between them included. */
+ * GPU of all of them, the gaps between them included. As one graph where there are graphs, once the function has run:
+ * the gaps are then those of a replayed token, and a short kernel does not wait for its launch. */
 int32_t quern_measure(quern *model, int32_t function, uint32_t set, uint32_t calls, float *milliseconds) {
   if (function < 0 || (uint32_t)function >= quern_this.functions) return fail(QUERN_FAILED, "no such function");
+  const quern_function *called = &quern_functions[function];
   TRY(model, cuCtxSetCurrent, model->context);
+  CUgraphExec burst = model->info.graphs && model->calls[function] ? capture(model, called, set, calls) : NULL;
   TRY(model, cuEventRecord, model->began, model->stream);
-  for (uint32_t i = 0; i < calls; i++) {
-    int32_t code = launch_set(model, &quern_functions[function], (set + i) % model->sets);
-    if (code) return code;
+  if (burst) {
+    TRY(model, cuGraphLaunch, burst, model->stream);
+  } else {
+    for (uint32_t i = 0; i < calls; i++) {
+      int32_t code = launch_set(model, called, (set + i) % model->sets);
+      if (code) return code;
+    }
   }
   TRY(model, cuEventRecord, model->ended, model->stream);
   TRY(model, cuStreamSynchronize, model->stream);
+  if (burst) TRY(model, cuGraphExecDestroy, burst);
   TRY(model, cuEventElapsedTime, milliseconds, model->began, model->ended);
   return QUERN_OK;
 }

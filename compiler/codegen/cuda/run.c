@@ -27,15 +27,16 @@ static void no_graphs(quern *model, const char *call, CUresult code) {
            name_of(model, code));
 }
 
-/* The function's launches as a graph, or NULL. Not before its second call: a driver that loads kernels lazily (CUDA
- * 11.7 and later) does that at the first launch, where a capture would not let it. Nothing but launches may happen
- * in between: a call that waits or allocates spoils the capture. */
-static CUgraphExec capture(quern *model, const quern_function *function) {
+/* The launches of some calls as a graph, or NULL. Not before the function's second call: a driver that loads kernels
+ * lazily (CUDA 11.7 and later) does that at the first launch, where a capture would not let it. Nothing but launches may
+ * happen in between: a call that waits or allocates spoils the capture. */
+CUgraphExec capture(quern *model, const quern_function *function, uint32_t set, uint32_t calls) {
   CUgraph graph = NULL;
   CUgraphExec made = NULL;
   CUresult code = model->cu.cuStreamBeginCapture_v2(model->stream, CAPTURE_THREAD_LOCAL);
   if (code != CUDA_SUCCESS) return no_graphs(model, "cuStreamBeginCapture", code), NULL;
-  int32_t launched = launch_set(model, function, 0);
+  int32_t launched = QUERN_OK;
+  for (uint32_t i = 0; i < calls && !launched; i++) launched = launch_set(model, function, (set + i) % model->sets);
   code = model->cu.cuStreamEndCapture(model->stream, &graph);
   if (code == CUDA_SUCCESS && launched) code = CUDA_ERROR_CAPTURE_INVALIDATED;
   /* CUDA 10's five arguments. With zeros they mean the same to CUDA 12's cuGraphInstantiate(out, graph, flags). */
@@ -48,7 +49,7 @@ static CUgraphExec capture(quern *model, const quern_function *function) {
 static int32_t launch(quern *model, uint32_t index) {
   const quern_function *function = &quern_functions[index];
   if (model->info.graphs && model->calls[index]++ && !model->graphs[index])
-    model->graphs[index] = capture(model, function);
+    model->graphs[index] = capture(model, function, 0, 1);
   if (model->info.graphs && model->graphs[index]) {
     CUresult code = model->cu.cuGraphLaunch(model->graphs[index], model->stream);
     if (code == CUDA_SUCCESS) return QUERN_OK;

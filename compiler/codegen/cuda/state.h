@@ -60,5 +60,7 @@ int32_t end_uploads(quern *model);
 /* One launch of a function, or all of them, with parameters number `set`. */
 int32_t launch_step(quern *model, const quern_function *function, uint32_t step, uint32_t set);
 int32_t launch_set(quern *model, const quern_function *function, uint32_t set);
+/* So many calls as a graph, the first with parameters number `set`, the next with the set after it; or NULL. */
+CUgraphExec capture(quern *model, const quern_function *function, uint32_t set, uint32_t calls);
 
 #endif

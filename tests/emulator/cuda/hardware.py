@@ -27,7 +27,7 @@ ASKED = "QUERN_TEST_GPU"
 TARGETS = {53: "cuda-sm53", 72: "cuda-sm72", 87: "cuda-sm87", 90: "cuda-sm90"}
 POISON, DYNAMIC_SHARED, NON_BLOCKING, PINNED = 0xA5, 8, 1, 1
 UNASKED_SHARED = 48 << 10
-ARCHITECTURE = re.compile(r"_sm_(\d+)(?:_|$)")
+ARCHITECTURE = re.compile(r"_sm_?(\d+)(?:_|$)")
 
 
 def asked() -> bool:
