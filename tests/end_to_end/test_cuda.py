@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -116,6 +117,32 @@ def test_what_a_driver_lacks_changes_nothing(
     assert said["tokens"] == expected
     compiled = settings.get("refuse") == "cubin" or "arch" in settings
     assert (counts["graph_launches"] > 0, counts["ptx"]) == (compiled, int(compiled))
+
+
+BURSTS = """
+import ctypes, sys
+from pathlib import Path
+from runtime.bundle import open_bundle
+from runtime.on_cuda import OnCuda
+machine, found = OnCuda(open_bundle(Path(sys.argv[1])), timed=True), ctypes.c_float()
+decode = machine.calls["decode"].run
+for _ in range(2):
+    machine.model.call("quern_measure", decode.index, 0, 3, ctypes.byref(found))
+    decode()
+"""
+
+
+@pytest.mark.parametrize(("refuse", "replayed"), [("nothing", 2), ("replay", 0)])
+def test_bursts_are_graphs_once_a_function_has_run(
+    refuse: str, replayed: int, small: Built, tmp_path: Path
+) -> None:
+    """Three calls launch by launch, a call, three calls as a graph, and a call that is replayed."""
+    settings = small.environment(False, refuse=refuse, counts=tmp_path / "counts")
+    script = [sys.executable, "-c", BURSTS, str(small.bundle)]
+    subprocess.run(script, env=commands.environment(settings), check=True, timeout=60)
+    counts = json.loads((tmp_path / "counts").read_text())
+    assert (counts["launches"], counts["graph_launches"]) == (8 * launches_of(small)["decode"], replayed)
+    assert {counts[name] for name in ("graphs_alive", "modules_alive", "others_alive", "left", "host_left")} == {0}
 
 
 def test_logits_of_every_token(small: Built, bundles: Bundles, sessions: Sessions, tmp_path: Path) -> None:

@@ -39,13 +39,10 @@ int32_t quern_measure(quern *model, int32_t function, uint32_t set, uint32_t cal
   TRY(model, cuCtxSetCurrent, model->context);
   CUgraphExec burst = model->info.graphs && model->calls[function] ? capture(model, called, set, calls) : NULL;
   TRY(model, cuEventRecord, model->began, model->stream);
-  if (burst) {
-    TRY(model, cuGraphLaunch, burst, model->stream);
-  } else {
-    for (uint32_t i = 0; i < calls; i++) {
-      int32_t code = launch_set(model, called, (set + i) % model->sets);
-      if (code) return code;
-    }
+  int replayed = burst && model->cu.cuGraphLaunch(burst, model->stream) == CUDA_SUCCESS;
+  for (uint32_t i = 0; i < calls && !replayed; i++) {
+    int32_t code = launch_set(model, called, (set + i) % model->sets);
+    if (code) return code;
   }
   TRY(model, cuEventRecord, model->ended, model->stream);
   TRY(model, cuStreamSynchronize, model->stream);
