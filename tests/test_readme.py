@@ -19,7 +19,8 @@ import pytest
 
 REPO = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```sh\n(.*?)^```", re.DOTALL | re.MULTILINE)
-PAGES = ("README.md", "docs/serving.md", "docs/deploying.md", "docs/measuring.md")  # in the order in which they are read
+# In the order in which they are read.
+PAGES = ("README.md", "docs/serving.md", "docs/deploying.md", "docs/measuring.md")
 COMMANDS = [line for page in PAGES for block in BLOCK.findall((REPO / page).read_text()) for line in block.splitlines()]
 LINK = re.compile(r"\]\(([^)#]*)(?:#([^)]*))?\)")
 

@@ -39,7 +39,8 @@ def test_what_a_request_does_not_say_is_the_servers(reader: Reader) -> None:
     parts = tuple(messages(CHATML, [("user", "Hi")]))
     wanted = Asked(parts, False, (), DEFAULTS.sampling, 77, ("END",), stream=False, usage=False, chat=True)
     assert reader.chat({"messages": HI}) == wanted
-    assert reader.chat({"messages": HI, "temperature": None, "stop": None, "model": "x", "user": "me", "n": 1}) == wanted
+    idle = {"temperature": None, "stop": None, "model": "x", "user": "me", "n": 1}
+    assert reader.chat({"messages": HI, **idle}) == wanted
 
 
 def test_all_that_a_request_may_say(reader: Reader) -> None:

@@ -1,4 +1,4 @@
-"""The server of the toy bundle, asked over HTTP as its users' programs ask it; and what its worker keeps between them."""
+"""The server of the toy bundle, asked over HTTP as programs ask it; and what its worker keeps between requests."""
 from __future__ import annotations
 
 import http.client
@@ -22,7 +22,7 @@ import pytest
 
 from runtime import server
 from runtime.chat import Part
-from runtime.completions import Asked, Usage
+from runtime.completions import Asked, Defaults, Usage
 from runtime.errors import ContextFullError
 from runtime.sampler import Sampling
 from runtime.session import Session
@@ -203,7 +203,8 @@ FULL = (
 
 
 @pytest.mark.parametrize(("path", "body", "headers", "status", "message"), [
-    ("/", None, {}, 404, "there are /v1/chat/completions, /v1/completions, /v1/models, /health here, and nothing else."),
+    ("/", None, {}, 404,
+     "there are /v1/chat/completions, /v1/completions, /v1/models, /health here, and nothing else."),
     ("/v1/completions", None, {}, 405, "/v1/completions is for POST."),
     ("/health", {}, {}, 405, "/health is for GET."),
     ("/v1/completions", b"", {"Content-Length": "x"}, 411, "Content-Length is needed."),
@@ -214,7 +215,8 @@ FULL = (
     ("/v1/completions", b"[", {}, 400, "the request is not JSON: Expecting value: line 1 column 2 (char 1)."),
     ("/v1/completions", {"prompt": 5}, {}, 400, "prompt is 5, but must be a text or a list of token ids."),
     ("/v1/completions", {"prompt": [99]}, {}, 400, "token id 99 is outside the vocabulary 0..31."),
-    ("/v1/completions", {"prompt": [10**19]}, {}, 400, "token id 10000000000000000000 is outside the vocabulary 0..31."),
+    ("/v1/completions", {"prompt": [10**19]}, {}, 400,
+     "token id 10000000000000000000 is outside the vocabulary 0..31."),
     ("/v1/completions", {"prompt": [2] * 49}, {}, 400, FULL),
     ("/v1/completions", {"prompt": [2] * 49, "stream": True}, {}, 400, FULL),
     ("/v1/completions", b'{"prompt": "\\ud800"}', {}, 400,
@@ -264,14 +266,15 @@ def test_it_ends_when_told(toy: Path, number: int, code: int) -> None:
         _, log = process.communicate(timeout=30)
         assert process.returncode == code
         assert "Traceback" not in log
-        assert re.search(r"^[0-9:]{8} POST /v1/completions 200: [0-9]+ tokens, 0 of them cached, and ", log, re.MULTILINE)
+        line = r"^[0-9:]{8} POST /v1/completions 200: [0-9]+ tokens, 0 of them cached, and "
+        assert re.search(line, log, re.MULTILINE)
 
 
 def test_a_port_that_is_taken(port: int, toy: Path) -> None:
     command = [sys.executable, "-m", "runtime", "serve", str(toy), "--port", str(port)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-    message = f"error: 127.0.0.1:{port}: cannot be listened on: Address already in use. Give another --host or --port.\n"
-    assert (done.returncode, done.stderr) == (2, message)
+    message = f"127.0.0.1:{port}: cannot be listened on: Address already in use. Give another --host or --port."
+    assert (done.returncode, done.stderr) == (2, f"error: {message}\n")
 
 
 # --- without a model: connections that wait --------------------------------------------------------------------------
@@ -279,7 +282,7 @@ def test_a_port_that_is_taken(port: int, toy: Path) -> None:
 
 def test_who_goes_away_is_noticed(session: Session, toy: Path) -> None:
     """Whole answers, too, where nothing is written before the end."""
-    made = server.Server(session, Tokenizer(toy / "tokenizer.json"), server.Defaults(Sampling(), 6), ("127.0.0.1", 0))
+    made = server.Server(session, Tokenizer(toy / "tokenizer.json"), Defaults(Sampling(), 6), ("127.0.0.1", 0))
     listening = threading.Thread(target=made._http.serve_forever, args=(0.05,), daemon=True)
     listening.start()
     try:
@@ -298,7 +301,7 @@ def test_who_goes_away_is_noticed(session: Session, toy: Path) -> None:
 def test_more_than_can_wait(session: Session, toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "MOST_WAITING", 1)
     monkeypatch.setattr(server, "MOST_CONNECTIONS", 2)
-    made = server.Server(session, Tokenizer(toy / "tokenizer.json"), server.Defaults(Sampling(), 6), ("127.0.0.1", 0))
+    made = server.Server(session, Tokenizer(toy / "tokenizer.json"), Defaults(Sampling(), 6), ("127.0.0.1", 0))
     threading.Thread(target=made._http.serve_forever, args=(0.05,), daemon=True).start()
     try:
         waiting = http.client.HTTPConnection("127.0.0.1", made.port, timeout=30)
