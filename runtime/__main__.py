@@ -1,4 +1,4 @@
-"""Command line of the runtime: python -m runtime generate | chat | info | logits | bench BUNDLE ..., and rpc-server.
+"""Command line of the runtime: python -m runtime VERB BUNDLE ..., and python -m runtime rpc-server.
 
 Exit codes: 0 done, 2 a UserError (one message on stderr), 130 interrupted, 141 the reader of our output went away.
 """
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 RPC_SERVER = """Offer this machine for tuning: `python -m compiler tune --rpc TRACKER` on a workstation sends kernels,
 which are timed here. Whoever may send may run anything as this user."""
+
+SERVER = """Serve /v1/chat/completions, /v1/completions, /v1/models and /health. Sampling options are for requests
+that do not say. With QUERN_API_KEY in the environment, requests must carry that key."""
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
@@ -65,7 +68,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """All verbs and their options."""
     top = argparse.ArgumentParser(prog="python -m runtime", description="Run a quern bundle.")
-    names = "generate | chat | info | logits | bench | rpc-server"
+    names = "generate | chat | serve | info | logits | bench | rpc-server"
     verbs = top.add_subparsers(dest="verb", required=True, metavar=names)
     generate = _verb(verbs, "generate", "continue a prompt", run_generate)
     generate.add_argument("--prompt", required=True, help="text to continue")
@@ -79,6 +82,11 @@ def parser() -> argparse.ArgumentParser:
     chat.add_argument("--system", help="system message")
     _running_options(chat)
     _sampling_options(chat, max_new_tokens=512)
+    serve = _verb(verbs, "serve", "answer OpenAI's requests over HTTP", run_serve, SERVER)
+    serve.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="to listen on (default: 127.0.0.1)")
+    serve.add_argument("--port", type=_port, default=8080, metavar="N", help="to listen on (default: 8080; 0: any)")
+    _running_options(serve)
+    _sampling_options(serve, max_new_tokens=512)
     info = _verb(verbs, "info", "what is in a bundle, and whether it runs here", run_info)
     info.add_argument("--json", action="store_true", help="print one JSON object")
     logits = _verb(verbs, "logits", "logits after every token of a list of ids", run_logits)
@@ -134,9 +142,9 @@ def _port(text: str) -> int:
 
 
 def _verb(
-    verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str, run: object
+    verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str, run: object, more: str = ""
 ) -> argparse.ArgumentParser:
-    verb = verbs.add_parser(name, help=text, description=text)
+    verb = verbs.add_parser(name, help=text, description=more or text)
     verb.add_argument("bundle", type=Path, help="bundle directory")
     verb.set_defaults(run=run)
     return verb
@@ -200,12 +208,8 @@ def _sampler(options: argparse.Namespace, vocab_size: int) -> Sampler:
 
     if options.max_new_tokens < 1:
         raise InputError(f"max-new-tokens is {options.max_new_tokens}, but must be at least 1.")
-    return Sampler(
-        Sampling(
-            options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty, options.seed
-        ),
-        vocab_size,
-    )
+    given = (options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty, options.seed)
+    return Sampler(Sampling(*given), vocab_size)
 
 
 def run_generate(options: argparse.Namespace) -> None:
@@ -266,6 +270,26 @@ def run_chat(options: argparse.Namespace) -> None:
         session, Tokenizer(bundle.tokenizer), sampler, options.max_new_tokens, options.stop, options.system
     )
     converse(conversation, terminal_reader(), lambda piece: print(piece, end="", flush=True))
+
+
+def run_serve(options: argparse.Namespace) -> None:
+    """Serve until interrupted."""
+    import signal
+
+    bundle, session, (sampler, _) = _open(options, lambda found: _for_text(options, found))
+    from .completions import Defaults
+    from .server import Server
+    from .tokenizer import Tokenizer
+
+    defaults = Defaults(sampler.sampling, options.max_new_tokens, tuple(options.stop))
+    address, key = (options.host, options.port), os.environ.get("QUERN_API_KEY") or None
+    server = Server(session, Tokenizer(bundle.tokenizer), defaults, address, key)
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    print(f"{bundle.manifest.model.name}: http://{host}:{server.port}/v1", file=sys.stderr, flush=True)
+    if not server.local and key is None:
+        print("whoever reaches this address may use it: set QUERN_API_KEY to ask for a key", file=sys.stderr)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    server.run()
 
 
 def run_info(options: argparse.Namespace) -> None:

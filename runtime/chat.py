@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Optional
+from typing import Literal, NamedTuple, Optional
 
 from .errors import ContextFullError, InputError
 from .generate import Generation, Statistics
@@ -17,6 +17,7 @@ from .sampler import Sampler
 from .session import Session
 from .tokenizer import StopStrings, TextStream, Tokenizer
 
+Role = Literal["system", "user", "assistant"]
 HELP = "/reset starts over, /exit (or end of input) leaves."
 
 
@@ -45,6 +46,23 @@ def turn(chat: Optional[ChatFormat], text: str, first: bool, system: Optional[st
         Part(chat.generation_prompt, False),
     ]
     return parts
+
+
+def messages(chat: Optional[ChatFormat], turns: Sequence[tuple[Role, str]]) -> list[Part]:
+    """What to take in for a whole conversation: perhaps a system message, then user and assistant in turns.
+
+    The last is the user's; the parts end where the assistant begins to speak. Without a format: a text a line.
+    """
+    if chat is None:
+        return [Part(("" if i == 0 else "\n") + text, True) for i, (_, text) in enumerate(turns)]
+    parts = [Part(chat.start, False)]
+    around = {"system": chat.system, "user": chat.user, "assistant": chat.assistant}
+    if turns[0][0] != "system" and chat.default_system is not None:
+        turns = [("system", chat.default_system), *turns]
+    for role, text in turns:
+        before, after = around[role] or ("", "")
+        parts += [Part(before, False), Part(text, True), Part(after, False)]
+    return [*parts, Part(chat.generation_prompt, False)]
 
 
 def encode(tokenizer: Tokenizer, parts: Sequence[Part], special: bool) -> list[int]:

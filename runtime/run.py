@@ -17,6 +17,7 @@ from typing import List
 
 USAGE = """usage: python3 {name} PROMPT [options of generate]  continue a text
        python3 {name} --chat [options of chat]        talk; /reset starts over, /exit leaves
+       python3 {name} --serve [options of serve]      answer OpenAI's requests over HTTP
        python3 {name} --info                          what this bundle is, and whether it runs here
        python3 {name} --bench [options of bench]      how fast it is here
        python3 {name} --rpc-server [its options]      offer this machine for tuning
@@ -51,7 +52,7 @@ def main(arguments: List[str]) -> int:
     from runtime.__main__ import main as run
 
     first, rest = arguments[0], arguments[1:]
-    if first in ("--chat", "--info", "--bench"):
+    if first in ("--chat", "--serve", "--info", "--bench"):
         return run([first[2:], str(here), *rest])
     if first == "--rpc-server":
         return run([first[2:], *rest])
