@@ -53,6 +53,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Exit code 0 when something was checked, no part failed, and all numerics are within their bounds."""
     from compiler.codegen import nvrtc
+    from compiler.errors import UserError
     from compiler.measure import gpu_clocks, machine, shapes
     from compiler.measure.gpu_checks import Checks
     from runtime import cuda_driver
@@ -61,6 +62,11 @@ def run(options: argparse.Namespace) -> int:
     chosen = [targets.load(name) for name in _names(options.targets)]
     for shape in _names(options.shapes):
         shapes.settings(shape)
+    if not options.model.exists():
+        raise UserError(
+            f"{options.model}: is not there, and card compares the logits of a model. Give --model a checkpoint "
+            f"folder; a clone of quern brings one."
+        )
     found = cuda_driver.find()
     if isinstance(found, str):
         raise DeviceError(f"card: {found}. Run it on a machine with an NVIDIA GPU and its driver.")

@@ -83,6 +83,14 @@ def test_a_shape_that_there_is_not(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     )
 
 
+def test_a_model_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["card", "--model", str(tmp_path / "gone")]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path}/gone: is not there, and card compares the logits of a model. Give --model a checkpoint "
+        f"folder; a clone of quern brings one.\n"
+    )
+
+
 def test_logits_are_compared_row_by_row() -> None:
     want = np.eye(4, 8, dtype=np.float32)
     good = compared(want + np.float32(1e-4), want, 5e-4)

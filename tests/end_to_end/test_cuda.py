@@ -207,6 +207,15 @@ def test_refusals(small: Built, case: str) -> None:
     assert commands.message(done.returncode, done.stdout, done.stderr) == f"{small.bundle}: {message}"
 
 
+def test_a_kernel_that_does_not_fit_is_named(small: Built) -> None:
+    done = small.run("generate", "--prompt", PROMPT, emulated=False, refuse="threads")
+    assert re.fullmatch(
+        rf"{re.escape(str(small.bundle))}: \w+ has blocks of \d+ threads, and Mock GPU has room for 32 of them at "
+        r"once\. Rebuild the bundle with this release of quern, or update the driver\.",
+        commands.message(done.returncode, done.stdout, done.stderr),
+    )  # fmt: skip
+
+
 def test_a_kernel_that_fails_is_named(small: Built, tmp_path: Path) -> None:
     np.save(tmp_path / "ids.npy", np.arange(16))
     arguments = ("logits", small.bundle, "--ids", tmp_path / "ids.npy", "--out", tmp_path / "out.npy")

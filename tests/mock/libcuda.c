@@ -6,7 +6,8 @@
  * board would not allow it. It has the entry points that compiler/codegen/cuda/driver.h lists and no other. Environment:
  *   QUERN_MOCK_ARCH, _DRIVER    90, 12040                  QUERN_MOCK_MEMORY        bytes of GPU memory
  *   QUERN_MOCK_INTEGRATED       1 for a board              QUERN_MOCK_KERNELS       the emulated kernels, a library
- *   QUERN_MOCK_REFUSE           "init", "context", "cubin", "ptx", "code memory", "capture", "replay", "launch", "hang"
+ *   QUERN_MOCK_REFUSE           "init", "context", "cubin", "ptx", "threads", "code memory", "capture", "replay", "launch",
+ *                               "hang"
  *   QUERN_MOCK_COUNTS           file that gets one JSON object when a process ends that loaded kernels
  * Stricter than a driver: host memory of a copy must be pinned, and there is no default stream.
  */
@@ -447,6 +448,7 @@ static function *function_of(CUfunction f) {
 /* Registers are given to a warp eight a thread at a time. */
 static unsigned most_threads(const kernel_facts *facts) {
   unsigned most = facts->bound ? facts->bound : 1024, each = (facts->registers + 7) / 8 * 8;
+  if (refuses("threads")) return WARP;
   unsigned room = each ? registers_of_block(arch()) / (each * WARP) * WARP : most;
   return room < most ? room : most;
 }

@@ -117,7 +117,8 @@ def test_small_kernels_have_blocks_of_several_sizes(op: str, target: Target) -> 
 
 
 def test_every_kernel_has_something_to_choose() -> None:
-    assert LOWERS.keys() == {op for family in families(schedules.cuda).values() for m in family for op in m.SPACES}
+    found = {op for family in families(schedules.cuda).values() for m in family for op in getattr(m, "SPACES", {})}
+    assert found == LOWERS.keys()
 
 
 CHIPS = [(NANO, "int8", "int4"), (XAVIER, "float16", "int8"), (ORIN, "float16", "int4")]  # cache, grid
