@@ -58,7 +58,8 @@ def test_a_table_by_hand(stories: Path) -> None:
 
 def test_multiply_adds_by_name() -> None:
     assert multiply_adds("linear_w4a8_avx512_vnni_m16_n2560_k2048_g128_s16_symmetric_residual", 9) == 16 * 2560 * 2048
-    assert multiply_adds("attention_float16_m1_h32_kv4_d64_c2048_x1_25em01_t1b128k8x1v4x4p1", 100.5) == 2 * 32 * 64 * 100.5
+    attention = "attention_float16_m1_h32_kv4_d64_c2048_x1_25em01_t1b128k8x1v4x4p1"
+    assert multiply_adds(attention, 100.5) == 2 * 32 * 64 * 100.5
     assert multiply_adds("rope_append_float16_m1_h32_kv4_d64_p2048_c2048", 9) == 0
 
 
