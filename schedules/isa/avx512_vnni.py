@@ -22,7 +22,7 @@ TABLE_ZERO = 128
 KNOBS = {
     "row_blocks": 8,
     "unroll": 16,
-    "prefetch_bytes": 1024,
+    "prefetch_bytes": 0,
     "gemm_row_blocks": 1,  # each quad of activations is used once, so it is VPDPBUSD's memory operand: no load besides
     "gemm_tokens": 8,  # 8 accumulators and their fp32 sums: nothing is spilled
     "gemm_unroll": 16,
