@@ -13,11 +13,11 @@ to back, then what others have not begun.
                                                      if (again or i >= first) and take(taken[i]): body(i)
                                                  all_taken = 1
 
-A thread's first iteration stands at the front of its piece, and does all that it ever does; the others find nothing left.
-It runs upwards into what the next thread has begun, passes over that, and helps where tasks are free. i stays the
-variable of a loop, which TVM needs to see how large a task's buffers are. Whichever thread computes a task, the same
-operations give the same bits. TVM has no atomic exchange for CPUs, LLVM has: `take` comes as LLVM IR, and is inlined. It
-is 1 for the one that comes first.
+A thread's first iteration stands at the front of its piece, and does all that it ever does; the others find nothing
+left. It runs upwards into what the next thread has begun, passes over that, and helps where tasks are free. i stays
+the variable of a loop, which TVM needs to see how large a task's buffers are. Whichever thread computes a task, the
+same operations give the same bits. TVM has no atomic exchange for CPUs, LLVM has: `take` comes as LLVM IR, and is
+inlined. It is 1 for the one that comes first.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tasks handed out one by one: each is done once, whatever the number of threads."""
+"""Tasks that may move between threads: each is done once, whatever the number of threads."""
 
 from __future__ import annotations
 
