@@ -25,7 +25,7 @@ def show(profile: Profile, work: Workload) -> None:
     console.print(
         f"read ceiling {read.median:.1f} GB/s ({read.min:.1f}-{read.max:.1f}), {profile.threads} threads, "
         f"{profile.weight_bytes_per_token / 1e6:.1f} MB of weights a token; timing a kernel takes "
-        f"{profile.phases[0].clock_us:.2f} us, which are subtracted"
+        f"{profile.phases[0].clock_us:.2f} us at least, which are subtracted"
     )
 
 
