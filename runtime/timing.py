@@ -71,7 +71,8 @@ def seconds(act: Callable[..., Any], *arguments: Any) -> float:
 
 def memory(nbytes: int, release: Optional[str] = None) -> mmap.mmap:
     """Fresh memory in pages like those of a cached weights file: 2 MiB since LARGE_PAGES_SINCE, 4 KiB before."""
-    area = mmap.mmap(-1, nbytes)
+    # Private: shared memory takes its pages by a rule of its own, which is 4 KiB on most machines.
+    area = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     found = tuple(map(int, re.findall(r"[0-9]+", release or os.uname().release)[:2]))
     with suppress(OSError):  # a kernel that has no large pages at all
         area.madvise(mmap.MADV_HUGEPAGE if found >= LARGE_PAGES_SINCE else mmap.MADV_NOHUGEPAGE)
