@@ -135,18 +135,21 @@ def default_knobs(
     """The template's stated default for a shape: the ISA's measured choice, cut down to what divides the shape.
 
     One token: exactly the row blocks that lie beside each other, so that a task reads one stream. Prefetching it into
-    the second-level cache was better than into 32 KiB of the first (Zen 4: 34 against 25 GB/s); with 48 KiB (Sapphire
-    Rapids) the first level was the better place.
+    the second-level cache, where an instruction set asks for that, was better than into 32 KiB of the first (Zen 4: 34
+    against 25 GB/s); with 48 KiB (Sapphire Rapids) the first level was the better place.
     """
     steps = geometry.width // storage.inputs
     x = interleave(n, isa.KNOBS["row_blocks"])
+    roomy, ahead = (l1d_kib or 0) >= ROOMY_L1D_KIB, isa.KNOBS["prefetch_bytes"]
+    if storage.low < 8 and not roomy:
+        ahead = isa.KNOBS.get("packed_prefetch_bytes", ahead)
     gemm = "gemm_" if m > 1 else ""
     return {
         "row_blocks": _largest_divisor(x, isa.KNOBS["gemm_row_blocks"]) if m > 1 else x,
         "tokens": _largest_divisor(m, isa.KNOBS["gemm_tokens"]) if m > 1 else 1,
         "unroll": _largest_divisor(steps, isa.KNOBS[f"{gemm}unroll"]),
-        "prefetch_bytes": isa.KNOBS["prefetch_bytes"] if m == 1 else 0,
-        "prefetch_level": 1 if (l1d_kib or 0) >= ROOMY_L1D_KIB else 2,
+        "prefetch_bytes": ahead if m == 1 else 0,
+        "prefetch_level": 1 if roomy else 2,
     }
 
 
