@@ -37,6 +37,9 @@ from schedules.storage import LANES, QUAD, Storage, Table
 CODES, SCALE = 3, 4  # argument positions of the weight; its zero or offset is next
 LEVEL_MAX = 127
 ROOMY_L1D_KIB = 48
+# Codes of a layer that one thread computes sooner than others are called and waited for (1.2 us on Zen 4): 98 KB from
+# the cache take 1.9 us by one thread and 2.4 by two.
+ALONE_BYTES = 1 << 17
 MOST_ACCUMULATORS = 32  # row blocks x tokens: beyond the vector registers of any instruction set here
 
 
@@ -153,8 +156,8 @@ def default_knobs(
     }
 
 
-def template(sch: Any, intrinsic: str, knobs: Mapping[str, Any], aligned: bool) -> None:
-    """Rows in parallel, then tokens, then spans; row_blocks x tokens accumulators stay in registers over a span.
+def template(sch: Any, intrinsic: str, knobs: Mapping[str, Any], aligned: bool, parallel: bool = True) -> None:
+    """Rows (in parallel), then tokens, then spans; row_blocks x tokens accumulators stay in registers over a span.
 
     `knobs` may hold integers or sampled random variables of a MetaSchedule trace; the trace has the same steps for all.
     """
@@ -163,7 +166,8 @@ def template(sch: Any, intrinsic: str, knobs: Mapping[str, Any], aligned: bool) 
     ibo, ibi = sch.split(ib, [None, knobs["row_blocks"]])
     imo, imi = sch.split(im, [None, knobs["tokens"]])
     sch.reorder(ibo, imo, s, ibi, imi, i)
-    sch.parallel(ibo)
+    if parallel:
+        sch.parallel(ibo)
 
     sch.compute_at(dot, s, preserve_unit_loops=True)
     _, _, _, dm, db, ds, j, *inner = sch.get_loops(dot)
@@ -212,16 +216,19 @@ def lower(request: Request) -> Kernel:
     sch = s_tir.Schedule(
         tvm.IRModule({"main": workload(m, n, geometry, storage, scale_dtype, residual, affine, levels, x)})
     )
+    on_x86 = request.target.arch == "x86_64"  # nobody has measured elsewhere what threads cost and bring
+    parallel = not on_x86 or m > 1 or n * k * storage.bits // 8 > ALONE_BYTES
     template(
         sch,
         isas.register(isa.NAME, storage, levels and levels[0], knobs["prefetch_bytes"], knobs["prefetch_level"]),
         knobs,
         aligned=n == blocks(n) * LANES,
+        parallel=parallel,
     )
     kind = request.attrs.get("grid", storage.name)
     name = f"linear_{kind}a8_{isa.NAME}_m{m}_n{n}_k{k}_g{group}_s{scale_dtype[5:]}{name_tail(affine, residual)}"
     func = sch.mod["main"]
-    if request.target.arch == "x86_64":  # nobody has measured it elsewhere
+    if on_x86 and parallel:
         func = balanced(func)
     return Kernel(name, func, weight_packings(CODES, n, geometry, storage, scale_dtype, affine, x))
 
