@@ -46,8 +46,8 @@ def counting(tasks: int) -> Any:
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_every_task_once(threads: int) -> None:
-    """More tasks than threads, fewer, and more than are cleared at once. A process has one number of threads."""
-    tasks = [str(n) for n in (1, 2, 7, 296)]
+    """More tasks than threads, fewer, and more flags than lie on the stack. A process has one number of threads."""
+    tasks = [str(n) for n in (1, 2, 7, 1100)]
     environment = {**os.environ, "TVM_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", COUNTS, *tasks], env=environment, check=True, timeout=300)
 
