@@ -185,13 +185,20 @@ class Ffi:
                 return -1
             return 0
 
-        callback, made = _SAFE_CALL(safe_call), ctypes.c_void_p()
-        self._callbacks.append(callback)
-        ffi = self.libraries.ffi
-        failed = ffi.TVMFFIFunctionCreate(None, callback, None, ctypes.byref(made))
-        failed = failed or ffi.TVMFFIFunctionSetGlobal(ctypes.byref(_bytes(name.encode())), made, 1)
-        if failed:
+        made = self.function_of(_SAFE_CALL(safe_call), name)
+        if self.libraries.ffi.TVMFFIFunctionSetGlobal(ctypes.byref(_bytes(name.encode())), made, 1):
             raise self.error(f"registering {name}")
+
+    def function_of(self, callback: Any, name: str) -> ctypes.c_void_p:
+        """A TVM function of a ctypes callback with the four arguments of _SAFE_CALL; both live as long as this object.
+
+        ctypes prints what such a callback raises, and C++ never hears of it.
+        """
+        made = ctypes.c_void_p()
+        self._callbacks.append(callback)
+        if self.libraries.ffi.TVMFFIFunctionCreate(None, callback, None, ctypes.byref(made)):
+            raise self.error(f"making a function of {name}")
+        return made
 
     def _give(self, result: Any, value: Union[str, bytes, int, Value, None]) -> None:
         """Store what a callback returns; an object that it returns is given away."""

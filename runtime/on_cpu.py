@@ -22,7 +22,8 @@ class Call(NamedTuple):
 class OnCpu:
     """`calls` by name; `span` i32[2], first position and number of valid rows, is read by every call.
 
-    threads: of the kernels; tiles: whether AMX is used; device: None, the name of a GPU elsewhere.
+    threads: of the kernels; tiles: whether AMX is used; device: None, the name of a GPU elsewhere. tensors: weights,
+    caches and the span by name. vm: what measures kernels watches it.
     """
 
     device: Optional[str] = None
@@ -32,12 +33,12 @@ class OnCpu:
         self._check_memory(bundle)
         wanted = tiles and any(f.tiled for f in self._functions.values())
         self.tiles = wanted and device.allow_tiles()  # asked before the first thread of the pool exists
-        self._vm = Vm(bundle.library, bundle.manifest.tvm, threads)
-        self.threads = self._vm.threads
+        self.vm = Vm(bundle.library, bundle.manifest.tvm, threads)
+        self.threads = self.vm.threads
         self.span = arrays.zeros((2,), "int32")
         caches = {c.name: arrays.zeros(c.shape, c.dtype) for c in bundle.manifest.caches}
         shared = {**bundle.weights, **caches, "span": self.span}
-        self._tensors = {name: self._vm.tensor(array) for name, array in shared.items()}
+        self.tensors = {name: self.vm.tensor(array) for name, array in shared.items()}
         self.calls = {name: self._bind(name, f) for name, f in self._functions.items()}
 
     def _check_memory(self, bundle: Bundle) -> None:
@@ -58,6 +59,6 @@ class OnCpu:
             own, buffer = "hidden", arrays.zeros((signature.tokens, hidden), "float32")
         else:
             own, buffer = "ids", arrays.zeros((signature.tokens,), "int32")
-        tensors: dict[str, Tensor] = {**self._tensors, own: self._vm.tensor(buffer)}
+        tensors: dict[str, Tensor] = {**self.tensors, own: self.vm.tensor(buffer)}
         code = signature.tiled if self.tiles and signature.tiled else name
-        return Call(self._vm.function(code, [tensors[i] for i in signature.inputs]), buffer)
+        return Call(self.vm.function(code, [tensors[i] for i in signature.inputs]), buffer)

@@ -63,6 +63,7 @@ class Workload:
         room_for_copies = int(self._owner.info.free_bytes) // 4  # the rest is for results, the canary and others
         self.copies = timing.copies(one, min(least_bytes, room_for_copies), most_copies)
         self.rotated_bytes = self.copies * one
+        self.page_kib = None  # a GPU's own
         size, spin_place = start + self.rotated_bytes, (ctypes.c_uint64 * 1)(0)
         self._owner.call("quern_memory", ctypes.c_uint64(size), ctypes.c_uint64(0), spin_place)
         data, room = path(file).read_bytes(), _Room(self._owner, _up(front_bytes))

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import mmap
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Optional, Union
@@ -79,6 +78,7 @@ class Workload:
             self._sets.append(_bound([*tensors, *self.outs]))
         self.functions: list[int] = []
         self.rotated_bytes = copies * one
+        self.page_kib = timing.page_kib(self.rotated_bytes)
         module = load(canaries)
         starts = range(0, self._memory.nbytes - read_bytes + 1, read_bytes)
         windows = [self._tensor(self._memory.view(start, (read_bytes // 4,), "int32")) for start in starts]
@@ -141,11 +141,10 @@ class Workload:
 
 
 class _Arena:
-    """Fresh memory in pages of 4 KiB, as a mapped weights file has them on most kernels (bundle.py)."""
+    """Fresh memory in pages as a mapped weights file would have them."""
 
     def __init__(self, nbytes: int) -> None:
-        self._area, self.nbytes = mmap.mmap(-1, nbytes), nbytes
-        self._area.madvise(mmap.MADV_NOHUGEPAGE)
+        self._area, self.nbytes = timing.memory(nbytes), nbytes
         self._anchor = ctypes.c_char.from_buffer(self._area)
 
     def view(self, place: int, shape: Sequence[int], dtype: str) -> Plain:
@@ -206,7 +205,8 @@ class Session:
             self.workload = rpc_cuda.Workload(self.path, **fields)
         else:
             self.workload = Workload(self.ffi, self._module, self.path, **fields)
-        return json.dumps({"rotated_bytes": self.workload.rotated_bytes})
+        rotated = self.workload.rotated_bytes
+        return json.dumps({"rotated_bytes": rotated, "page_kib": self.workload.page_kib})
 
     def prepare(self, name: str) -> str:
         """A kernel that reports an error is a result, not the end of the session."""

@@ -6,14 +6,18 @@ speed no knob changes: if they drift, the machine had other things to do, or bec
 
 from __future__ import annotations
 
+import mmap
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Optional
 
 LEAST_CALLS, SLOT_S = 2, 0.012  # what a candidate gets in a round
 READS = 5  # a round: one takes a millisecond, and somebody else's millisecond is not the memory's speed
+LARGE_PAGES_SINCE = (6, 16)  # Linux: ext4, too, caches files in pages of 2 MiB, which bundle.py asks for
 SPINS = 3  # timings of the canary that counts clock cycles, before and after a batch; the fastest counts
 
 
@@ -63,6 +67,25 @@ def seconds(act: Callable[..., Any], *arguments: Any) -> float:
     started = time.perf_counter()
     act(*arguments)
     return time.perf_counter() - started
+
+
+def memory(nbytes: int, release: Optional[str] = None) -> mmap.mmap:
+    """Fresh memory in pages like those of a cached weights file: 2 MiB since LARGE_PAGES_SINCE, 4 KiB before."""
+    # Private: shared memory takes its pages by a rule of its own, which is 4 KiB on most machines.
+    area = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    found = tuple(map(int, re.findall(r"[0-9]+", release or os.uname().release)[:2]))
+    with suppress(OSError):  # a kernel that has no large pages at all
+        area.madvise(mmap.MADV_HUGEPAGE if found >= LARGE_PAGES_SINCE else mmap.MADV_NOHUGEPAGE)
+    return area
+
+
+def page_kib(nbytes: int, smaps: Path = Path("/proc/self/smaps_rollup")) -> Optional[int]:
+    """What most of `nbytes` of written memory came in, 2048 or 4; None where Linux does not tell."""
+    try:
+        found = re.search(r"^AnonHugePages:\s*([0-9]+) kB", smaps.read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return None if found is None else 2048 if 2048 * int(found[1]) >= nbytes else 4
 
 
 def copies(one: int, least_bytes: int, most_copies: int) -> int:

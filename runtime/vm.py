@@ -8,11 +8,11 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 from .arrays import Array
 from .errors import VmError
-from .ffi import CPU, INT, NONE, TENSOR, Ffi, Tensor, Value
+from .ffi import CPU, FUNCTION, INT, NONE, TENSOR, Ffi, Tensor, Value
 from .manifest import TvmVersions
 
 __all__ = ["Function", "Tensor", "Vm"]
@@ -53,6 +53,15 @@ class Vm(Ffi):
     def function(self, name: str, arguments: Sequence[Tensor]) -> Function:
         """A function of the library with its arguments bound, in order."""
         return Function(self, self.method(self._machine, name), name, arguments)
+
+    def watch(self, callback: Any) -> None:
+        """Have a ctypes callback called before and after every function that the machine calls from now on.
+
+        Its arguments are those of TVMFFISafeCallType: (unused, values, count, result). values: the function, its name
+        as RAW_STR, whether this is before, None or what it gave, then its own arguments.
+        """
+        made = self.function_of(callback, "a watching callback")
+        self.call(self.method(self._machine, "set_instrument"), "set_instrument", Value(FUNCTION, 0, made.value))
 
     def _start(self) -> Value:
         """Load the library and initialise its VM on the CPU, as relax.VirtualMachine does."""

@@ -1,19 +1,23 @@
-"""Parallel loops whose tasks are handed out one by one, to whichever thread is free.
+"""Parallel loops whose tasks may move to whichever thread is free, and otherwise stay in one piece a thread.
 
 TVM cuts a parallel loop into equal pieces, one a thread. Threads are not equal: another process takes one's CPU for a
-moment, or the other half of its core, and then all others wait at the end of every kernel.
+moment, or the other half of its core, and then all others wait at the end of every kernel. Tasks handed out one by one
+to whoever is free mend that, but neighbours then go to different threads: each thread's hardware prefetcher runs on
+into weights that another one reads, and starts anew at every task. Hence both: a thread does its own piece, from front
+to back, then what others have not begun.
 
-    for i in parallel(E): body(i)   ->   following = 0
-                                         for thread in parallel(min(E, MOST_THREADS)):
-                                             mine = take(following, E)
-                                             if mine < E:
-                                                 for i in serial(E):
-                                                     if i == mine: body(i); mine = take(following, E)
+    for i in parallel(E): body(i)   ->   taken[0..E-1] = 0
+                                         for first in parallel(E):
+                                             if not all_taken:
+                                                 for again in serial(2), i in serial(E):
+                                                     if (again or i >= first) and take(taken[i]): body(i)
+                                                 all_taken = 1
 
-A thread's tasks come in rising order, so that one pass over all numbers finds them; and i stays the variable of a loop,
-which TVM needs to see how large a task's buffers are. Whichever thread computes a task, the same operations give the
-same bits. TVM has no atomic addition for CPUs, LLVM has: `take` comes as LLVM IR, and is inlined. It gives E once
-nothing is left, and then only reads.
+A thread's first iteration stands at the front of its piece, and does all that it ever does; the others find nothing
+left. It runs upwards into what the next thread has begun, passes over that, and helps where tasks are free. i stays
+the variable of a loop, which TVM needs to see how large a task's buffers are. Whichever thread computes a task, the
+same operations give the same bits. TVM has no atomic exchange for CPUs, LLVM has: `take` comes as LLVM IR, and is
+inlined. It is 1 for the one that comes first.
 """
 
 from __future__ import annotations
@@ -23,45 +27,55 @@ from typing import Any
 import tvm
 from tvm import s_tir, tirx
 
-MOST_THREADS = 256
-LINE_WORDS = 16  # that many before and behind the counter: nothing else lies in its cache line
+LINE_BYTES = 64
 TAKE = "quern_take"
 IR = f"""
-define i32 @{TAKE}(ptr %next, i32 %end) {{
-  %seen = load atomic i32, ptr %next monotonic, align 4
-  %over = icmp sge i32 %seen, %end
-  br i1 %over, label %none, label %some
-some:
-  %mine = atomicrmw add ptr %next, i32 1 monotonic, align 4
+define i32 @{TAKE}(ptr %flag) {{
+  %seen = load atomic i8, ptr %flag monotonic, align 1
+  %free = icmp eq i8 %seen, 0
+  br i1 %free, label %try, label %over
+try:
+  %before = atomicrmw xchg ptr %flag, i8 1 monotonic, align 1
+  %first = icmp eq i8 %before, 0
+  %mine = zext i1 %first to i32
   ret i32 %mine
-none:
-  ret i32 %end
+over:
+  ret i32 0
 }}
 """
 
 
 def balanced(function: Any) -> Any:
-    """The scheduled PrimFunc, whose root block is one parallel loop from 0, with that loop's tasks handed out."""
+    """The scheduled PrimFunc, whose root block is one parallel loop from 0, with that loop's tasks free to move."""
     realize = function.body
     root = realize.block
     loop = root.body
     assert isinstance(loop, tirx.For) and loop.kind == tirx.ForKind.PARALLEL, "the root is no parallel loop"
-    following = tirx.decl_buffer((2 * LINE_WORDS,), "int32", "following", layout=None)
-    mine = tirx.decl_buffer((1,), "int32", "mine", layout=None)
-    end = loop.extent
-    place = tirx.call_intrin("handle", "tirx.address_of", tirx.BufferLoad(following, [LINE_WORDS]))
-    take = tirx.BufferStore(mine, tirx.call_extern("int32", TAKE, place, end), [0])
-    task = tirx.BufferLoad(mine, [0])
-    ours = tirx.IfThenElse(loop.loop_var.equal(task), tirx.SeqStmt([loop.body, take]), None)
-    search = tirx.For(loop.loop_var, 0, end, tirx.ForKind.SERIAL, ours)
-    working = tirx.SeqStmt([tirx.AllocBuffer(mine), take, tirx.IfThenElse(task < end, search, None)])
-    count = min(int(end), MOST_THREADS)
-    threads = tirx.For(tirx.Var("thread", "int32"), 0, count, tirx.ForKind.PARALLEL, working)
-    imported = tirx.AttrStmt(0, "pragma_import_llvm", tvm.ir.StringImm(IR), threads)
-    start = tirx.BufferStore(following, 0, [LINE_WORDS])
-    whole = tirx.SeqStmt([tirx.AllocBuffer(following), start, imported])
+    end = int(loop.extent)
+    # Behind the tasks' flags is the one that says that all are taken; a line on either side keeps others' data away.
+    lines = -(-(end + 1) // LINE_BYTES)
+    taken = tirx.decl_buffer(((1 + lines + 1) * LINE_BYTES,), "uint8", "taken", layout=None)
+    line = tirx.Var("line", "int32")
+    none, place = tirx.Broadcast(tirx.const(0, "uint8"), LINE_BYTES), tirx.Ramp((1 + line) * LINE_BYTES, 1, LINE_BYTES)
+    clear = tirx.For(line, 0, lines, tirx.ForKind.SERIAL, tirx.BufferStore(taken, none, [place]))
+    threads = tirx.AttrStmt(0, "pragma_import_llvm", tvm.ir.StringImm(IR), _threads(loop, taken))
+    whole = tirx.SeqStmt([tirx.AllocBuffer(taken), clear, threads])
     block = s_tir.SBlock(
         root.iter_vars, root.reads, root.writes, root.name_hint, whole, root.init, root.alloc_buffers,
         root.match_buffers, root.annotations,
     )  # fmt: skip
     return function.with_body(s_tir.SBlockRealize(realize.iter_values, realize.predicate, block))
+
+
+def _threads(loop: Any, taken: Any) -> Any:
+    """The parallel loop that a thread enters at the front of its piece."""
+    task, end = loop.loop_var, loop.extent
+    first, again = tirx.Var("first", "int32"), tirx.Var("again", "int32")
+    flag = tirx.call_intrin("handle", "tirx.address_of", tirx.BufferLoad(taken, [LINE_BYTES + task]))
+    free = tirx.call_extern("int32", TAKE, flag) > 0
+    ours = tirx.IfThenElse(tirx.any(again > 0, task >= first), tirx.IfThenElse(free, loop.body, None), None)
+    tasks = tirx.For(again, 0, 2, tirx.ForKind.SERIAL, tirx.For(task, 0, end, tirx.ForKind.SERIAL, ours))
+    all_taken, yes = tirx.BufferLoad(taken, [LINE_BYTES + end]), tirx.const(1, "uint8")
+    done = tirx.BufferStore(taken, yes, [LINE_BYTES + end])
+    working = tirx.IfThenElse(all_taken < yes, tirx.SeqStmt([tasks, done]), None)
+    return tirx.For(first, 0, end, tirx.ForKind.PARALLEL, working)

@@ -37,6 +37,9 @@ from schedules.storage import LANES, QUAD, Storage, Table
 CODES, SCALE = 3, 4  # argument positions of the weight; its zero or offset is next
 LEVEL_MAX = 127
 ROOMY_L1D_KIB = 48
+# Codes of a layer that one thread computes sooner than others are called and waited for (1.2 us on Zen 4): 98 KB from
+# the cache take 1.9 us by one thread and 2.4 by two.
+ALONE_BYTES = 1 << 17
 MOST_ACCUMULATORS = 32  # row blocks x tokens: beyond the vector registers of any instruction set here
 
 
@@ -135,23 +138,26 @@ def default_knobs(
     """The template's stated default for a shape: the ISA's measured choice, cut down to what divides the shape.
 
     One token: exactly the row blocks that lie beside each other, so that a task reads one stream. Prefetching it into
-    the second-level cache was better than into 32 KiB of the first (Zen 4: 34 against 25 GB/s); with 48 KiB (Sapphire
-    Rapids) the first level was the better place.
+    the second-level cache, where an instruction set asks for that, was better than into 32 KiB of the first (Zen 4: 34
+    against 25 GB/s); with 48 KiB (Sapphire Rapids) the first level was the better place.
     """
     steps = geometry.width // storage.inputs
     x = interleave(n, isa.KNOBS["row_blocks"])
+    roomy, ahead = (l1d_kib or 0) >= ROOMY_L1D_KIB, isa.KNOBS["prefetch_bytes"]
+    if storage.low < 8 and not roomy:
+        ahead = isa.KNOBS.get("packed_prefetch_bytes", ahead)
     gemm = "gemm_" if m > 1 else ""
     return {
         "row_blocks": _largest_divisor(x, isa.KNOBS["gemm_row_blocks"]) if m > 1 else x,
         "tokens": _largest_divisor(m, isa.KNOBS["gemm_tokens"]) if m > 1 else 1,
         "unroll": _largest_divisor(steps, isa.KNOBS[f"{gemm}unroll"]),
-        "prefetch_bytes": isa.KNOBS["prefetch_bytes"] if m == 1 else 0,
-        "prefetch_level": 1 if (l1d_kib or 0) >= ROOMY_L1D_KIB else 2,
+        "prefetch_bytes": ahead if m == 1 else 0,
+        "prefetch_level": 1 if roomy else 2,
     }
 
 
-def template(sch: Any, intrinsic: str, knobs: Mapping[str, Any], aligned: bool) -> None:
-    """Rows in parallel, then tokens, then spans; row_blocks x tokens accumulators stay in registers over a span.
+def template(sch: Any, intrinsic: str, knobs: Mapping[str, Any], aligned: bool, parallel: bool = True) -> None:
+    """Rows (in parallel), then tokens, then spans; row_blocks x tokens accumulators stay in registers over a span.
 
     `knobs` may hold integers or sampled random variables of a MetaSchedule trace; the trace has the same steps for all.
     """
@@ -160,7 +166,8 @@ def template(sch: Any, intrinsic: str, knobs: Mapping[str, Any], aligned: bool) 
     ibo, ibi = sch.split(ib, [None, knobs["row_blocks"]])
     imo, imi = sch.split(im, [None, knobs["tokens"]])
     sch.reorder(ibo, imo, s, ibi, imi, i)
-    sch.parallel(ibo)
+    if parallel:
+        sch.parallel(ibo)
 
     sch.compute_at(dot, s, preserve_unit_loops=True)
     _, _, _, dm, db, ds, j, *inner = sch.get_loops(dot)
@@ -209,16 +216,19 @@ def lower(request: Request) -> Kernel:
     sch = s_tir.Schedule(
         tvm.IRModule({"main": workload(m, n, geometry, storage, scale_dtype, residual, affine, levels, x)})
     )
+    on_x86 = request.target.arch == "x86_64"  # nobody has measured elsewhere what threads cost and bring
+    parallel = not on_x86 or m > 1 or n * k * storage.bits // 8 > ALONE_BYTES
     template(
         sch,
         isas.register(isa.NAME, storage, levels and levels[0], knobs["prefetch_bytes"], knobs["prefetch_level"]),
         knobs,
         aligned=n == blocks(n) * LANES,
+        parallel=parallel,
     )
     kind = request.attrs.get("grid", storage.name)
     name = f"linear_{kind}a8_{isa.NAME}_m{m}_n{n}_k{k}_g{group}_s{scale_dtype[5:]}{name_tail(affine, residual)}"
     func = sch.mod["main"]
-    if request.target.arch == "x86_64":  # nobody has measured it elsewhere
+    if on_x86 and parallel:
         func = balanced(func)
     return Kernel(name, func, weight_packings(CODES, n, geometry, storage, scale_dtype, affine, x))
 

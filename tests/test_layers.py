@@ -68,7 +68,8 @@ LAW: dict[str, set[str]] = {
         "targets", "tvm",
     },
     # The measured process is the device's runtime and nothing else; the peers' run in environments of their own.
-    "compiler.measure.bundle_process": {"numpy", "runtime"},
+    "compiler.measure.bundle_process": {"compiler.measure.kernel_clock", "numpy", "runtime"},
+    "compiler.measure.kernel_clock": {"runtime"},
     "compiler.measure.process": set(),
     "compiler.measure.gguf_model": {"compiler.checkpoint", "compiler.quant", "gguf", "numpy"},
     "compiler.measure.growth": {"compiler.measure", "matplotlib"},
@@ -87,6 +88,7 @@ LAW: dict[str, set[str]] = {
     },
     "compiler.measure.gpu_forecast_report": {"compiler.measure", "rich", "targets"},
     "compiler.measure.forecast_report": {"compiler.measure", "rich", "targets"},
+    "compiler.measure.profile_report": {"compiler.measure", "rich"},
     "compiler.measure.speed_report": {"compiler.measure", "rich"},
     "compiler.measure.shape_bundle": {
         "compiler.measure", "compiler.models", "compiler.pipeline", "compiler.progress", "targets",

@@ -67,6 +67,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     more = parser.add_argument_group("more")
     more.add_argument("--perplexity", type=Path, metavar="TEXT", help="with BUNDLE: perplexity on a text file, too")
     more.add_argument("--windows", type=int, metavar="N", help="windows of 256 tokens of it, at most (default: all)")
+    more.add_argument(
+        "--profile", action="store_true",
+        help="where a decoded token and a prompt spend their time, kernel by kernel, instead of their speed alone",
+    )  # fmt: skip
     more.add_argument("--growth", choices=GROWTH, help="a table over one of these instead of a single workload")
     more.add_argument("--growth-values", metavar="V,V", help="its points (default: a fixed list)")
     more.add_argument("--plot", type=Path, metavar="FILE", help="with --growth: draw it, .svg or .png")
@@ -131,7 +135,9 @@ def run(options: argparse.Namespace) -> int:
         setup = replace(setup, work=_fitting(path, setup.work))
         found: list[dict[str, object]] = []
         for threads in options.threads:
-            if peers or options.perplexity:
+            if options.profile:
+                found += _profile(options, path, target, setup.work, threads)
+            elif peers or options.perplexity:
                 found += _beside(options, path, setup, peers, threads)
             else:
                 found += _alone(options, path, target, setup.work, threads)
@@ -188,6 +194,13 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("--growth builds models of its own: give a --shape, or nothing, instead of a BUNDLE.")
     if options.cost == "model" and options.shape is None:
         raise UserError("--cost model compiles a shape for its target: give a --shape, not a BUNDLE.")
+    if options.profile:
+        others = {
+            "--against": options.against, "--growth": options.growth, "--perplexity": options.perplexity,
+            "--host": options.host, "--board": options.board, "--cost model": options.cost == "model",
+        }  # fmt: skip
+        if wrong := [other for other, value in others.items() if value]:
+            raise UserError(f"--profile times kernels on this machine and nothing else: leave it or {wrong[0]} out.")
     if options.kv_cache is not None and (options.bundle is not None or options.cost == "model"):
         raise UserError("--kv-cache goes with a --shape that is measured: a BUNDLE has its own, --cost model none.")
     low = {"prompt_tokens": 1, "decode_tokens": 1, "rounds": 1, "group_size": 1, "context": 0, "windows": 2}
@@ -264,6 +277,17 @@ def _alone(
     if not options.json:
         speed_report.alone(measured, work)
     return [record]
+
+
+def _profile(
+    options: argparse.Namespace, path: Path, target: Target, work: Workload, threads: int | None
+) -> list[dict[str, object]]:
+    from compiler.measure import profile, profile_report
+
+    found = profile.measure(path, target, work, threads)
+    if not options.json:
+        profile_report.show(found, work)
+    return [{**found.record(), **asdict(work), **_where(options)}]
 
 
 def _on_gpu(path: Path) -> bool:

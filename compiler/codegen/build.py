@@ -9,6 +9,7 @@ from typing import Any
 import tvm
 from tvm import relax
 
+from compiler.codegen.share_tensors import share_tensors
 from targets import Target
 
 PAGE_BYTES = 4096  # TVM's pooled allocator hands out whole pages
@@ -26,7 +27,7 @@ def compile_module(mod: tvm.IRModule, target: Target) -> Compiled:
     """Plan memory and generate code. Needs stage `scheduled`."""
     machine = tvm.target.Target(target.tvm_target())
     with machine, tvm.transform.PassContext(opt_level=3):
-        planned = tvm.transform.Sequential(
+        whole = tvm.transform.Sequential(
             [
                 relax.transform.ToNonDataflow(),
                 relax.transform.RemovePurityChecking(),
@@ -34,10 +35,10 @@ def compile_module(mod: tvm.IRModule, target: Target) -> Compiled:
                 relax.transform.StaticPlanBlockMemory(),
             ]
         )(mod)
+        planned = share_tensors(whole)
         lowering = tvm.transform.Sequential(
             [
                 relax.transform.LowerAllocTensor(),
-                relax.transform.KillAfterLastUse(),
                 relax.transform.LowerRuntimeBuiltin(),
                 relax.transform.ComputePrimValue(),
                 relax.transform.VMShapeLower(),

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from compiler.measure.kernel_clock import KernelClock
 from runtime.bench import Timed
 from runtime.bundle import Bundle, open_bundle
 from runtime.device import peak_rss_mib
@@ -30,6 +31,7 @@ class Measured:
         self._bundle, self._session = bundle, Session(bundle, threads, timed=True)
         self._timed = Timed(self._session)
         self._plain: Session | None = None
+        self._watched: tuple[Timed, KernelClock] | None = None
         self._readers: list[Callable[[], object]] = []
         self._read_bytes = 0
 
@@ -95,6 +97,19 @@ class Measured:
     def decode(self, context: int, tokens: int) -> dict[str, Any]:
         """`tokens` tokens one by one, after `context` others, whose part in the cache is filled only once."""
         return {"seconds": self._timed.decode(context, tokens)}
+
+    def kernels_of(self, work: str, **amount: int) -> dict[str, Any]:
+        """`decode` or `prefill` of that amount in a session whose kernels are timed one by one: see KernelClock."""
+        if self._watched is None:
+            session = Session(self._bundle, self._session.threads, self._session.tiles)
+            self._watched = Timed(session), KernelClock(session.machine.vm, session.machine.tensors)
+            self._watched[0].decode(0, 1)
+        timed, clock = self._watched
+        if work == "decode":
+            timed.decode(amount["context"], 1)  # what lies before these tokens is in the cache then
+        clock.take()
+        seconds = getattr(timed, work)(**amount)
+        return {"seconds": seconds, **clock.take()}
 
     def reader(self, library: str, names: list[str], nbytes: int) -> dict[str, Any]:
         """Load the functions that only read (read_bandwidth.py wrote them) and run each once, as warming up."""

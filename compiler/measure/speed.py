@@ -56,14 +56,18 @@ class Speed:
 
 def weight_bytes_per_token(manifest: Manifest) -> int:
     """What `decode` must read: its weights, but of the embedding one row and of the rotary table one row."""
-    sizes = {w.name: w for w in manifest.weights.tensors}
-    total = 0
-    for name in manifest.functions["decode"].inputs:
-        if name in sizes:
-            weight = sizes[name]
-            by_row = name.partition(".")[0] in ("embedding", "rope")
-            total += weight.nbytes // weight.shape[0] if by_row else weight.nbytes
-    return total
+    sizes = bytes_read(manifest, 1)
+    return sum(sizes.get(name, 0) for name in manifest.functions["decode"].inputs)
+
+
+def bytes_read(manifest: Manifest, tokens: int) -> dict[str, int]:
+    """What a call of `tokens` tokens must read of each weight: all of it, of tables by row one row a token."""
+    sizes = {}
+    for weight in manifest.weights.tensors:
+        by_row = weight.name.partition(".")[0] in ("embedding", "rope")
+        row = weight.nbytes // weight.shape[0]
+        sizes[weight.name] = min(tokens * row, weight.nbytes) if by_row else weight.nbytes
+    return sizes
 
 
 class QuernSide(Timed):

@@ -105,15 +105,18 @@ class Worker:
             "file": ARGUMENTS, "arguments": arguments, "least_bytes": least_bytes, "most_copies": MOST_COPIES,
             "outs": [{"shape": out.shape, "dtype": out.dtype} for out in request.outs], "canaries": shared.name,
         }  # fmt: skip
-        rotated = self._json("open", json.dumps(spec)).get("rotated_bytes")
+        opened = self._json("open", json.dumps(spec))
+        rotated, pages = opened.get("rotated_bytes"), opened.get("page_kib")
         if not isinstance(rotated, int) or rotated < 0:
             raise self._lost("it gave no size of the rotated weights")
+        if not isinstance(pages, (int, type(None))):
+            raise self._lost("it gave no size of its pages")
         workload = Workload(request, made, library, [], 0)
         workload.reference = self._run(workload, library)
         if not all(np.isfinite(out).all() for out in workload.reference if out.dtype.kind == "f"):
             raise self._lost("the default kernel gave results there that are no numbers")
         self._workload = workload
-        return {"rotated_bytes": rotated, "bytes_per_call": made.bytes_per_call}
+        return {"rotated_bytes": rotated, "bytes_per_call": made.bytes_per_call, "page_kib": pages}
 
     def prepare(self, knobs: Mapping[str, int]) -> int:
         """Link a candidate, have it run there, and compare; gives its number for `time`.

@@ -5,7 +5,6 @@ TVM_NUM_THREADS is set by whoever starts it. Commands: `open`, `prepare`, `time`
 
 from __future__ import annotations
 
-import mmap
 import os
 import statistics
 import sys
@@ -56,10 +55,8 @@ class Workload:
 
 
 def arena(nbytes: int) -> np.ndarray:
-    """Fresh memory in pages of 4 KiB, as a mapped weights file has them on most kernels (runtime/bundle.py)."""
-    area = mmap.mmap(-1, nbytes)
-    area.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(area, np.uint8)
+    """Fresh memory in pages as a mapped weights file would have them."""
+    return np.frombuffer(timing.memory(nbytes), np.uint8)
 
 
 def open_workload(request: Request, default: Mapping[str, int], least_bytes: int) -> Workload:
@@ -146,11 +143,12 @@ class Worker:
     def __init__(self) -> None:
         self.workload: Workload | None = None
 
-    def open(self, request: Request, default: Mapping[str, int], least_bytes: int) -> dict[str, float]:
+    def open(self, request: Request, default: Mapping[str, int], least_bytes: int) -> dict[str, Any]:
         """Take up a workload; the one before is forgotten."""
         self.workload = None
         self.workload = open_workload(request, default, least_bytes)
-        return {"rotated_bytes": self.workload.rotated_bytes, "bytes_per_call": self.workload.bytes_per_call}
+        rotated, one = self.workload.rotated_bytes, self.workload.bytes_per_call
+        return {"rotated_bytes": rotated, "bytes_per_call": one, "page_kib": timing.page_kib(rotated)}
 
     def prepare(self, knobs: Mapping[str, int]) -> int:
         """See `prepare`."""

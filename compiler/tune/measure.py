@@ -109,7 +109,8 @@ class Batch:
     """What was measured together: a timing for every candidate, the default's, the reader's GB/s by round.
 
     foreign: share of the processors' time that other processes took. spins: seconds of the canary that counts clock
-    cycles; throttled: the firmware held the clock down. Both come from boards alone.
+    cycles; throttled: the firmware held the clock down. Both come from boards alone. page_kib: of the weights' memory,
+    None where the device does not tell.
     """
 
     timings: list[Timing]
@@ -120,6 +121,7 @@ class Batch:
     foreign: float = 0.0
     spins: tuple[float, ...] = ()
     throttled: bool = False
+    page_kib: int | None = None
 
 
 class Measurer(Protocol):
@@ -347,6 +349,7 @@ class WorkerMeasurer:
         return Batch(
             timings, default, answer["reads"], int(self._size["rotated_bytes"]), self._size["bytes_per_call"],
             answer["foreign"], tuple(answer["spins"]), bool(answer.get("throttled")),
+            self._size["page_kib"],
         )  # fmt: skip
 
 

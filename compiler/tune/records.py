@@ -45,6 +45,8 @@ COMMON: dict[str, Any] = {  # in every line, key -> what it must be
 }  # fmt: skip
 GPU: dict[str, Any] = {"gpu": dict}  # in every line about a schedule of schedules/cuda/, beside COMMON
 GPU_SCHEDULES = "cuda."
+# What a line may have: pages of the weights' memory. Lines that were made before it said so were timed in 4 KiB.
+OPTIONAL: dict[str, Any] = {"page_kib": int}
 KINDS: dict[str, dict[str, Any]] = {
     # seconds: median, min, max of all calls; speedup: default's time / this one's, round by round
     "trial": {"seconds": _SPREAD, "runs": int, "speedup": _SPREAD, "gb_s": _NUMBER, "gmac_s": _NUMBER,
@@ -299,6 +301,7 @@ def _check(record: Any, key: str) -> None:
     wanted = COMMON | (MODEL_KINDS if record.get("measured") == MODEL else KINDS)[kind]
     if str(record.get("schedule")).startswith(GPU_SCHEDULES):
         wanted |= GPU
+    wanted |= {name: want for name, want in OPTIONAL.items() if name in record and record.get("measured") != MODEL}
     if odd := sorted(set(record) ^ set(wanted)):
         raise ValueError(f"unknown key {odd[0]!r}" if odd[0] in record else f"key {odd[0]!r} is missing")
     for name, want in wanted.items():

@@ -281,6 +281,7 @@ def _figures(task: Task, batch: Batch, timing: Timing) -> dict[str, Any]:
         "gmac_s": _short(task.space.macs / median / 1e9),
         "read_gb_s": _short(statistics.median(batch.reads)),
         "rotated_bytes": batch.rotated_bytes,
+        **({} if batch.page_kib is None else {"page_kib": batch.page_kib}),
     }
 
 

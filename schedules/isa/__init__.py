@@ -1,7 +1,8 @@
 """Integer dot products per instruction set: one file each, found by walking this folder.
 
 All files implement the same description (`describe`), so one template serves every instruction set. A file states
-`NAME`, `NEEDS` (LLVM feature names), `RANK` (higher wins), `KNOBS` (its measured defaults), `VECTOR` (32-bit lanes of
+`NAME`, `NEEDS` (LLVM feature names), `RANK` (higher wins), `KNOBS` (its measured defaults; perhaps
+`packed_prefetch_bytes` for codes below 8 bits and a small first-level cache), `VECTOR` (32-bit lanes of
 one register), `TABLE_ZERO` and `step`, the few instructions that are really its own.
 """
 

@@ -44,6 +44,8 @@ from compiler.__main__ import main
          "--kv-cache goes with a --shape that is measured: a BUNDLE has its own, --cost model none."),
         (["--shape", "a72-count", "--target", "rpi4", "--cost", "model", "--kv-cache", "int8"],
          "--kv-cache goes with a --shape that is measured: a BUNDLE has its own, --cost model none."),
+        (["story", "--profile", "--perplexity", "x.txt"],
+         "--profile times kernels on this machine and nothing else: leave it or --perplexity out."),
         (["story", "--cost", "model"], "--cost model compiles a shape for its target: give a --shape, not a BUNDLE."),
         (["--shape", "a72-count", "--target", "rpi"],
          "There is no target 'rpi'. Did you mean 'rpi5'? Known targets: native, aarch64, cuda-sm53, cuda-sm72, "

@@ -8,33 +8,22 @@ from pathlib import Path
 import pytest
 
 import targets
-from compiler import pipeline
 from compiler.__main__ import main
 from compiler.errors import UserError
 from compiler.measure import bundle_process, speed
 from compiler.measure.speed import Spread
-from compiler.progress import Reporter
 from runtime.bundle import Bundle, open_bundle
 from runtime.session import Session
+from tests.measure.conftest import CONTEXT
 from tests.runtime import tiny
 
-REPO = Path(__file__).parents[2]
 NATIVE = targets.load("native")
-CONTEXT = 32
 
 
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """With more, the runtime would pin the test process to a CPU."""
     monkeypatch.setenv("TVM_NUM_THREADS", "1")
-
-
-@pytest.fixture(scope="module")
-def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    bundle = tmp_path_factory.mktemp("speed") / "bundle"
-    request = pipeline.Request(bundle, NATIVE, bits=4, context=CONTEXT, chunks=(16,))
-    pipeline.build(REPO / "tests" / "models" / "stories260k", request, Reporter(quiet=True))
-    return bundle
 
 
 def test_spread_by_hand() -> None:

@@ -204,7 +204,7 @@ def test_a_session_gives_everything_back(toy: Path) -> None:
     """No cycles: the machine and the tensors die with the session, the views that are still held do not."""
     session = Session(open_bundle(toy), threads=1)
     logits = session.prefill(IDS[:5])
-    machine = weakref.ref(session.machine._vm)
+    machine = weakref.ref(session.machine.vm)
     del session
     assert machine() is None
     assert np.array_equal(logits, tiny.reference(IDS[:5])[-1])

@@ -16,11 +16,12 @@ from compiler.quant.reference import matmul_int8, quantize_activations
 from schedules import isa as isas
 from schedules import linear_int8
 from schedules.geometry import Geometry
+from schedules.kernel import TensorSpec
 from schedules.packed import blocks
 from schedules.storage import choose
 from targets import features
 from tests.emulator import x86
-from tests.schedules.kernels import ARM, AVX2, NATIVE, assert_no_heap
+from tests.schedules.kernels import ARM, AVX2, NATIVE, assert_no_heap, request
 from tests.schedules.linears import (
     ISAS,
     Layer,
@@ -320,3 +321,15 @@ def test_on_a_raspberry_pi_4_every_product_is_vector_code(bits: int, scale: str,
 def test_the_generic_kernel_needs_no_feature() -> None:  # so that every target has a kernel
     assert [isa.NAME for isa in ISAS if not isa.NEEDS] == ["generic"]
     assert isas.choose(replace(AVX2, features=())).NAME == "generic"
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "target", "threads"),
+    [(1, 1024, AVX2, False), (1, 1040, AVX2, True), (2, 64, AVX2, True), (1, 64, ARM, True)],
+    ids=lambda value: str(getattr(value, "name", value)),
+)
+def test_threads_are_called_where_they_pay(m: int, n: int, target: Any, threads: bool) -> None:
+    """128 KiB of codes, 1024 rows of 256 inputs in 4 bits, are computed by one thread; elsewhere nobody has looked."""
+    args = zeros(Shape(4, m, n, 256, 64, "float16", False))
+    asked = request("quern.linear_int8", args, [TensorSpec((m, n), "float32")], target, bits=4, group=64)
+    assert ("T.parallel" in linear_int8.lower(asked).func.script()) is threads

@@ -57,7 +57,7 @@ def message(folder: Path) -> str:
 
 
 def test_reads_what_it_appends(tmp_path: Path) -> None:
-    path = database(tmp_path, trial(), trial(knobs={"rows": 1, "ahead": 0}))
+    path = database(tmp_path, trial(), trial(knobs={"rows": 1, "ahead": 0}, page_kib=2048))
     assert path == tmp_path / "mill" / "tune.jsonl"
     found = Database.read(tmp_path, "mill")
     assert found.records == [json.loads(line) for line in path.read_text().splitlines()]
@@ -99,6 +99,7 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
         ({k: v for k, v in trial().items() if k != "cpu"}, "key 'cpu' is missing"),
         (trial(threads=True), "threads is True"),
         (trial(runs=-1), "runs is -1"),
+        (trial(page_kib="4"), "page_kib is '4'"),
         (trial(knobs={"rows": 1.5}), "knobs must have integers only"),
         (trial(seconds=1.0), "seconds must have median, min and max"),
         (trial(seconds={"median": 1.0, "min": 2.0, "max": 3.0}), "seconds must have 0 < min <= median <= max"),

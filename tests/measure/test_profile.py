@@ -1,0 +1,84 @@
+"""The profile of a small bundle: every byte of weights is in some kernel's row, and rows and rest make the whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import targets
+from compiler.__main__ import main
+from compiler.errors import UserError
+from compiler.measure import profile
+from compiler.measure.compare import Workload
+from compiler.measure.profile import Round, multiply_adds
+from runtime.bundle import read_manifest
+from tests.runtime import tiny
+
+NATIVE = targets.load("native")
+LAYERS, HEAD_DIM = 5, 8
+
+
+def test_rows_and_rest_make_the_whole(stories: Path) -> None:
+    found = profile.measure(stories, NATIVE, Workload(16, 4, 2, 3), threads=1)
+    decode, prefill = found.phases
+    rows = {row.kernel.partition("_m1_")[0]: row for row in decode.rows}
+    assert {name.partition("_w")[0].partition("_float")[0]: row.calls for name, row in rows.items() if "linear" not in
+            name} == {"attention": 5, "embedding": 1, "quantize": 5, "rms_norm_quantize": 11, "rope_append": 5,
+                      "swiglu_quantize": 5}  # fmt: skip
+    assert sum(row.calls for row in decode.rows if row.kernel.startswith("linear")) == 4 * LAYERS + 1
+    # The rotary table's row is read in every layer, and counts once in what a token must read: HEAD_DIM floats.
+    read = sum(row.calls * row.nbytes for row in decode.rows)
+    assert read - (LAYERS - 1) * 4 * HEAD_DIM == found.weight_bytes_per_token
+    # One more call than kernels of the prompt itself: the head.
+    assert sum(row.calls for row in prefill.rows) == sum(row.calls for row in decode.rows)
+    for phase in found.phases:
+        assert 0 < phase.clock_us < 50
+        assert all(row.us.min <= row.us.median <= row.us.max and row.ms > 0 for row in phase.rows)
+
+
+def test_a_table_by_hand(stories: Path) -> None:
+    """Two rounds of two tokens: 3 and 5 us a call of a kernel that reads a layer's qkv, 128 rows of 64 inputs."""
+    kernel, manifest = "linear_w4a8_isa_m1_n128_k64_g64_s16", read_manifest(stories)
+    sizes = {w.name: w.nbytes for w in manifest.weights.tensors}
+    codes = next(name for name in sizes if sizes[name] == 128 * 32 and name.startswith("layers.0."))
+    made = [
+        Round(2, 10e-6, read, clock, {kernel: [taken] * 4}, {kernel: [codes]})
+        for read, clock, taken in ((20.0, 700, 3000), (10.0, 900, 5000))
+    ]
+    found = profile.phase("decode", made, manifest, 1)
+    (row,) = found.rows
+    assert (row.calls, row.us.median, row.us.min, row.us.max, row.ms) == (2, 4, 3, 5, 0.008)
+    assert row.share == pytest.approx(0.8)
+    assert row.nbytes == 4096
+    assert (row.gb_s, row.of_ceiling) == (None, None), "too few bytes to speak of streaming"
+    assert row.gmac_s == pytest.approx(128 * 64 / 4e-6 / 1e9)
+    assert [found.ms.median, found.other_ms.median, found.clock_us] == pytest.approx([0.01, 0.002, 0.8])
+
+
+def test_multiply_adds_by_name() -> None:
+    assert multiply_adds("linear_w4a8_avx512_vnni_m16_n2560_k2048_g128_s16_symmetric_residual", 9) == 16 * 2560 * 2048
+    attention = "attention_float16_m1_h32_kv4_d64_c2048_x1_25em01_t1b128k8x1v4x4p1"
+    assert multiply_adds(attention, 100.5) == 2 * 32 * 64 * 100.5
+    assert multiply_adds("rope_append_float16_m1_h32_kv4_d64_p2048_c2048", 9) == 0
+
+
+def test_the_verb(stories: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    options = ["--profile", "--rounds", "1", "--prompt-tokens", "16", "--decode-tokens", "2", "--context", "4"]
+    assert main(["bench", str(stories), *options, "--threads", "1", "--record", str(tmp_path / "r.jsonl")]) == 0
+    out, _ = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[0].startswith("a token decoded after 4: ") and lines[1].split()[:2] == ["kernel", "calls"]
+    assert sum(line.startswith("virtual machine, Python, between kernels") for line in lines) == 2
+    assert "read ceiling" in lines[-1] and "which are subtracted" in lines[-1]
+    record = json.loads((tmp_path / "r.jsonl").read_text())
+    assert sorted(record["profile"]) == ["decode", "prefill"] and record["threads"] == 1
+    assert record["profile"]["decode"]["rows"][0]["ms"] >= record["profile"]["decode"]["rows"][-1]["ms"]
+
+
+def test_weights_too_few_to_time(tmp_path: Path) -> None:
+    tiny.build(tmp_path / "toy")
+    with pytest.raises(UserError) as caught:
+        profile.measure(tmp_path / "toy", NATIVE, Workload(4, 4, 1, 1), 1)
+    assert str(caught.value) == f"{tmp_path / 'toy'}: its 1536 bytes of weights are too few to time reading them."
