@@ -29,6 +29,7 @@ from tvm.script.ir_builder import tirx as T
 from schedules import isa as isas
 from schedules import storage as storages
 from schedules.balance import balanced
+from schedules.counted import marks
 from schedules.geometry import Geometry
 from schedules.kernel import Kernel, Request, Space
 from schedules.packed import affine_of, blocks, factors_of, interleave, name_tail, weight_packings
@@ -150,8 +151,10 @@ def default_knobs(
     }
 
 
-def template(sch: Any, intrinsic: str, knobs: Mapping[str, Any], aligned: bool) -> None:
+def template(sch: Any, intrinsic: str, knobs: Mapping[str, Any], aligned: bool, many: bool) -> None:
     """Rows in parallel, then tokens, then spans; row_blocks x tokens accumulators stay in registers over a span.
+
+    aligned: the rows fill their blocks. many: for more than one token.
 
     `knobs` may hold integers or sampled random variables of a MetaSchedule trace; the trace has the same steps for all.
     """
@@ -161,6 +164,9 @@ def template(sch: Any, intrinsic: str, knobs: Mapping[str, Any], aligned: bool) 
     imo, imi = sch.split(im, [None, knobs["tokens"]])
     sch.reorder(ibo, imo, s, ibi, imi, i)
     sch.parallel(ibo)
+    if many:
+        for key, value in marks(knobs["tokens"]).items():
+            sch.annotate(imo, key, value)
 
     sch.compute_at(dot, s, preserve_unit_loops=True)
     _, _, _, dm, db, ds, j, *inner = sch.get_loops(dot)
@@ -214,6 +220,7 @@ def lower(request: Request) -> Kernel:
         isas.register(isa.NAME, storage, levels and levels[0], knobs["prefetch_bytes"], knobs["prefetch_level"]),
         knobs,
         aligned=n == blocks(n) * LANES,
+        many=m > 1,
     )
     kind = request.attrs.get("grid", storage.name)
     name = f"linear_{kind}a8_{isa.NAME}_m{m}_n{n}_k{k}_g{group}_s{scale_dtype[5:]}{name_tail(affine, residual)}"

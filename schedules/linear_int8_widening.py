@@ -28,6 +28,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from schedules import filled_bytes, vector
+from schedules.counted import marks
 from schedules.geometry import Geometry
 from schedules.isa import broadcast_table
 from schedules.kernel import Kernel, NotSuited, Request, Space
@@ -372,7 +373,7 @@ def kernel(layer: Layer, name: str) -> Any:
                 if m == layer.tokens:
                     _Tile(layer, buffers, block, T.int32(0)).emit()
                 else:
-                    with T.serial(m // layer.tokens) as tile:
+                    with T.serial(m // layer.tokens, annotations=marks(layer.tokens)) as tile:
                         _Tile(layer, buffers, block, tile * layer.tokens).emit()
     return builder.get()
 
