@@ -137,7 +137,8 @@ def default_knobs(
 
     One token: exactly the row blocks that lie beside each other, so that a task reads one stream. Prefetching it into
     the second-level cache was better than into 32 KiB of the first (Zen 4: 34 against 25 GB/s); with 48 KiB (Sapphire
-    Rapids) the first level was the better place.
+    Rapids) the first level was the better place. Many tokens: a tile takes one block of those beside each other, which
+    no hardware prefetcher follows; with few real rows the weights' way from memory is what a call waits for.
     """
     steps = geometry.width // storage.inputs
     x = interleave(n, isa.KNOBS["row_blocks"])
@@ -146,8 +147,8 @@ def default_knobs(
         "row_blocks": _largest_divisor(x, isa.KNOBS["gemm_row_blocks"]) if m > 1 else x,
         "tokens": _largest_divisor(m, isa.KNOBS["gemm_tokens"]) if m > 1 else 1,
         "unroll": _largest_divisor(steps, isa.KNOBS[f"{gemm}unroll"]),
-        "prefetch_bytes": isa.KNOBS["prefetch_bytes"] if m == 1 else 0,
-        "prefetch_level": 1 if (l1d_kib or 0) >= ROOMY_L1D_KIB else 2,
+        "prefetch_bytes": isa.KNOBS[f"{gemm}prefetch_bytes"],
+        "prefetch_level": 1 if m == 1 and (l1d_kib or 0) >= ROOMY_L1D_KIB else 2,
     }
 
 
@@ -254,7 +255,7 @@ def space(request: Request) -> Space:
         "row_blocks": dividing(blocks(n), 1, 2, 4, 8, 16),
         "tokens": dividing(m, 1, 2, 4, 8, 16) if m > 1 else (),
         "unroll": dividing(geometry.width // storage.inputs, 1, 2, 4, 8, 16),
-        "prefetch_bytes": (0, 512, 1024, 2048, 4096) if m == 1 else (0, 1024),
+        "prefetch_bytes": (0, 512, 1024, 2048, 4096) if m == 1 else (0, 8192, 16384, 24576),
         "prefetch_level": (1, 2),
     }
     kind = request.attrs.get("grid", affine)

@@ -22,7 +22,7 @@ from compiler.measure.instructions import Cost, Type
 from compiler.passes.lower_to_schedules import lower_to_schedules
 from targets import Target
 
-CHUNK = 16  # prompt tokens of the call that is counted
+CHUNK = 16  # prompt tokens of the call that is counted: more, up to 128, cost as much each, and qemu as much longer
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def report(shape: str, bits: int, group_size: int, head_bits: int, context: int,
     room = min(limit, max(2048, context + CHUNK))
     if context + CHUNK > room:
         raise UserError(f"--context is {context}, but {shape} has {limit} positions: leave {CHUNK} for the prompt.")
-    request = pipeline.Request(Path(), target, head_bits=head_bits, context=room, chunks=(CHUNK,))
+    request = pipeline.Request(Path(), target, head_bits=head_bits, context=room)
     model = models.build(shapes.config(shape), source.describe, pipeline.model_options(request))
     lowered = lower_to_schedules(pipeline.fuse(model.graph.module(), request), target)
     macs = {f"{w.name}.codes": w.type.n * w.type.k for w in model.weights if isinstance(w, Linear)}
@@ -55,8 +55,8 @@ def report(shape: str, bits: int, group_size: int, head_bits: int, context: int,
         (code,) = (m for m in compiled.executable.mod.imports if m.kind == "llvm")
         program = instructions.link(lowered.mod, code, target, Path(folder) / "program")
         decode, prefill = (
-            instructions.measure(program, lowered.mod, name, macs, context, modelled)
-            for name in ("decode", f"prefill_{CHUNK}")
+            instructions.measure(program, lowered.mod, name, macs, context, tokens, modelled)
+            for name, tokens in (("decode", 1), (f"prefill_{max(request.prompt_tokens)}", CHUNK))
         )
     inputs = instructions.steps(lowered.mod, "decode").inputs
     weights = _bytes({name: t for name, t in inputs.items() if not _cached(name)})
