@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from compiler.measure.instructions import Cost, Type
 from compiler.passes.lower_to_schedules import lower_to_schedules
 from targets import Target
 
-CHUNK = 16  # prompt tokens of the call that is counted: more, up to 128, cost as much each, and qemu as much longer
+CHUNK = 16  # prompt tokens that are counted; each of a call of 128 costs as much, and reads weights for an eighth
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,11 @@ def report(shape: str, bits: int, group_size: int, head_bits: int, context: int,
     if modelled and forecast.known(target):
         parallel = parallel_kernels(lowered.mod)
         read = token + caches * context // room
-        one, many = _work(decode, parallel, read), _work(prefill, parallel, read)
+        one, part = _work(decode, parallel, read), _work(prefill, parallel, read)
+        share = max(request.prompt_tokens) // CHUNK
+        many = replace(
+            part, tokens=CHUNK * share, shared_cycles=part.shared_cycles * share, own_cycles=part.own_cycles * share
+        )
         made = forecast.forecast(one, many, weights + caches + compiled.activation_bytes, weights, target)
     return Report(decode, prefill, token, llvm, made)
 
