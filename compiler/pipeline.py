@@ -397,9 +397,12 @@ def _manifest(
         library=LIBRARY,
         functions={
             f.name: manifest.Function(
-                f.tokens, f.inputs, manifest.TensorType("float32", f.shape), code.tiled.get(f.name),
+                f.tokens,
+                f.inputs,
+                manifest.TensorType("float32", f.shape),
+                code.tiled.get(f.name),
                 (request.counted and f.tokens > 1) or None,
-            )  # fmt: skip
+            )
             for f in model.graph.functions
         },
         caches=tuple(caches),

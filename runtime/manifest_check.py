@@ -228,7 +228,7 @@ class Checker:
             self.fail(f"{key}.tiled is {function.tiled!r}, but only {name + '_amx'!r} is known")
         if function.counted not in (None, True) or (function.counted and tokens == 1):
             self.fail(f"{key}.counted is {function.counted!r}, but only functions of several tokens have it, as true")
-        own = HEAD_INPUTS if name.startswith("head_") else STEP_INPUTS
+        own: tuple[str, ...] = HEAD_INPUTS if name.startswith("head_") else STEP_INPUTS
         if function.counted and "span" not in own:
             own += ("span",)
         self.unique(f"{key}: input", function.inputs)

@@ -104,5 +104,5 @@ def _reading(root: Any, span: Any) -> Any:
 
 
 def _block(block: Any, **changed: Any) -> Any:
-    fields = ("iter_vars", "reads", "writes", "name_hint", "body", "init", "alloc_buffers", "match_buffers", "annotations")
-    return s_tir.SBlock(*(changed.get(name, getattr(block, name)) for name in fields))
+    names = ("iter_vars", "reads", "writes", "name_hint", "body", "init", "alloc_buffers", "match_buffers")
+    return s_tir.SBlock(*(changed.get(name, getattr(block, name)) for name in (*names, "annotations")))

@@ -113,7 +113,7 @@ def measure(
     program: Program, mod: tvm.IRModule, function: str, macs: Mapping[str, int], context: int, tokens: int,
     cycles_too: bool = True,
 ) -> Cost:  # fmt: skip
-    """One call of `function` for `tokens` after `context` others, weights all zero. macs: of one token, by parameter."""
+    """One call of `function` for `tokens` after `context` others, weights all zero. macs: a token's, by parameter."""
     found = steps(mod, function)
     span = np.array([context, tokens], "int32")
     tensors: dict[str, np.ndarray | Type] = {**found.inputs, **found.results, "span": span}

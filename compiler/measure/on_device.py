@@ -22,8 +22,8 @@ from compiler.progress import Reporter
 from runtime.bundle import read_manifest
 from targets import Target
 
-
 COUNTED = 16  # prompt tokens that are counted on the emulated board, where a call takes any number
+
 
 @dataclass(frozen=True)
 class Device:
@@ -47,8 +47,9 @@ class Modelled:
 def model(bundle: Path, work: Workload, max_mhz: int | None, report: Reporter) -> Modelled:
     """Count on the emulated board. max_mhz: the clock of the device at hand, if it is known; else the target's.
 
-    The prompt is counted in the bundle's shortest prompt call, or one of COUNTED tokens where a call takes any number, in
-    the middle of the prompt; the weights are read once for each of its longest. Raises UserError: no emulator, no llvm-mca, a bundle for something else.
+    The prompt is counted in the bundle's shortest prompt call, or one of COUNTED tokens where a call takes any number,
+    in the middle of the prompt; the weights are read once for each of its longest. Raises UserError: no emulator, no
+    llvm-mca, a bundle for something else.
     """
     manifest = read_manifest(bundle)
     bundle_cost.require(bundle, manifest, report.line)

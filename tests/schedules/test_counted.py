@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,8 @@ M, N, K, SPANS, CAPACITY, PAST = 128, 40, 192, 3, 160, 7
 REAL = (1, 5, 17, 127)
 MOST_TILE = 32  # tokens of the largest tile of any family: no row beyond the last real one's tile is written
 UNTOUCHED = 77
-I8MM = stand_in(neon_i8mm)
+ISAS: dict[str, Any] = {"neon_dotprod": neon_dotprod, "neon_i8mm": neon_i8mm}
+DOTPROD, I8MM = stand_in(ISAS["neon_dotprod"]), stand_in(ISAS["neon_i8mm"])
 
 
 def f32(*shape: int) -> TensorSpec:
@@ -155,7 +155,7 @@ def test_some_rows_of_a_kernel(case: str, tmp_path: Path) -> None:
         ("linear_int8", AVX2, None, "avx2"),
         ("linear_int8", AMX, None, "amx"),
         ("linear_int8", targets.load("rpi4"), "cortex-a72", "widening"),
-        ("linear_int8", stand_in(neon_dotprod), "max", "neon_dotprod"),
+        ("linear_int8", DOTPROD, "max", "neon_dotprod"),
         ("linear_int8", I8MM, "max", "smmla"),
         ("attention", targets.load("rpi4"), "cortex-a72", "widened"),
     ],
