@@ -42,7 +42,9 @@ from targets import Gpu, Target
 LIBRARY, WEIGHTS = "model.so", "weights.bin"
 DP4A_SM = 61  # the first architecture with dp4a: PTX ISA manual
 LINKING_BYTES = 8 << 20  # objects, the library and its copies while it is linked: 1 to 4 MiB were seen
-CHUNKS = (16, 128)  # prompt tokens a call; the runtime cuts a prompt into these
+# Prompt tokens a call; the runtime cuts a prompt into these. On a CPU they are the most that a call takes: kernels
+# compute as many rows as there are. A GPU's launches have grids that never change.
+CPU_CHUNKS, GPU_CHUNKS = (128,), (16, 128)
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Request:
 
     tuning_logs: folder of the databases that `tune` wrote; kernels without a record in it keep their defaults.
     kv_cache: element type of keys and values, None = default.
+    chunks: prompt tokens of the functions for several, None = default.
     self_contained: carry the runtime and its libraries (codegen/carried.py); offline: without downloading them.
     """
 
@@ -63,7 +66,7 @@ class Request:
     context: int | None = None
     kv_cache: str | None = None
     dump_ir: Path | None = None
-    chunks: tuple[int, ...] = CHUNKS
+    chunks: tuple[int, ...] | None = None
     tuning_logs: Path = records.DEFAULT_FOLDER
     self_contained: bool = False
     offline: bool = False
@@ -72,6 +75,16 @@ class Request:
     def head(self) -> int:
         """Bits of a head that the checkpoint left dense: 8 with rounded activations, untouched on the exact path."""
         return self.head_bits or (16 if self.activations == "exact" else 8)
+
+    @property
+    def counted(self) -> bool:
+        """Whether functions for several tokens compute as many rows as there are."""
+        return self.target.gpu is None
+
+    @property
+    def prompt_tokens(self) -> tuple[int, ...]:
+        """Rows of each function for several tokens."""
+        return self.chunks or (CPU_CHUNKS if self.target.gpu is None else GPU_CHUNKS)
 
     @property
     def cache(self) -> str:
@@ -192,7 +205,8 @@ def model_options(request: Request) -> models.Options:
 
     return models.Options(
         context=request.context,
-        chunks=request.chunks,
+        chunks=request.prompt_tokens,
+        counted=request.counted,
         cache_dtype=request.cache,
         linear=lambda weight: quantised(request.bits, request.group_size, weight),
         head=lambda weight: quantised(request.head, None, weight),
@@ -385,7 +399,11 @@ def _manifest(
         library=LIBRARY,
         functions={
             f.name: manifest.Function(
-                f.tokens, f.inputs, manifest.TensorType("float32", f.shape), code.tiled.get(f.name)
+                f.tokens,
+                f.inputs,
+                manifest.TensorType("float32", f.shape),
+                code.tiled.get(f.name),
+                (request.counted and f.tokens > 1) or None,
             )
             for f in model.graph.functions
         },

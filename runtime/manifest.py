@@ -99,6 +99,8 @@ class TensorType:
 class Function:
     """A Relax function in the library: names of its arguments in order, `tokens` rows a call, one fresh output.
 
+    counted: true where the function computes the first span[1] rows and leaves the others undefined, so that it takes
+    any number of tokens up to `tokens`; else there is no such key, and all rows are computed.
     tiled: name of the same function, with the same results, for a process that may use AMX tiles.
     """
 
@@ -106,6 +108,7 @@ class Function:
     inputs: Tuple[str, ...]
     output: TensorType
     tiled: Optional[str] = None
+    counted: Optional[bool] = None
 
 
 @dataclass(frozen=True)

@@ -226,7 +226,11 @@ class Checker:
         self.bounded(f"{key}.tokens", tokens, 1, MAX_TOKENS)
         if function.tiled not in (None, f"{name}_amx"):
             self.fail(f"{key}.tiled is {function.tiled!r}, but only {name + '_amx'!r} is known")
-        own = HEAD_INPUTS if name.startswith("head_") else STEP_INPUTS
+        if function.counted not in (None, True) or (function.counted and tokens == 1):
+            self.fail(f"{key}.counted is {function.counted!r}, but only functions of several tokens have it, as true")
+        own: tuple[str, ...] = HEAD_INPUTS if name.startswith("head_") else STEP_INPUTS
+        if function.counted and "span" not in own:
+            own += ("span",)
         self.unique(f"{key}: input", function.inputs)
         for needed in own:
             if needed not in function.inputs:

@@ -13,10 +13,14 @@ from .vm import Function, Tensor, Vm
 
 
 class Call(NamedTuple):
-    """A bound function and the buffer its caller fills: ids i32[tokens] for steps, hidden f32[tokens, d] for heads."""
+    """A bound function and the buffer its caller fills: ids i32[tokens] for steps, hidden f32[tokens, d] for heads.
+
+    plain: the same function without tiles, which fill no faster for a few rows; None where `run` has none.
+    """
 
     run: Function
     buffer: Array
+    plain: Optional[Function] = None
 
 
 class OnCpu:
@@ -60,5 +64,8 @@ class OnCpu:
         else:
             own, buffer = "ids", arrays.zeros((signature.tokens,), "int32")
         tensors: dict[str, Tensor] = {**self.tensors, own: self.vm.tensor(buffer)}
-        code = signature.tiled if self.tiles and signature.tiled else name
-        return Call(self.vm.function(code, [tensors[i] for i in signature.inputs]), buffer)
+        inputs = [tensors[i] for i in signature.inputs]
+        plain = self.vm.function(name, inputs)
+        if not (self.tiles and signature.tiled):
+            return Call(plain, buffer)
+        return Call(self.vm.function(signature.tiled, inputs), buffer, plain)

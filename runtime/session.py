@@ -14,6 +14,9 @@ Ids = Union[Sequence[int], Array]
 
 CALL_COST_TOKENS = 4  # a call reads all weights once, which takes about as long as computing this many prompt tokens
 
+# Of AMX. Its kernels take two tiles of rows at once: by count, 32 rows cost what 15 cost on AVX512-VNNI. Not timed.
+TILE_ROWS = 16
+
 
 class Chunk(NamedTuple):
     """One call of a prefill plan: a function of `tokens` rows, of which the first `valid` are used."""
@@ -26,14 +29,17 @@ class Planner:
     """Cut a prompt into calls: fewest rows in all, padding included, plus CALL_COST_TOKENS for each call.
 
     `sizes` always has 1 (decode). Costs are found once for each length up to the longest asked for: plans are exact.
+    counted: the tokens of a function that takes any number up to that; then no other is called, and nothing is padded.
     """
 
-    def __init__(self, sizes: Sequence[int], call_cost: int = CALL_COST_TOKENS) -> None:
-        self.sizes, self.call_cost = sorted({1, *sizes}), call_cost
+    def __init__(self, sizes: Sequence[int], call_cost: int = CALL_COST_TOKENS, counted: int = 0) -> None:
+        self.sizes, self.call_cost, self.counted = sorted({1, *sizes}), call_cost, counted
         self._best: list[tuple[int, int]] = [(0, 0)]  # for each length: (cost, size of a call in a best plan)
 
     def plan(self, tokens: int) -> list[Chunk]:
         """Calls for `tokens` prompt tokens, largest first, so that only the last one is padded."""
+        if self.counted and tokens > 1:
+            return self._counted(tokens)
         for length in range(len(self._best), tokens + 1):
             self._best.append(
                 min((self._best[max(0, length - size)][0] + size + self.call_cost, -size) for size in self.sizes)
@@ -48,6 +54,17 @@ class Planner:
             chunks.append(Chunk(size, min(size, left)))
             left -= chunks[-1].valid
         return chunks
+
+    def _counted(self, tokens: int) -> list[Chunk]:
+        """Whole calls; the last two share what is left over, so that no call reads all weights for a few tokens."""
+        valid, left = [], tokens
+        while left > 2 * self.counted:
+            valid.append(self.counted)
+            left -= self.counted
+        if left > self.counted:
+            valid.append(-(-left // 2))
+            left //= 2
+        return [Chunk(self.counted, count) for count in (*valid, left)]
 
 
 class Session:
@@ -80,7 +97,8 @@ class Session:
         self.tiles: bool = self.machine.tiles  # whether prompts go through AMX
         self._span, self._calls = self.machine.span, self.machine.calls
         self._decode = self._calls["decode"]
-        self._planner = Planner(self._sizes("prefill_"))
+        counted = [f.tokens for f in self.manifest.functions.values() if f.counted]
+        self._planner = Planner(self._sizes("prefill_"), counted=max(counted, default=0))
         self._heads = sorted(self._sizes("head_"))
         self.position = 0
 
@@ -182,9 +200,11 @@ class Session:
         """One prefill or decode call: hidden states f32[tokens, d], or for one token its logits f32[1, vocab]."""
         call = self._calls[f"prefill_{chunk.tokens}"] if chunk.tokens > 1 else self._decode
         call.buffer[: chunk.valid] = ids
-        call.buffer[chunk.valid :] = 0
+        if not self._planner.counted:
+            call.buffer[chunk.valid :] = 0
         self._span[0], self._span[1] = self.position, chunk.valid
-        rows = call.run()
+        plain = call.plain if self.tiles and chunk.valid < TILE_ROWS else None
+        rows = (plain or call.run)()
         self.position += chunk.valid
         return rows
 
@@ -195,6 +215,8 @@ class Session:
         for start in range(0, len(hidden), size):
             part = hidden[start : start + size]
             call.buffer[: len(part)] = part
+            if self._planner.counted:
+                self._span[1] = len(part)
             parts.append(call.run()[: len(part)])
         return parts[0] if len(parts) == 1 else arrays.concatenate(parts)
 

@@ -372,19 +372,20 @@ def emit(
     task: Callable[[Any, Expr, Expr, Expr], Task],
 ) -> None:  # fmt: skip
     """All tasks of a call; task(where sums go, kv head, first token, part) makes one."""
-    tiles, count = m // chosen.tile, chosen.parts
+    count, tile = chosen.parts, chosen.tile
     assert count == 1 or m == 1, chosen
+    tiles = (span[1] + (tile - 1)) // tile if m > 1 else 1  # those with real rows
     heads, split = kv_heads * group, count > 1
     partial = T.alloc_buffer((count, heads * d), "float32", layout=None) if split else out
     stats = T.alloc_buffer((count, heads, 2), "float32", layout=None) if split else None
     with T.parallel(kv_heads * tiles * count) as i:
-        first = vector.hold(i // count % tiles * chosen.tile, 1, "int32")
+        first = vector.hold(i // count % tiles * tile, 1, "int32")
         with T.If(first < span[1]), T.Then():
             head, part = vector.hold(i // count // tiles, 1, "int32"), i % count
             start, low = span[0] + first, T.int32(0)
             if scores.window:
                 low = vector.hold(T.max(start - (scores.window - 1), T.int32(0)) // LANES, 1, "int32")
-            high = vector.hold(span[0] + T.min(first + chosen.tile, span[1]), 1, "int32")
+            high = vector.hold(span[0] + T.min(first + tile, span[1]), 1, "int32")
             made = task(partial, head, first, part if split else 0)
             if not split:
                 made.emit(start, low * LANES, high)

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from schedules.counted import counted
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -85,11 +87,13 @@ class Kernel:
 
     `name` is a valid C identifier and states family, ISA and shape; equal names mean equal functions.
     `packings` maps an argument index to the layout the kernel wants there; other arguments come as the graph has them.
+    counted: between arguments and outputs there is one more parameter, span i32[2] (schedules.counted).
     """
 
     name: str
     func: Any
     packings: Mapping[int, Packing] = field(default_factory=dict)
+    counted: bool = False
 
 
 def _all_allowed(knobs: Mapping[str, int]) -> bool:
@@ -168,10 +172,11 @@ def _rank(module: ModuleType) -> int:
 
 
 def lowerings() -> dict[str, Lower]:
-    """All operators that have a schedule, collected from every module in this package."""
+    """All operators that have a schedule, collected from every module in this package. Kernels are counted."""
     import schedules
 
-    return {op: first_suited([module.LOWERS[op] for module in found]) for op, found in families(schedules).items()}
+    found = families(schedules).items()
+    return {op: _counting(first_suited([module.LOWERS[op] for module in modules])) for op, modules in found}
 
 
 def space(request: Request) -> Space | None:
@@ -190,6 +195,10 @@ def space(request: Request) -> Space | None:
             continue
         return None
     return None
+
+
+def _counting(lower: Lower) -> Lower:
+    return lambda request: counted(lower(request), len(request.args))
 
 
 def first_suited(families: list[Callable[[Request], Lowered]]) -> Callable[[Request], Lowered]:

@@ -26,6 +26,7 @@ from tvm.script.ir_builder import tirx as T
 
 from schedules import storage as storages
 from schedules import vector
+from schedules.counted import marks
 from schedules.geometry import Geometry
 from schedules.kernel import Kernel, Packing, Request, TensorSpec
 from schedules.packed import affine_of, blocks, weight_packings
@@ -46,7 +47,7 @@ def _rows_in_parallel(m: int, n: int, tokens: int, accumulate: Accumulate, base:
     """Every row block on its own; in it token blocks, each with fp32 accumulators [tokens, 16] that end in `out`."""
     nb = blocks(n)
     with T.parallel(0, nb) as row_block:
-        with T.serial(0, m // tokens) as token_block:
+        with T.serial(0, m // tokens, annotations=marks(tokens) if m > 1 else None) as token_block:
             with T.sblock("rows"):
                 vb = T.axis.spatial(nb, row_block)
                 vt = T.axis.spatial(m // tokens, token_block)

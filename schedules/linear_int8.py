@@ -29,6 +29,7 @@ from tvm.script.ir_builder import tirx as T
 from schedules import isa as isas
 from schedules import storage as storages
 from schedules.balance import balanced
+from schedules.counted import marks
 from schedules.geometry import Geometry
 from schedules.kernel import Kernel, Request, Space
 from schedules.packed import affine_of, blocks, factors_of, interleave, name_tail, weight_packings
@@ -139,7 +140,9 @@ def default_knobs(
 
     One token: exactly the row blocks that lie beside each other, so that a task reads one stream. Prefetching it into
     the second-level cache, where an instruction set asks for that, was better than into 32 KiB of the first (Zen 4: 34
-    against 25 GB/s); with 48 KiB (Sapphire Rapids) the first level was the better place.
+    against 25 GB/s); with 48 KiB (Sapphire Rapids) the first level was the better place. Many tokens: a tile takes one
+    block of those beside each other, which no hardware prefetcher follows; with few real rows the weights' way from
+    memory is what a call waits for.
     """
     steps = geometry.width // storage.inputs
     x = interleave(n, isa.KNOBS["row_blocks"])
@@ -151,13 +154,17 @@ def default_knobs(
         "row_blocks": _largest_divisor(x, isa.KNOBS["gemm_row_blocks"]) if m > 1 else x,
         "tokens": _largest_divisor(m, isa.KNOBS["gemm_tokens"]) if m > 1 else 1,
         "unroll": _largest_divisor(steps, isa.KNOBS[f"{gemm}unroll"]),
-        "prefetch_bytes": ahead if m == 1 else 0,
-        "prefetch_level": 1 if roomy else 2,
+        "prefetch_bytes": ahead if m == 1 else isa.KNOBS["gemm_prefetch_bytes"],
+        "prefetch_level": 1 if m == 1 and roomy else 2,
     }
 
 
-def template(sch: Any, intrinsic: str, knobs: Mapping[str, Any], aligned: bool, parallel: bool = True) -> None:
+def template(
+    sch: Any, intrinsic: str, knobs: Mapping[str, Any], aligned: bool, many: bool, parallel: bool = True
+) -> None:
     """Rows (in parallel), then tokens, then spans; row_blocks x tokens accumulators stay in registers over a span.
+
+    aligned: the rows fill their blocks. many: for more than one token.
 
     `knobs` may hold integers or sampled random variables of a MetaSchedule trace; the trace has the same steps for all.
     """
@@ -168,6 +175,9 @@ def template(sch: Any, intrinsic: str, knobs: Mapping[str, Any], aligned: bool, 
     sch.reorder(ibo, imo, s, ibi, imi, i)
     if parallel:
         sch.parallel(ibo)
+    if many:
+        for key, value in marks(knobs["tokens"]).items():
+            sch.annotate(imo, key, value)
 
     sch.compute_at(dot, s, preserve_unit_loops=True)
     _, _, _, dm, db, ds, j, *inner = sch.get_loops(dot)
@@ -223,6 +233,7 @@ def lower(request: Request) -> Kernel:
         isas.register(isa.NAME, storage, levels and levels[0], knobs["prefetch_bytes"], knobs["prefetch_level"]),
         knobs,
         aligned=n == blocks(n) * LANES,
+        many=m > 1,
         parallel=parallel,
     )
     kind = request.attrs.get("grid", storage.name)
@@ -257,7 +268,7 @@ def space(request: Request) -> Space:
         "row_blocks": dividing(blocks(n), 1, 2, 4, 8, 16),
         "tokens": dividing(m, 1, 2, 4, 8, 16) if m > 1 else (),
         "unroll": dividing(geometry.width // storage.inputs, 1, 2, 4, 8, 16),
-        "prefetch_bytes": (0, 512, 1024, 2048, 4096) if m == 1 else (0, 1024),
+        "prefetch_bytes": (0, 512, 1024, 2048, 4096) if m == 1 else (0, 8192, 16384, 24576),
         "prefetch_level": (1, 2),
     }
     kind = request.attrs.get("grid", affine)

@@ -37,6 +37,7 @@ from tvm.script.ir_builder import tirx as T
 from schedules import isa as isas
 from schedules import storage as storages
 from schedules import vector
+from schedules.counted import marks
 from schedules.geometry import Geometry
 from schedules.isa import broadcast_table
 from schedules.kernel import Kernel, NotSuited, Request
@@ -136,7 +137,8 @@ class Task:
     def emit(self) -> None:
         """Configure, then every span for every token, then residual and output."""
         self._configure()
-        with T.serial(self.steps * self.plan.token_tiles * TILE_ROWS) as row:
+        tokens = self.plan.token_tiles * TILE_ROWS
+        with T.serial(self.steps * tokens, annotations=marks(tokens, tokens)) as row:
             for b in range(self.plan.row_blocks):
                 vector.store(self.acc, vector.splat(0.0, LANES), row, b, 0, lanes=LANES)
         with T.serial(self.geometry.spans) as s:
@@ -146,13 +148,13 @@ class Task:
             if self.plan.resident:
                 for part in range(self.plan.parts):
                     self._load_weights(part)
-            with T.serial(self.steps) as step:
+            with T.serial(self.steps, annotations=marks(tokens)) as step:
                 self._multiply(s, step)
                 for t in range(self.plan.token_tiles):
                     with T.serial(TILE_ROWS) as r:
                         self._scale(s, step, t, r, factors)
         _tile("tilerelease")
-        with T.serial(self.steps) as step:
+        with T.serial(self.steps, annotations=marks(tokens)) as step:
             for t in range(self.plan.token_tiles):
                 with T.serial(TILE_ROWS) as r:
                     self._write(step, t, r)

@@ -23,6 +23,7 @@ from tvm.script.ir_builder import tirx as T
 from schedules import isa as isas
 from schedules import storage as storages
 from schedules import vector
+from schedules.counted import marks
 from schedules.geometry import Geometry
 from schedules.isa import neon_dotprod, neon_i8mm
 from schedules.kernel import Kernel, NotSuited, Request
@@ -162,7 +163,8 @@ def lower(request: Request) -> Kernel:
     nb, x = blocks(n), interleave(n, isas.choose(request.target).KNOBS["row_blocks"])
     function = linear_function(name, m, n, geometry, storage, scale_dtype, affine, residual, x)
     with IRBuilder() as builder, function as buffers:
-        with T.parallel(nb) as block, T.serial(LANES // ROWS) as eight, T.serial(m // tokens) as tile:
+        tiles = T.serial(m // tokens, annotations=marks(tokens))
+        with T.parallel(nb) as block, T.serial(LANES // ROWS) as eight, tiles as tile:
             at = (block, eight * ROWS, tile * tokens)
             _Tile(geometry, storage, table, unit, n, tokens, x, buffers, *at).emit()
     return Kernel(name, builder.get(), weight_packings(CODES, n, geometry, storage, scale_dtype, affine, x))

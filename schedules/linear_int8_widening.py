@@ -28,6 +28,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from schedules import filled_bytes, vector
+from schedules.counted import marks
 from schedules.geometry import Geometry
 from schedules.isa import broadcast_table
 from schedules.kernel import Kernel, NotSuited, Request, Space
@@ -369,10 +370,10 @@ def kernel(layer: Layer, name: str) -> Any:
             T.reads(*(_whole(b, shapes[key][0]) for key, b in buffers.items() if key != "out"))
             T.writes(_whole(buffers["out"], (m, n)))
             with T.parallel(blocks(n)) as block:
-                if m == layer.tokens:
+                if m == layer.tokens == 1:
                     _Tile(layer, buffers, block, T.int32(0)).emit()
                 else:
-                    with T.serial(m // layer.tokens) as tile:
+                    with T.serial(m // layer.tokens, annotations=marks(layer.tokens) if m > 1 else None) as tile:
                         _Tile(layer, buffers, block, tile * layer.tokens).emit()
     return builder.get()
 

@@ -10,6 +10,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from schedules import vector
+from schedules.counted import marks
 from schedules.kernel import Kernel, Request, spelled
 from schedules.vector import Expr
 
@@ -38,7 +39,7 @@ def lower(request: Request) -> Kernel:
             T.writes(out[0:m, 0:n])
             parts = n // PART
             if parts:
-                with T.parallel(m * parts) as i:
+                with T.parallel(m * parts, annotations=marks(times=parts) if m > 1 else None) as i:
                     part(i // parts, i % parts * PART, PART)
             if n % PART:
                 with vector.tokens(m) as t:

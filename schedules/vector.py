@@ -12,6 +12,8 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from schedules import counted
+
 LANES = 16
 NEON_LANES = 4  # of fp32
 Expr = Any  # tvm has no types for mypy
@@ -240,5 +242,5 @@ def sweep(n: int, body: Callable[[Expr, int], None]) -> None:
 
 
 def tokens(m: int) -> Any:
-    """Loop over the tokens of a call: in parallel, unless there is but one (a fork and join costs 2 us)."""
-    return T.parallel(m) if m > 1 else T.serial(m)
+    """Loop over the tokens of a call that are real: in parallel, unless there is but one (fork and join cost 2 us)."""
+    return T.parallel(m, annotations=counted.marks()) if m > 1 else T.serial(m)

@@ -110,11 +110,11 @@ def link(mod: tvm.IRModule, llvm: Any, target: Target, out: Path) -> Program:
 
 
 def measure(
-    program: Program, mod: tvm.IRModule, function: str, macs: Mapping[str, int], context: int, cycles_too: bool = True
-) -> Cost:
-    """One call of `function` after `context` tokens, weights all zero. macs: of one token, by parameter name."""
+    program: Program, mod: tvm.IRModule, function: str, macs: Mapping[str, int], context: int, tokens: int,
+    cycles_too: bool = True,
+) -> Cost:  # fmt: skip
+    """One call of `function` for `tokens` after `context` others, weights all zero. macs: a token's, by parameter."""
     found = steps(mod, function)
-    tokens = found.inputs[mod[function].params[0].name][0][0]
     span = np.array([context, tokens], "int32")
     tensors: dict[str, np.ndarray | Type] = {**found.inputs, **found.results, "span": span}
     executed = program.count(tensors, found.calls)

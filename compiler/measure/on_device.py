@@ -22,6 +22,8 @@ from compiler.progress import Reporter
 from runtime.bundle import read_manifest
 from targets import Target
 
+COUNTED = 16  # prompt tokens that are counted on the emulated board, where a call takes any number
+
 
 @dataclass(frozen=True)
 class Device:
@@ -45,23 +47,27 @@ class Modelled:
 def model(bundle: Path, work: Workload, max_mhz: int | None, report: Reporter) -> Modelled:
     """Count on the emulated board. max_mhz: the clock of the device at hand, if it is known; else the target's.
 
-    The prompt is counted in the bundle's shortest prompt call, in the middle of the prompt; the weights are read once
-    for each of its longest. Raises UserError: no emulator, no llvm-mca, a bundle for something else.
+    The prompt is counted in the bundle's shortest prompt call, or one of COUNTED tokens where a call takes any number,
+    in the middle of the prompt; the weights are read once for each of its longest. Raises UserError: no emulator, no
+    llvm-mca, a bundle for something else.
     """
     manifest = read_manifest(bundle)
     bundle_cost.require(bundle, manifest, report.line)
     sizes = sorted(f.tokens for name, f in manifest.functions.items() if name.startswith("prefill_")) or [1]
+    counted = any(f.counted for f in manifest.functions.values())
+    least = min(COUNTED, sizes[0]) if counted else sizes[0]
     decode = bundle_cost.measure(bundle, 1, work.context)
-    middle = min(work.prompt_tokens // 2, manifest.model.context - sizes[0])
-    prefill = bundle_cost.measure(bundle, sizes[0], middle)
+    middle = min(work.prompt_tokens // 2, manifest.model.context - least)
+    prefill = bundle_cost.measure(bundle, least, middle)
     target = _at(targets.load(manifest.target.name), max_mhz)
     if not forecast.known(target) or not decode.cycles:
         return Modelled(decode, prefill, None, None)
     weights = speed.weight_bytes_per_token(manifest)
     past = manifest.memory.cache_bytes / manifest.model.context
-    rows = max(size for size in sizes if size <= max(sizes[0], work.prompt_tokens))
+    possible = range(least, sizes[-1] + 1) if counted else sizes
+    rows = max(size for size in possible if size <= max(least, work.prompt_tokens))
     one = Work(1, decode.shared_cycles, decode.own_cycles, decode.launches, weights + past * work.context)
-    share = rows / sizes[0]
+    share = rows / least
     many = Work(
         rows, prefill.shared_cycles * share, prefill.own_cycles * share, prefill.launches, weights + past * middle
     )

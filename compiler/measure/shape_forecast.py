@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from compiler.measure.instructions import Cost, Type
 from compiler.passes.lower_to_schedules import lower_to_schedules
 from targets import Target
 
-CHUNK = 16  # prompt tokens of the call that is counted
+CHUNK = 16  # prompt tokens that are counted; each of a call of 128 costs as much, and reads weights for an eighth
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def report(shape: str, bits: int, group_size: int, head_bits: int, context: int,
     room = min(limit, max(2048, context + CHUNK))
     if context + CHUNK > room:
         raise UserError(f"--context is {context}, but {shape} has {limit} positions: leave {CHUNK} for the prompt.")
-    request = pipeline.Request(Path(), target, head_bits=head_bits, context=room, chunks=(CHUNK,))
+    request = pipeline.Request(Path(), target, head_bits=head_bits, context=room)
     model = models.build(shapes.config(shape), source.describe, pipeline.model_options(request))
     lowered = lower_to_schedules(pipeline.fuse(model.graph.module(), request), target)
     macs = {f"{w.name}.codes": w.type.n * w.type.k for w in model.weights if isinstance(w, Linear)}
@@ -55,8 +55,8 @@ def report(shape: str, bits: int, group_size: int, head_bits: int, context: int,
         (code,) = (m for m in compiled.executable.mod.imports if m.kind == "llvm")
         program = instructions.link(lowered.mod, code, target, Path(folder) / "program")
         decode, prefill = (
-            instructions.measure(program, lowered.mod, name, macs, context, modelled)
-            for name in ("decode", f"prefill_{CHUNK}")
+            instructions.measure(program, lowered.mod, name, macs, context, tokens, modelled)
+            for name, tokens in (("decode", 1), (f"prefill_{max(request.prompt_tokens)}", CHUNK))
         )
     inputs = instructions.steps(lowered.mod, "decode").inputs
     weights = _bytes({name: t for name, t in inputs.items() if not _cached(name)})
@@ -66,7 +66,11 @@ def report(shape: str, bits: int, group_size: int, head_bits: int, context: int,
     if modelled and forecast.known(target):
         parallel = parallel_kernels(lowered.mod)
         read = token + caches * context // room
-        one, many = _work(decode, parallel, read), _work(prefill, parallel, read)
+        one, part = _work(decode, parallel, read), _work(prefill, parallel, read)
+        share = max(request.prompt_tokens) // CHUNK
+        many = replace(
+            part, tokens=CHUNK * share, shared_cycles=part.shared_cycles * share, own_cycles=part.own_cycles * share
+        )
         made = forecast.forecast(one, many, weights + caches + compiled.activation_bytes, weights, target)
     return Report(decode, prefill, token, llvm, made)
 

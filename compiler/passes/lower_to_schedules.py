@@ -13,6 +13,7 @@ from compiler.graph import ops
 from compiler.graph.ops import Op
 from compiler.passes.rewrite import Context, rewrite
 from compiler.quant.grids import GRIDS
+from schedules.counted import SPAN
 from schedules.kernel import Kernel, Packing, Request, TensorSpec, Unsupported, lowerings
 from targets import Target
 
@@ -65,6 +66,7 @@ def lower_to_schedules(mod: tvm.IRModule, target: Target, decide: Decide = lambd
     `decide` gives the knobs of a request, or None for the schedule's default.
     What an operating system may refuse a process (AMX tiles), only second forms of functions use: NAME_amx is NAME with
     the kernels of the whole target, and is there when one of them is another. All other kernels are the plain target's.
+    Counted kernels are given the function's parameter `span`, so a function of several tokens has one.
     Raises UnsupportedError when the target has no schedule for an operator. Two kernels that want one weight in two
     layouts are a bug in schedules/.
     """
@@ -115,12 +117,13 @@ def lower_to_schedules(mod: tvm.IRModule, target: Target, decide: Decide = lambd
     def call(op: Op, context: Context) -> relax.Expr:
         kernel = chosen[context.original]
         function = context.builder.add_func(kernel.func.without_attr("global_symbol"), kernel.name)
+        args = [*op.args, context.params[SPAN]] if kernel.counted else op.args
         written = [op.signature.args.index(arg) for arg in op.signature.inplace]
         types = list(op.results)
         if written:
             indices = [-1] * (len(types) - len(written)) + written
-            return relax.op.call_tir_inplace(function, relax.Tuple(op.args), indices, types)
-        return relax.call_tir(function, relax.Tuple(op.args), types if len(types) > 1 else types[0])
+            return relax.op.call_tir_inplace(function, relax.Tuple(args), indices, types)
+        return relax.call_tir(function, relax.Tuple(args), types if len(types) > 1 else types[0])
 
     return Lowered(rewrite(mod, call, retype), packings, tiled, tuned)
 

@@ -7,7 +7,7 @@ binding to the last, and asks a rule about each call; producers that nobody uses
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import tvm
 from tvm import relax
@@ -19,9 +19,12 @@ from compiler.graph.ops import Op
 class Context:
     """What a rule may ask about the function under rewriting."""
 
-    def __init__(self, builder: relax.BlockBuilder, uses: Mapping[relax.Var, int], function: str) -> None:
+    def __init__(
+        self, builder: relax.BlockBuilder, uses: Mapping[relax.Var, int], function: str, params: Sequence[relax.Var]
+    ) -> None:
         self.builder = builder
         self.function = function  # name of the function under rewriting
+        self.params = {param.name: param for param in params}  # of the new function
         self.original: relax.Var | None = None  # variable of the old function that the call at hand is bound to
         self._old_uses = uses
         self._made: dict[relax.Var, tuple[Op, int]] = {}
@@ -68,8 +71,8 @@ def _rewrite_function(
     retype: Callable[[relax.Var], relax.Var] | None,
 ) -> None:
     (block,) = function.body.blocks
-    context = Context(builder, _count_uses(block.bindings, function.body.body), name)
     params = [retype(p) if retype else p for p in function.params]
+    context = Context(builder, _count_uses(block.bindings, function.body.body), name, params)
     new: dict[relax.Var, relax.Expr] = dict(zip(function.params, params, strict=True))
     with builder.function(name, params):
         with builder.dataflow():

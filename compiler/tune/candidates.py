@@ -49,7 +49,10 @@ class NoBoard(Exception):
 
 @dataclass(frozen=True)
 class Call:
-    """An operator's default kernel and its arguments as the kernel wants them to lie, by name, in order."""
+    """An operator's default kernel and its arguments as the kernel wants them to lie, by name, in order.
+
+    A counted kernel's tokens are all real.
+    """
 
     kernel: Kernel | CudaKernel
     arrays: Mapping[str, np.ndarray]
@@ -63,6 +66,8 @@ class Call:
         names = list(arrays)
         for i, packing in kernel.packings.items():
             arrays[names[i]] = packing.pack(arrays[names[i]])
+        if isinstance(kernel, Kernel) and kernel.counted:
+            arrays["span"] = np.array([0, request.args[0].shape[0]], np.int32)
         streamed = tuple(name for name in names if name in inputs.STREAMED)
         read = sum(arrays[name].nbytes for name in streamed) * inputs.read_share(request)
         return cls(kernel, arrays, streamed, read)

@@ -33,6 +33,7 @@ KNOBS = {
     "gemm_row_blocks": 1,
     "gemm_tokens": 4,
     "gemm_unroll": 2,
+    "gemm_prefetch_bytes": 16384,  # a block's steps lie 256 bytes apart: 64 of them
 }
 
 

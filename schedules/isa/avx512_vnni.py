@@ -29,6 +29,7 @@ KNOBS = {
     "gemm_row_blocks": 1,  # each quad of activations is used once, so it is VPDPBUSD's memory operand: no load besides
     "gemm_tokens": 8,  # 8 accumulators and their fp32 sums: nothing is spilled
     "gemm_unroll": 16,
+    "gemm_prefetch_bytes": 24576,  # a block's steps lie 512 bytes apart: 48 of them
 }
 
 

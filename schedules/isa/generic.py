@@ -14,7 +14,10 @@ NEEDS: tuple[str, ...] = ()
 RANK = 0
 VECTOR = LANES
 TABLE_ZERO = 0
-KNOBS = {"row_blocks": 2, "unroll": 4, "prefetch_bytes": 0, "gemm_row_blocks": 1, "gemm_tokens": 4, "gemm_unroll": 1}
+KNOBS = {
+    "row_blocks": 2, "unroll": 4, "prefetch_bytes": 0,
+    "gemm_row_blocks": 1, "gemm_tokens": 4, "gemm_unroll": 1, "gemm_prefetch_bytes": 0,
+}  # fmt: skip
 
 
 def _look_up(table: Table, codes: Any) -> Any:

@@ -21,7 +21,10 @@ NEEDS = ("neon", "dotprod")
 RANK = 20
 VECTOR = 4
 TABLE_ZERO = 0
-KNOBS = {"row_blocks": 2, "unroll": 4, "prefetch_bytes": 0, "gemm_row_blocks": 1, "gemm_tokens": 4, "gemm_unroll": 4}
+KNOBS = {
+    "row_blocks": 2, "unroll": 4, "prefetch_bytes": 0,
+    "gemm_row_blocks": 1, "gemm_tokens": 4, "gemm_unroll": 4, "gemm_prefetch_bytes": 0,
+}  # fmt: skip
 BYTES = QUAD * VECTOR
 
 

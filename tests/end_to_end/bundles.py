@@ -15,8 +15,6 @@ from runtime.bundle import open_bundle
 from runtime.session import Session
 from tests.end_to_end.places import DEMO
 
-SHORT = (16,)  # one size of prompt chunk, for the small models: half the kernels, half the time
-
 F32 = NDArray[np.float32]
 
 

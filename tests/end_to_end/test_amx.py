@@ -22,7 +22,7 @@ from tests.schedules.linears import require
 from tests.schedules.test_linear_int8_amx import AMX
 
 TOKENS, NEW = 110, 24
-CHUNKS = (48,)  # three tiles of tokens: two steps, of which the second begins early; the last call is partly padding
+CHUNKS = (48,)  # three tiles of tokens: two steps, of which the second begins early; then calls of 31, which do not
 
 WORKER = """
 import ctypes, hashlib, json, sys
@@ -37,6 +37,8 @@ from runtime.tokenizer import Tokenizer
 ids = Tokenizer(Path(bundle) / "tokenizer.json").encode(Path(text).read_text())[:int(count)]
 session = Session(open_bundle(Path(bundle)), threads=2)
 logits = np.concatenate([part.copy() for part in session.logits(ids)])
+session.reset()
+assert np.array_equal(session.prefill(ids[:9]), logits[8])  # fewer than a tile: without tiles
 session.reset()
 tokens = [int(session.prefill(ids).argmax())]
 while len(tokens) < int(new):

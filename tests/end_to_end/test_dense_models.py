@@ -14,7 +14,7 @@ from compiler.quant.reference import dequantize
 from compiler.quantize import rtn
 from runtime.tokenizer import Tokenizer
 from tests.end_to_end import reference
-from tests.end_to_end.bundles import SHORT, Bundles, Sessions, all_logits, greedy
+from tests.end_to_end.bundles import Bundles, Sessions, all_logits, greedy
 from tests.end_to_end.conftest import Figure
 from tests.end_to_end.perplexity import perplexity, windows
 from tests.end_to_end.places import BABYLLAMA, OWN_TEXT, STORIES260K
@@ -42,7 +42,7 @@ if BABYLLAMA is not None:
 def test_dense_model(
     model: Path, bits: int | None, group_size: int | None, bundles: Bundles, sessions: Sessions, figure: Figure
 ) -> None:
-    options: dict[str, Any] = {"bits": bits, "group_size": group_size, "chunks": SHORT}
+    options: dict[str, Any] = {"bits": bits, "group_size": group_size}
     exact, int8 = sessions(bundles(model, activations="exact", **options)), sessions(bundles(model, **options))
     oracle = reference.model(model, bits, group_size)
     tokenizer = Tokenizer(model / "tokenizer.json")
@@ -70,7 +70,7 @@ def test_dense_model(
 
 def test_a_head_of_4_bits(bundles: Bundles, sessions: Sessions) -> None:
     """The exact path against the same model with its head rounded, but not the embedding it is tied to."""
-    exact = sessions(bundles(STORIES260K, activations="exact", head_bits=4, chunks=SHORT))
+    exact = sessions(bundles(STORIES260K, activations="exact", head_bits=4))
     assert exact.manifest.quantization["head_bits"] == 4
     oracle = copy.deepcopy(reference.model(STORIES260K))
     weight = DenseWeight(oracle.lm_head.weight.detach().numpy().copy(), "float32")

@@ -19,7 +19,7 @@ from compiler.progress import Reporter
 from runtime import manifest
 from targets import load
 from tests.end_to_end import commands
-from tests.end_to_end.bundles import SHORT, Bundles
+from tests.end_to_end.bundles import Bundles
 from tests.end_to_end.places import STORIES260K
 
 pytestmark = pytest.mark.slow
@@ -42,7 +42,7 @@ class Interrupted:
 @pytest.fixture(scope="module")
 def older(bundles: Bundles) -> Path:
     """The bundle that is there already."""
-    return bundles(STORIES260K, activations="exact", chunks=SHORT, context=64)
+    return bundles(STORIES260K, activations="exact", context=64)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_a_killed_build_leaves_no_bundle_and_the_next_one_cleans_up(
         f"{partial}: has no manifest.json, so it is not a bundle. Point at a directory that quern built."
     )
     request = pipeline.Request(
-        out=build.place / "bundle", target=load("native"), activations="exact", context=80, chunks=SHORT
+        out=build.place / "bundle", target=load("native"), activations="exact", context=80
     )
     pipeline.build(STORIES260K, request, Reporter(quiet=True))
     assert sorted(path.name for path in build.place.iterdir()) == ["bundle", "temporary"]

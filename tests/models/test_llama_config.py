@@ -114,6 +114,10 @@ def test_functions_by_hand() -> None:
         "head_128": (128, (128, 10), ("hidden", "norm")),
     }
     verify(model.graph.module(), "graph")
+    counted = build(options=replace(OPTIONS, chunks=(128,), counted=True)).graph.functions
+    assert {f.name: f.inputs[:2] for f in counted if "head" in f.name} == {
+        "head_1": ("hidden", "norm"), "head_128": ("hidden", "span")
+    }  # fmt: skip
 
 
 def operators(model: Model, function: str) -> list[ops.Op]:

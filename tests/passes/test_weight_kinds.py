@@ -34,6 +34,7 @@ def graph(*kinds: WeightType, norm: bool = True) -> Any:
     made = Graph()
     f = Function(made, "main", 2)
     x = f.argument("hidden", (2, K), "float32")
+    f.span()
     if norm:
         x = f.rms_norm(x, Vector("norm", "norm", K), 1e-5)
     f.finish(f.linears(x, [Linear(f"w{i}", (f"m{i}",), kind, (kind.n,)) for i, kind in enumerate(kinds)]))

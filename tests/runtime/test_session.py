@@ -38,6 +38,21 @@ def test_plans_by_hand() -> None:  # cost of a call: its rows + 4
     assert Planner([]).plan(2) == [Chunk(1, 1)] * 2
 
 
+def test_plans_of_calls_that_take_any_number() -> None:
+    """Nothing is padded, and no call is for a few tokens only that two calls can share."""
+    planner = Planner([128], counted=128)
+    assert planner.plan(1) == [Chunk(1, 1)]
+    for tokens in (2, 3, 17, 127, 128):
+        assert planner.plan(tokens) == [Chunk(128, tokens)]
+    assert planner.plan(129) == [Chunk(128, 65), Chunk(128, 64)]
+    assert planner.plan(256) == [Chunk(128, 128)] * 2
+    assert planner.plan(300) == [Chunk(128, 128), Chunk(128, 86), Chunk(128, 86)]
+    for tokens in range(2, 700):
+        valid = [chunk.valid for chunk in planner.plan(tokens)]
+        assert sum(valid) == tokens and len(valid) == -(-tokens // 128)
+        assert max(valid) <= 128 and min(valid) >= min(tokens, 64)
+
+
 @given(st.sets(st.integers(2, 20), max_size=3), st.integers(0, 9), st.integers(1, 60))
 def test_plans_are_whole_and_cheapest(sizes: set[int], call_cost: int, tokens: int) -> None:
     @cache

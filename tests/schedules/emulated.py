@@ -28,7 +28,7 @@ def run(kernel: Kernel, request: Request, args: Sequence[np.ndarray], cpu: str |
     require(request.target.arch)
     with tempfile.TemporaryDirectory() as folder:
         program, tensors, call = _prepared(kernel, request, args, Path(folder))
-        return program.run(tensors, [call], call.args[len(args) :], cpu)
+        return program.run(tensors, [call], call.args[-len(request.outs) :] if request.outs else (), cpu)
 
 
 def count(kernel: Kernel, request: Request, args: Sequence[np.ndarray]) -> list[Executed]:
@@ -53,5 +53,7 @@ def _prepared(
     (llvm,) = (m for m in built.executable.mod.imports if m.kind == "llvm")
     program = emulator.link(llvm, [kernel.name], request.target, folder / "program")
     tensors: dict[str, np.ndarray | tuple[tuple[int, ...], str]] = {f"a{i}": a for i, a in enumerate(packed)}
+    if built.kernel.counted:
+        tensors["span"] = np.array([0, len(args[0])], np.int32)
     tensors |= {f"o{i}": (out.shape, out.dtype) for i, out in enumerate(request.outs)}
     return program, tensors, Call(kernel.name, tuple(tensors))

@@ -12,6 +12,7 @@ import tvm
 from tvm import relax
 
 import targets
+from schedules.counted import counted
 from schedules.kernel import Kernel, Lower, Request, TensorSpec
 
 NATIVE = targets.load("native")
@@ -32,6 +33,8 @@ class Built:
     def __call__(self, *args: np.ndarray) -> list[np.ndarray]:
         """Fresh outputs; arguments named in `inplace` are overwritten in the caller's arrays."""
         tensors = [tvm.runtime.tensor(a) for a in args]
+        if self.kernel.counted:
+            tensors.append(tvm.runtime.tensor(np.array([0, len(args[0])], np.int32)))
         result = relax.VirtualMachine(self.executable, tvm.cpu())["main"](*tensors)
         results = [result] if not isinstance(result, tvm.ir.Array | tuple | list) else list(result)
         for i in self.inplace:
@@ -60,9 +63,11 @@ def request(
 
 
 def build(lower: Lower, call: Request, inplace: tuple[int, ...] = ()) -> Built:
-    """One Relax function `main` that calls the kernel; `inplace` are the arguments it updates."""
-    kernel = lower(call)
+    """One Relax function `main` that calls the kernel, counted; `inplace` are the arguments it updates."""
+    kernel = counted(lower(call), len(call.args))
     types = [relax.TensorType(a.shape, a.dtype) for a in call.args]
+    if kernel.counted:
+        types.append(relax.TensorType((2,), "int32"))
     outs = [relax.TensorType(o.shape, o.dtype) for o in call.outs]
     variables = [relax.Var(f"a{i}", t) for i, t in enumerate(types)]
     block = relax.BlockBuilder()

@@ -7,11 +7,13 @@ import sys
 from types import ModuleType
 
 import pytest
+from tvm import tirx
 
 import schedules
 import targets
 from schedules.kernel import Kernel, NotSuited, Request, lowerings
 
+EMPTY = tirx.PrimFunc([], tirx.Evaluate(0))
 REQUEST = Request("quern.invented", (), (), {}, targets.load("x86-64"))
 
 
@@ -23,7 +25,7 @@ def offer(monkeypatch: pytest.MonkeyPatch, **ranks: int | None) -> None:
         def lower(request: Request, name: str = name) -> Kernel:
             if "idle" in name:
                 raise NotSuited
-            return Kernel(name, None)
+            return Kernel(name, EMPTY)
 
         module = ModuleType(f"schedules.{name}")
         module.LOWERS = {"quern.invented": lower}  # type: ignore[attr-defined]

@@ -233,7 +233,10 @@ class Decoder:
             prefill.finish(hidden(prefill))
         for m in (1, *self.options.chunks):
             top = Function(graph, f"head_{m}", m)
-            top.finish(logits(top, top.argument("hidden", (m, shape.hidden), "float32")))
+            rows = top.argument("hidden", (m, shape.hidden), "float32")
+            if m > 1 and self.options.counted:
+                top.span()
+            top.finish(logits(top, rows))
         return Model(
             type=type_,
             graph=graph,
