@@ -68,12 +68,12 @@ struct Staged {  // a step
   alignas(16) float least[AFFINE == 1 ? PARTS : 1][ROWS];
 };
 
-QUERN_INLINE int group_of(int place) {
-  const int group = place / WIDTH;
-  return group < GROUPS ? group : GROUPS - 1;  // padding, whose activations are 0
-}
 // Of row `row`, and row + 1 behind it.
-QUERN_INLINE int64_t group_at(int row, int place) { return (int64_t(row / 8) * GROUPS + group_of(place)) * 8 + row % 8; }
+QUERN_INLINE int group_at(int row, int place) {
+  int group = place / WIDTH;
+  if (STEPS * STEP > GROUPS * WIDTH) group = group < GROUPS ? group : GROUPS - 1;  // padding: activations are 0
+  return (row / 8 * GROUPS + group) * 8 + row % 8;
+}
 
 QUERN_INLINE uint32_t load_two(const uint8_t* p) { return load_constant(reinterpret_cast<const Half*>(p)).bits; }
 
@@ -100,7 +100,7 @@ QUERN_INLINE void stage_weights(const uint32_t* codes, const uint8_t* zero, cons
   const int place = number * STEP + (BITS == 8 ? word / 4 * 16 : 0);
   uint32_t low = 0, high = 0, zeros[2] = {};
   if (STORED % STEP == 0 || place < STORED) {
-    const uint32_t* from = codes + int64_t(own) * (STORED * BITS / 32) + number * BITS + word;
+    const uint32_t* from = codes + (own * (STORED * BITS / 32) + number * BITS + word);
     low = load_stream(from), high = load_stream(from + STORED * BITS / 32);
   }
   if constexpr (AFFINE == 0) {
@@ -123,7 +123,7 @@ QUERN_INLINE void stage_scales(const Scale* scale, const float* offset, int thre
 #pragma unroll
   for (int i = thread; i < PARTS * ROWS / 2; i += THREADS) {
     const int p = i / (ROWS / 2), own = i % (ROWS / 2) * 2;
-    const int64_t at = group_at(row + own, number * STEP + p * CHAIN);
+    const int at = group_at(row + own, number * STEP + p * CHAIN);
     const float2 two = two_scales(scale + at);
     *reinterpret_cast<float2*>(&to.scale[p][own]) = two;
     if constexpr (AFFINE == 1) {
@@ -194,7 +194,7 @@ QUERN_INLINE void run(const Half* rounded, const float* back, const float* sums,
     // Of several units a thread, addresses kept from step to step would spill.
     const int number = UNITS > 1 ? opaque(next) : next, mine = UNITS > 1 ? opaque(thread) : thread;
     uint4 activations[COPIES];
-    const Half* from = rounded + int64_t(number * STEP + mine / PIECES) * PADDED + token + mine % PIECES * 8;
+    const Half* from = rounded + ((number * STEP + mine / PIECES) * PADDED + token + mine % PIECES * 8);
 #pragma unroll
     for (int c = 0; c < COPIES; ++c)
       activations[c] = load_constant(reinterpret_cast<const uint4*>(from + c * (THREADS / PIECES) * PADDED));

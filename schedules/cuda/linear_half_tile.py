@@ -8,9 +8,9 @@ shared memory, the rows of an input side by side: 128 bits are 8 rows or 8 token
 
 A sum has 16 multiply-adds in fp16; two of them meet and become fp32: |sum| <= 2 * 16 * 8 * 255 < 65504.
 
-A warp's step of 32 inputs, 8 x 8 a thread: 1024 products, 64 reads of 128 bits from shared memory, 160 to bring sums to
-fp32 and scale them, some 90 to stage. Clocks of a multiprocessor, four warps: 1340 of issue, of which 1024 are products,
-and 1190 of shared memory. So at best 76 % of Nano's 236 G multiply-adds/s; that is a count, nothing was timed.
+A warp's step of 32 inputs, 8 x 8 a thread: 1024 products, 64 reads of 128 bits from shared memory, 160 to bring sums
+to fp32 and scale them, some 90 to stage. Clocks of a multiprocessor for four warps: 1340 of issue, of which 1024 are
+products, and 1190 of shared memory. So at best 76 % of Nano's 236 G multiply-adds/s: a count, nothing was timed.
 A block may take 168 registers a thread, so that three of 128 threads, 12 warps, fit a multiprocessor.
 
 Knobs: tokens and rows of a block, its warps, and the order of tiles.
