@@ -227,7 +227,7 @@ def big(m: int, target: Target, grid: str, group: int, offset: bool = False, n: 
 
 
 # Registers of a thread: 128 leave room for 512 threads on a multiprocessor, 168 for 384, 255 for 256.
-BUDGETS = {"token": 128, "tile": 184, "wmma": 184, "mma": 184}
+BUDGETS = {"token": 128, "tile": 168, "wmma": 184, "mma": 184}
 
 
 @pytest.mark.parametrize("target", ALL, ids=lambda t: t.name)
