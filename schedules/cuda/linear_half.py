@@ -6,16 +6,16 @@
   quern.linear_half, linear_half_offset, linear_half_table, each also with _residual: arguments and attributes of
   quern.linear_exact*. Layout: schedules.cuda.packed_half, the same for every chip and number of tokens.
 
-A block has 8 or 16 rows, its threads share out a row's chunks of 128 bits (32 codes of 4 bits, 16 of 8), so a warp
-reads 512 consecutive bytes and every weight is read once. The chunk's activations are brought below 8 by a power of
-two, rounded to halves, and stay in registers for all rows. code - zero is exact in fp16, a sum has 8 multiply-adds
-before it meets the other half of the chunk and becomes fp32: no sum can leave fp16, |sum| <= 16 * 255 * 8 = 32640.
-With an offset, codes count from the middle, and the sum of the activations (a chunk's, in fp32) meets offset +
-middle * scale: both parts stay small.
+A block stages the activations in shared memory: neighbouring lanes read 16 neighbouring bytes each, 8 (4) lanes bring a
+chunk of 32 (16, of 8 bits) below 8 by a power of two of its own, and round it to halves. Then 8 rows are a team's, of
+one warp or more; a lane has a chunk of all 8, 128 bits of a row, so a warp reads 512 consecutive bytes and every weight
+is read once. code - zero is exact in fp16, a sum has 8 multiply-adds before it meets the other half of the chunk and
+becomes fp32: no sum can leave fp16, |sum| <= 16 * 255 * 8 = 32640. With an offset, codes count from the middle, and the
+sum of the activations (a chunk's, in fp32) meets offset + middle * scale: both parts stay small.
 
 Bytes a weight, 4 bits in groups of 128: 0.523. Instructions for 32 weights of a row: 1 load, 20 LOP3 and shifts, 8 for
-code - zero, 16 products, 9 to scale and sum; with the activations' share (120 by 16 rows) 62, that is 1.9 a weight. The
-PTX has 2.5 (2.8 of 8 bits), because it takes halves out of words by instructions that the hardware does without.
+code - zero, 16 products, 9 to scale and sum, 54 in all; with what a row has a share in 64, that is 2 a weight. The whole
+kernel executes 2.5 by count of its PTX (2.7 of 8 bits).
 What can be issued while memory brings one weight, and the ceiling of a matrix of 10^9 weights:
   Nano         16.5 GB/s   118 G lanes/s   3.7 instructions a weight     32 tokens/s
   Xavier NX    59.7 GB/s   422 G lanes/s   3.7                          114 tokens/s
