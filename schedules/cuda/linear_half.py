@@ -14,8 +14,8 @@ becomes fp32: no sum can leave fp16, |sum| <= 16 * 255 * 8 = 32640. With an offs
 sum of the activations (a chunk's, in fp32) meets offset + middle * scale: both parts stay small.
 
 Bytes a weight, 4 bits in groups of 128: 0.523. Instructions for 32 weights of a row: 1 load, 20 LOP3 and shifts, 8 for
-code - zero, 16 products, 9 to scale and sum, 54 in all; with what a row has a share in 64, that is 2 a weight. The whole
-kernel executes 2.5 by count of its PTX (2.7 of 8 bits).
+code - zero, 16 products, 9 to scale and sum, 54 in all; with its share of scales and activations 64, 2 a weight. The
+whole kernel executes 2.5 by count of its PTX (2.7 of 8 bits).
 What can be issued while memory brings one weight, and the ceiling of a matrix of 10^9 weights:
   Nano         16.5 GB/s   118 G lanes/s   3.7 instructions a weight     32 tokens/s
   Xavier NX    59.7 GB/s   422 G lanes/s   3.7                          114 tokens/s
