@@ -202,7 +202,7 @@ BROKEN = {  # text of a kernel, what it becomes, and what must come of it
 @pytest.mark.parametrize("what", BROKEN)
 def test_broken_kernels_are_caught(what: str) -> None:
     m, target, text, other, error = BROKEN[what]
-    w = weight("int4", False, 33, 2048 if m == 1 else 256, 64)
+    w = weight("int4", False, 33, 1024 if m == 1 else 256, 64)
     made = layer(w, m, target)
     assert text in made.kernel.source
     broken = replace(made, kernel=replace(made.kernel, source=made.kernel.source.replace(text, other)))
