@@ -73,7 +73,9 @@ BOARDS = {
 
 @dataclass(frozen=True)
 class Kernel:
-    """One launch, `times` a call: what it does on any board of the chip. resident: blocks a multiprocessor holds."""
+    """One launch, `times` a call: what it does on any board of the chip. blocks: that have something to do; resident:
+    that a multiprocessor holds.
+    """
 
     name: str
     times: int
@@ -209,7 +211,7 @@ class _Counted:
                 size, cache = self.sizes[step.arguments[argument].at]
                 nbytes += min(loaded, size * (position + tokens) / self.room if cache else size)
         return Kernel(
-            launch.function, times, prod(launch.grid),
+            launch.function, times, max(1, round(done.working)),
             gpu_issue.resident(prod(launch.block), launch.shared_bytes, used, self.chip), nbytes,
             gpu_issue.busy(done, gpu_issue.scale(function, used), self.chip),
         )  # fmt: skip

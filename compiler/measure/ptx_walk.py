@@ -35,7 +35,8 @@ class Executed:
     banks: turns that shared memory needs. rounds: of the warp that has most, how often it waits for global memory; at
     most once between two branches, because machine code has its loads ahead of what uses them.
     macs: of matrix instructions, by the bits of their operands. longest: PTX instructions of the longest warp.
-    unknown: branches that hang on what is not known.
+    unknown: branches that hang on what is not known. working: blocks that do more than a tenth of what the busiest warp
+    does: those that leave at once, as attention's beyond the position, wait for nothing and make nobody wait.
     """
 
     kinds: NDArray[np.float64]
@@ -49,6 +50,7 @@ class Executed:
     macs: dict[int, float]
     longest: float
     unknown: int
+    working: float = 0.0
 
 
 def _needed(function: Function, addresses: bool) -> set[str]:
@@ -92,7 +94,7 @@ class _Walk:
         self.function, self.memory = function, memory
         blocks = grid[0] * grid[1] * grid[2]
         chosen = np.unique(np.linspace(0, blocks - 1, min(most, blocks)).round().astype(np.int64))
-        self.scale = blocks / len(chosen)
+        self.scale, self.chosen = blocks / len(chosen), len(chosen)
         threads = block[0] * block[1] * block[2]
         padded = -(-threads // WARP) * WARP
         thread = np.tile(np.arange(padded, dtype=np.int64), len(chosen))
@@ -139,7 +141,10 @@ class _Walk:
             for bits, count in macs.items():
                 self.result.macs[bits] = self.result.macs.get(bits, 0) + count * total[i] * self.scale
         sizes = np.array([kinds.sum() for kinds, _ in costs])
-        self.result.longest = float((sizes @ passes).max())
+        by_warp = sizes @ passes
+        self.result.longest = float(by_warp.max())
+        busiest = by_warp.reshape(self.chosen, -1).max(1)
+        self.result.working = float((busiest > self.result.longest / 10).sum()) * self.scale
         self.result.rounds = float(self.waits.max())
         self.result.unknown = len(self.unknown)
         return self.result

@@ -6,16 +6,16 @@
   quern.linear_half, linear_half_offset, linear_half_table, each also with _residual: arguments and attributes of
   quern.linear_exact*. Layout: schedules.cuda.packed_half, the same for every chip and number of tokens.
 
-A block has 8 or 16 rows, its threads share out a row's chunks of 128 bits (32 codes of 4 bits, 16 of 8), so a warp
-reads 512 consecutive bytes and every weight is read once. The chunk's activations are brought below 8 by a power of
-two, rounded to halves, and stay in registers for all rows. code - zero is exact in fp16, a sum has 8 multiply-adds
-before it meets the other half of the chunk and becomes fp32: no sum can leave fp16, |sum| <= 16 * 255 * 8 = 32640.
-With an offset, codes count from the middle, and the sum of the activations (a chunk's, in fp32) meets offset +
-middle * scale: both parts stay small.
+A block stages the activations in shared memory: neighbouring lanes read 16 neighbouring bytes each, 8 (4) lanes bring a
+chunk of 32 (16, of 8 bits) below 8 by a power of two of its own, and round it to halves. Then 8 rows are a team's, of
+one warp or more; a lane has a chunk of all 8, 128 bits of a row, so a warp reads 512 consecutive bytes and every weight
+is read once. code - zero is exact in fp16, a sum has 8 multiply-adds before it meets the other half of the chunk and
+becomes fp32: no sum can leave fp16, |sum| <= 16 * 255 * 8 = 32640. With an offset, codes count from the middle, and the
+sum of the activations (a chunk's, in fp32) meets offset + middle * scale: both parts stay small.
 
 Bytes a weight, 4 bits in groups of 128: 0.523. Instructions for 32 weights of a row: 1 load, 20 LOP3 and shifts, 8 for
-code - zero, 16 products, 9 to scale and sum; with the activations' share (120 by 16 rows) 62, that is 1.9 a weight. The
-PTX has 2.5 (2.8 of 8 bits), because it takes halves out of words by instructions that the hardware does without.
+code - zero, 16 products, 9 to scale and sum, 54 in all; with its share of scales and activations 64, 2 a weight. The
+whole kernel executes 2.5 by count of its PTX (2.7 of 8 bits).
 What can be issued while memory brings one weight, and the ceiling of a matrix of 10^9 weights:
   Nano         16.5 GB/s   118 G lanes/s   3.7 instructions a weight     32 tokens/s
   Xavier NX    59.7 GB/s   422 G lanes/s   3.7                          114 tokens/s
@@ -27,6 +27,7 @@ Nothing of this has been timed on hardware.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from schedules.cuda.kernel import CudaKernel, Launch
@@ -40,6 +41,8 @@ RANK = 10  # first of all for one token
 AFFINES = {"zero": 0, "offset": 1, "table": 2}
 TEXTS = {"float16": "Half", "float32": "float"}
 MOST_THREADS = 256
+MOST_CHUNKS = 256  # of a row, whose activations are in shared memory at a time: 20 KiB, so that three blocks fit
+TEAM_ROWS = 8  # of a team of warps: their scales are one load
 BLOCKS_WANTED = 4  # a multiprocessor, else fewer rows share a block's activations
 
 
@@ -135,13 +138,14 @@ def layer_of(request: Request) -> Layer:
 
 
 def default_knobs(layer: Layer) -> dict[str, int]:
-    """As many rows a block as still fill the chip: its activations are read and rounded once for all of them."""
+    """As many rows a block as still fill the chip: its activations are read and rounded once for all of them. Where
+    rows are few, several warps share them."""
     wanted = BLOCKS_WANTED * layer.gpu.multiprocessors
-    rows = 16 if padded_rows(layer.n) // 16 >= wanted else 8
-    threads = 32
-    while threads < min(MOST_THREADS, _chunks(layer)):
-        threads *= 2
-    return {"rows": rows, "threads": threads}
+    rows = next((r for r in (64, 32, 16) if padded_rows(layer.n) // r >= wanted), TEAM_ROWS)
+    teams, team = rows // TEAM_ROWS, 1
+    while team * teams * 32 < MOST_THREADS and team * 32 < _chunks(layer):
+        team *= 2
+    return {"rows": rows, "threads": teams * team * 32}
 
 
 def _chunks(layer: Layer) -> int:
@@ -155,18 +159,17 @@ def lower(request: Request) -> CudaKernel:
     if layer.m > 1:
         raise NotSuited
     knobs = default_knobs(layer) | dict(request.knobs)
-    chunks = _chunks(layer)
-    rounds = -(-chunks // knobs["threads"])
-    threads = -(-chunks // (32 * rounds)) * 32
-    name = f"linear_half_{layer.shape_name}_r{knobs['rows']}t{threads}"
+    rows, threads, chunks = knobs["rows"], knobs["threads"], _chunks(layer)
+    slices = -(-chunks // MOST_CHUNKS)
+    sizes: dict[str, Constant] = {"ROWS": rows, "THREADS": threads, "SLICE": -(-chunks // (32 * slices)) * 32}
+    name = f"linear_half_{layer.shape_name}_r{rows}t{threads}"
     base = ", const float* __restrict__ residual" if layer.residual else ""
     entry = f"""extern "C" __global__ void __launch_bounds__(THREADS, 1)
 KERNEL(const float* __restrict__ x, {layer.weight_parameters}{base}, float* __restrict__ out) {{
   run(x, {layer.weight_values}, {"residual" if layer.residual else "nullptr"}, out);
 }}"""
-    text = layer.text(name, {"ROWS": knobs["rows"], "THREADS": threads}, entry, "linear_half_gemv.cu")
-    grid = (padded_rows(layer.n) // knobs["rows"], 1, 1)
-    launch = Launch(name, grid, (threads, 1, 1), tuple(range(layer.out + 1)))
+    text = layer.text(name, sizes, entry, "linear_half_gemv.cu")
+    launch = Launch(name, (padded_rows(layer.n) // rows, 1, 1), (threads, 1, 1), tuple(range(layer.out + 1)))
     return CudaKernel(name, text, (launch,), layer.packings)
 
 
@@ -185,10 +188,15 @@ def space(request: Request) -> Space:
     if layer.m > 1:
         raise NotSuited
     default = default_knobs(layer)
-    tried = {"rows": (8, 16), "threads": tuple(t for t in (64, 128, 256) if t <= default["threads"])}
+
+    def allowed(knobs: Mapping[str, int]) -> bool:
+        team = knobs["threads"] // 32 * TEAM_ROWS / knobs["rows"]
+        return team == int(team) >= 1 and 32 * (team - 1) < _chunks(layer)
+
+    tried = {"rows": (8, 16, 32, 64), "threads": (32, 64, 128, 256)}
     macs = layer.n * layer.places.k
     schedule = f"cuda.linear_half.{layer.gpu.arch}"
-    return Space.around(default, tried, schedule=schedule, workload=workload(layer), macs=macs)
+    return Space.around(default, tried, schedule=schedule, workload=workload(layer), macs=macs, allowed=allowed)
 
 
 SPACES = dict.fromkeys(LOWERS, space)

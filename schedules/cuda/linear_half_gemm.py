@@ -9,13 +9,10 @@ By default, for many tokens:
         registers. A warp's step: 32 mma, 8 ldmatrix, 8 words of 10 instructions, 64 to scale: 340 of PTX in all.
   wmma  sm_72: 64 x 64 results, 32 x 32 of a warp, weights unpacked to shared memory. Whose row a fragment's element is,
         is found by loading a tile of numbers. fp16 ceiling of Xavier NX: 6.7 TFLOP/s.
-  tile  sm_53: 64 x 64 results by half2 multiply-adds along the inputs, 8 x 4 of a thread, sums to fp32 every 32
-        inputs at most: 512 multiply-adds beside 48 shared 128-bit reads and 160 to scale, 71 % of Nano's 472 GFLOP/s
-        at best.
-What wmma and tile read of shared memory bounds them beside what they issue: 128 bytes a clock, 4 clocks for a read of
-128 bits a lane. A step of 32 inputs of 64 tokens is 512 clocks of half2 and 4 * 4 * 48 = 768 of reads on Nano if no
-broadcast helps; 32 tokens take 256 and 512. wmma: a product of 32 clocks has one fragment of two reads with 32 x 32 of
-a warp, 1.5 with 16 x 32, where the reads of four warps (48 clocks) outlast it.
+  sm_53 has no tensor cores: linear_half_tile.
+What wmma reads of shared memory bounds it beside what it issues: 128 bytes a clock, 4 clocks for a read of 128 bits a
+lane. A product of 32 clocks has one fragment of two reads with 32 x 32 of a warp, 1.5 with 16 x 32, where the reads of
+four warps (48 clocks) outlast it.
 With up to 16 tokens all read each weight once; then the ceiling is the memory's.
 
 Knobs: tokens and rows of a block's tile, the order of tiles, and for mma warps and the buffers (`stages`) of copies
@@ -32,23 +29,22 @@ from schedules.cuda.packed_half import padded_rows
 from schedules.cuda.source import Constant
 from schedules.kernel import NotSuited, Request, Space, TensorSpec
 
-MMA, WMMA, HALF2 = "mma", "wmma", "tile"
+MMA, WMMA = "mma", "wmma"
 FILES = {
     MMA: ("linear_half_mma.cu",),
     WMMA: ("linear_half_stage.cu", "linear_half_wmma.cu"),
-    HALF2: ("linear_half_stage.cu", "linear_half_tile.cu"),
 }
+FIRST_SM = 70
 MOST_TOKENS = 64  # of the default
 ROUND_THREADS = 256
 SHARED = 48 << 10
 STEP, PITCH = 64, 72  # inputs of a step of mma, and halves that they take in shared memory
-MOST_HALF2 = 64 * 64  # results of a block: sm_53 gives it 32 K registers, and 64 x 128 would take 168 of 256 threads
 MOST_TILE = 8  # mma: 16 x 8 results of a warp, 8 registers each in fp32, for groups of 32 and more
 
 
 def family(layer: Layer) -> str:
     """What multiplies on this chip."""
-    return MMA if layer.gpu.sm >= 80 else WMMA if layer.gpu.sm >= 70 else HALF2
+    return MMA if layer.gpu.sm >= 80 else WMMA
 
 
 def default_knobs(layer: Layer) -> dict[str, int]:
@@ -92,9 +88,9 @@ KERNEL(const Half* __restrict__ rounded, const float* __restrict__ back, const f
 
 
 def many(request: Request) -> Layer:
-    """The layer, if it is one of several tokens."""
+    """The layer, if it is one of several tokens, and the chip has tensor cores. Raises NotSuited."""
     layer = layer_of(request)
-    if layer.m == 1:
+    if layer.m == 1 or layer.gpu.sm < FIRST_SM:
         raise NotSuited
     return layer
 
@@ -127,12 +123,11 @@ def space(request: Request) -> Space:
             return False
         if kind == MMA:
             return knobs == default or _fits(layer, knobs)
-        return kind == WMMA or knobs["tokens"] * knobs["rows"] <= MOST_HALF2
+        return True
 
     tiles: dict[str, dict[str, tuple[int, ...]]] = {
         MMA: {"tokens": (16, 32, 64, 128), "rows": (32, 64, 128), "warps": (2, 4, 8), "stages": (2, 3, 4)},
         WMMA: {"tokens": (16, 32, 64), "rows": (32, 64, 128)},
-        HALF2: {"tokens": (8, 16, 32, 64), "rows": (32, 64, 128)},
     }
     tried = tiles[kind] | {"order": (0, 1)}
     macs = layer.m * layer.n * layer.places.k

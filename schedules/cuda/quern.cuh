@@ -70,6 +70,17 @@ QUERN_INLINE Half2 fma_half2(Half2 a, Half2 b, Half2 c) {  // a * b + c, rounded
   return y;
 }
 
+// One half of a pair twice: Maxwell's arithmetic takes either half of an operand twice, so it is no instruction there.
+#define QUERN_TWICE(NAME, ONE)                                                                             \
+  QUERN_INLINE Half2 NAME(Half2 x) {                                                                       \
+    Half2 y;                                                                                               \
+    asm("{.reg .b16 low, high; mov.b32 {low, high}, %1; mov.b32 %0, {" ONE ", " ONE "};}" : "=r"(y.bits) : "r"(x.bits)); \
+    return y;                                                                                              \
+  }
+QUERN_TWICE(low_twice, "low")
+QUERN_TWICE(high_twice, "high")
+#undef QUERN_TWICE
+
 // ---- fp32
 QUERN_INLINE float exp2_approx(float x) {  // 2^x, within 2 units in the last place; denormal results are 0
   float y;

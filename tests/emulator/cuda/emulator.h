@@ -99,6 +99,8 @@ QUERN_INLINE Half to_half(float x) {
 QUERN_INLINE Half2 pack_half2(Half low, Half high) { return Half2{low.bits | uint32_t(high.bits) << 16}; }
 QUERN_INLINE Half low_half(Half2 x) { return Half{static_cast<uint16_t>(x.bits)}; }
 QUERN_INLINE Half high_half(Half2 x) { return Half{static_cast<uint16_t>(x.bits >> 16)}; }
+QUERN_INLINE Half2 low_twice(Half2 x) { return pack_half2(low_half(x), low_half(x)); }
+QUERN_INLINE Half2 high_twice(Half2 x) { return pack_half2(high_half(x), high_half(x)); }
 // Sums and products of fp16 are exact in double (22 bits of a product, exponents within 2^-48..2^32, so sums of a
 // product and an fp16 fit 53 bits unless they lie more than 2^30 apart, where the nearest fp16 is the larger one's;
 // only a tie of the larger one could be decided by what was lost). One rounding follows.

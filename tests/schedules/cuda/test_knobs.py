@@ -159,7 +159,8 @@ EDGES: list[tuple[Request, dict[str, int]]] = [  # the points that hold most in 
     (attention(NANO, "float16", 128, 64), {"rows": 64, "block": 32, "threads": 64}),
     (half(SM90, 128), {"tokens": 32, "rows": 64, "warps": 2, "stages": 4, "order": 1}),
     (half(XAVIER, 128), {"tokens": 64, "rows": 32, "order": 0}),
-    (half(NANO, 128), {"tokens": 64, "rows": 64, "order": 0}),
+    (half(NANO, 128), {"tokens": 128, "rows": 64, "warps": 4, "order": 0}),
+    (half(NANO, 128, 256), {"tokens": 16, "rows": 128, "warps": 1, "order": 0}),
     (integer(ORIN, 128), {"tokens": 32, "rows": 128, "warps": 2, "stages": 2, "order": 0}),
     (plain(NANO, 24), {"tokens": 16, "warps": 4}),
 ]

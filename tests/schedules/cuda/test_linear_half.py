@@ -13,7 +13,7 @@ from compiler.codegen.nvrtc import DeviceCode
 from compiler.quant.grids import GRIDS
 from compiler.quant.ir import QuantWeight
 from compiler.quant.reference import dequantize
-from schedules.cuda import linear_half, linear_half_gemm
+from schedules.cuda import linear_half
 from schedules.cuda.kernel import lowerings
 from schedules.cuda.packed_half import Places, unpack_codes, weight_packings
 from schedules.kernel import Request, TensorSpec
@@ -25,8 +25,8 @@ from tests.schedules.test_linear_grids import weight, weight_arguments
 
 EPS16, SMALLEST16 = 2.0**-11, 2.0**-25  # largest relative error of an fp16 operation; absolute, near zero
 # Roundings in fp16 on the way of a product to its fp32 sum: of x; of a table's value; and where products are made in
-# fp16, of 8 multiply-adds and one sum (a token's kernel) or 16 multiply-adds (half2 tile). Tensor cores add in fp32.
-CHAINS = {"token": 9, "tile": 16, "wmma": 0, "mma": 0}
+# fp16, of 8 multiply-adds and one sum (a token's kernel) or 16 and one (half2 tile). Tensor cores add in fp32.
+CHAINS = {"token": 9, "tile": 17, "wmma": 0, "mma": 0}
 ONE = [  # grid, offset, n, k, group, residual
     ("int4", False, 105, 256, 32, True), ("int4", False, 64, 2048, 128, False), ("int8", False, 40, 172, 43, False),
     ("int4", True, 64, 176, 16, False), ("int8", True, 33, 160, 16, True), ("int3", False, 64, 192, 96, False),
@@ -170,6 +170,13 @@ def test_packing_loses_nothing(k: int, group: int, bits: int) -> None:
 
 
 BROKEN = {  # text of a kernel, what it becomes, and what must come of it
+    "no barrier before activations are read": (
+        1,
+        NANO,
+        "    block_sync();\n    const int end",
+        "    const int end",
+        EmulationError,
+    ),
     "no barrier before sums are gathered": (
         1,
         NANO,
@@ -177,9 +184,15 @@ BROKEN = {  # text of a kernel, what it becomes, and what must come of it
         "  if (thread < ROWS",
         EmulationError,
     ),
-    "a wrong exchange": (1, NANO, "shuffle_xor(given, mask)", "shuffle_xor(given, mask ^ 3)", AssertionError),
+    "a wrong exchange": (1, NANO, "shuffle_xor(given, mask)", "shuffle_xor(given, mask ^ 4)", AssertionError),
     "codes not unpacked in order": (1, NANO, "j / 2 * 8 + j % 2 * 4 + t", "j / 2 * 8 + j % 2 + 2 * t", AssertionError),
-    "no barrier behind a step": (5, NANO, "    block_sync();\n    put(", "    put(", EmulationError),
+    "no barrier behind a step": (
+        5,
+        NANO,
+        "    block_sync();\n#pragma unroll\n    for (int u",
+        "    for (int u",
+        EmulationError,
+    ),
     "copies not waited for": (5, ORIN, "async_wait<STAGES - 2>();", "", EmulationError),
     "another lane's word": (5, ORIN, "[t];", "[t ^ 1];", AssertionError),
     "a tile's place misread": (5, XAVIER, "number % 16]", "number / 16]", AssertionError),
@@ -190,7 +203,7 @@ BROKEN = {  # text of a kernel, what it becomes, and what must come of it
 def test_broken_kernels_are_caught(what: str) -> None:
     hardware.require_emulator()
     m, target, text, other, error = BROKEN[what]
-    w = weight("int4", False, 33, 2048 if m == 1 else 256, 64)
+    w = weight("int4", False, 33, 1024 if m == 1 else 256, 64)
     made = layer(w, m, target)
     assert text in made.kernel.source
     broken = replace(made, kernel=replace(made.kernel, source=made.kernel.source.replace(text, other)))
@@ -215,7 +228,7 @@ def big(m: int, target: Target, grid: str, group: int, offset: bool = False, n: 
 
 
 # Registers of a thread: 128 leave room for 512 threads on a multiprocessor, 168 for 384, 255 for 256.
-BUDGETS = {"token": 128, "tile": 184, "wmma": 184, "mma": 184}
+BUDGETS = {"token": 128, "tile": 168, "wmma": 184, "mma": 184}
 
 
 @pytest.mark.parametrize("target", ALL, ids=lambda t: t.name)
@@ -242,12 +255,11 @@ def count(code: DeviceCode, instruction: str) -> int:
 @pytest.mark.parametrize("target", ALL, ids=lambda t: t.name)
 def test_a_tokens_instructions(target: Target) -> None:
     """The loop over chunks: 8 rows x 32 weights by one 128-bit load each, 16 LOP3, 8 of code - zero, 16 of products."""
-    made = big(1, target, "int4", 128)
-    rows = int(re.search(r"_r(\d+)t", made.kernel.name)[1])  # type: ignore[index]
-    code = made.code
-    assert count(code, r"ld\.global\.nc\S*\.v4\.u32") == rows + 8 + rows // 8  # weights, activations, scales
-    assert count(code, "lop3") == 16 * rows
-    assert count(code, r"fma\.rn\.f16x2") + count(code, r"mul\.rn\.f16x2") == (8 + 16) * rows
+    code = big(1, target, "int4", 128).code
+    assert count(code, r"ld\.global\.nc\S*\.v4\.u32") == 8 + 1 + 2  # weights, scales, activations of two pieces
+    assert count(code, r"ld\.shared\.v4\.u32") == 4  # activations
+    assert count(code, "lop3") == 16 * 8
+    assert count(code, r"fma\.rn\.f16x2") + count(code, r"mul\.rn\.f16x2") == (8 + 16) * 8
     assert count(code, r"(?:ld|st)\.local") == 0
 
 
@@ -286,6 +298,5 @@ def test_one_layout_for_all_token_counts() -> None:
 
 
 def test_families() -> None:
-    assert {t.name: linear_half_gemm.family(linear_half.layer_of(request_of(w, [x, *weight_arguments(w)], t, False)))
-            for w, x in [(weight("int4", False, 8, 32, 32), np.zeros((4, 32), np.float32))] for t in ALL} == {
+    assert {t.name: family_of(layer(weight("int4", False, 8, 32, 32), 4, t)) for t in ALL} == {
         "jetson-nano": "tile", "jetson-xavier": "wmma", "jetson-orin": "mma", "cuda-sm90": "mma"}  # fmt: skip
