@@ -73,7 +73,7 @@ def lower(request: Request) -> CudaKernel:
         "STAGE_SPANS": spans, "ORDER": knobs["order"],
     }  # fmt: skip
     grid = ordered(-(-call.n // rows), -(-call.m // tokens), knobs["order"])
-    return call.kernel(call.name("wmma", knobs), "linear_int8_wmma.cu", sizes, grid, warps, RESIDENT)
+    return call.kernel(call.name("wmma", knobs), ("linear_int8_wmma.cu",), sizes, grid, warps, RESIDENT)
 
 
 def suited(request: Request) -> Call:

@@ -344,9 +344,9 @@ struct Mma {
       }
     }
   }
-  static void multiply(C (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const char* what) {
+  static void multiply(C (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const C (&to)[4], const char* what) {
     Mma m;
-    std::memcpy(m.c, c, sizeof c);
+    std::memcpy(m.c, to, sizeof c);
     std::memcpy(m.a, a, sizeof a);
     std::memcpy(m.b, b, sizeof b);
     quern_collective(perform, &m, what);
@@ -354,15 +354,15 @@ struct Mma {
   }
 };
 }  // namespace quern
-QUERN_INLINE void mma_16x8x32(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  quern::Mma<int8_t, int8_t, int32_t>::multiply(c, a, b, "mma_16x8x32");
-}
-QUERN_INLINE void mma_16x8x32_unsigned_b(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  quern::Mma<int8_t, uint8_t, int32_t>::multiply(c, a, b, "mma_16x8x32_unsigned_b");
-}
-QUERN_INLINE void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  quern::Mma<Half, Half, float>::multiply(c, a, b, "mma_16x8x16");
-}
+#define QUERN_MMA(NAME, A, B, C)                                                                             \
+  QUERN_INLINE void NAME(C (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const C (&to)[4]) {      \
+    quern::Mma<A, B, C>::multiply(c, a, b, to, #NAME);                                                       \
+  }                                                                                                          \
+  QUERN_INLINE void NAME(C (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { NAME(c, a, b, c); }
+QUERN_MMA(mma_16x8x32, int8_t, int8_t, int32_t)
+QUERN_MMA(mma_16x8x32_unsigned_a, uint8_t, int8_t, int32_t)
+QUERN_MMA(mma_16x8x16, Half, Half, float)
+#undef QUERN_MMA
 #endif
 
 #if QUERN_EMULATED_SM >= 70
