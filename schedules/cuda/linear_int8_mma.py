@@ -97,10 +97,10 @@ def warps_down(tokens: int) -> int:
 
 
 def whole(tokens: int, rows: int, warps: int) -> bool:
-    """Whether warps share a tile evenly: 8, 16 or a multiple of 32 rows each, and few enough sums for its registers."""
+    """Whether warps share a tile evenly: 16 or a multiple of 32 rows each, and few enough sums for its registers."""
     down = warps_down(tokens)
     own = rows * down // warps
-    even = warps % down == 0 and rows * down % warps == 0 and own >= 8 and (own % 32 == 0 or 32 % own == 0)
+    even = warps % down == 0 and rows * down % warps == 0 and own >= 16 and (own % 32 == 0 or 32 % own == 0)
     return even and tokens * rows // warps <= MOST_OUTPUTS
 
 

@@ -21,44 +21,42 @@ from collections.abc import Mapping
 
 from schedules.cuda.kernel import CudaKernel, ordered
 from schedules.cuda.linear_int8 import Call, read, workload
+from schedules.cuda.linear_int8_mma import SHARED, sizes, stage_bytes, steps, whole
 from schedules.cuda.packed import ROWS
 from schedules.kernel import NotSuited, Request, Space
 
 RANK = 1
 FIRST, LAST = 72, 79  # compute capabilities with int8 wmma and without cp.async
 FEW = 4  # tokens that the dot-product kernel serves
-K_STEP = 16
-STAGE_INPUTS = 128
+FILES = ("linear_int8_tensor.cu", "linear_int8_wmma.cu")
 RESIDENT = 8  # warps: registers are what bounds them
-MOST_OUTPUTS = 1024  # of a warp: 32 fp32 sums a thread
 MOST_FETCHED = 64  # registers of a thread for what it reads ahead; with 1024 outputs and 92 of them, 40 bytes spill
-
-
-def steps(call: Call) -> tuple[int, int]:
-    """(k-steps of a span, spans in shared memory at a time)."""
-    k_steps = -(-call.layout.geometry.width // K_STEP)
-    return k_steps, min(max(1, STAGE_INPUTS // (k_steps * K_STEP)), call.layout.geometry.spans)
 
 
 def fetched(call: Call, tokens: int, rows: int, warps: int) -> int:
     """Registers that hold the next stage on its way to shared memory (`Fetched`)."""
     _, spans = steps(call)
-    width, blocks, threads = call.layout.geometry.width, rows // ROWS, 32 * warps
-    piece = 4 if width % 16 == 0 else 2
+    threads, units, pieces = 32 * warps, spans * call.layout.units, spans * -(-call.layout.geometry.width // 16)
     each = [
-        (tokens * spans * (width // (4 * piece)), piece),
-        (blocks * spans * call.layout.units, 4),
-        (tokens * spans, 2),
-        (blocks * spans, (2 if call.scale == "float16" else 4) + {"zero": 1, "offset": 4, "table": 0}[call.affine]),
-    ]
-    return sum(-(-items // threads) * registers for items, registers in each)
+        (tokens, threads // _lanes(pieces), 4),
+        (rows // ROWS, threads // _lanes(units), 4),
+        (tokens * spans, threads, 2),
+        (rows // ROWS * spans, threads,
+         (2 if call.scale == "float16" else 4) + {"zero": 1, "offset": 4, "table": 0}[call.affine]),
+    ]  # fmt: skip
+    return sum(-(-items // at_once) * registers for items, at_once, registers in each)
+
+
+def _lanes(items: int) -> int:
+    return 1 << (items - 1).bit_length()
 
 
 def default_knobs(call: Call) -> dict[str, int]:
-    """64 x 64 where that fills the device; fewer tokens where there are fewer, fewer rows where they leave it idle."""
+    """64 x 128 where that fills the device; fewer tokens where there are fewer, fewer rows where they leave it idle."""
     tokens = 16 if call.m <= 16 else 32 if call.m <= 32 else 64
-    rows = 64 if -(-call.m // tokens) * -(-call.n // 64) >= call.gpu.multiprocessors else 32
-    return {"tokens": tokens, "rows": rows, "warps": 4 if tokens == 64 else rows // 16, "order": 0}
+    tiles = -(-call.m // tokens)
+    rows = next((r for r in (128, 64) if tiles * -(-call.n // r) >= call.gpu.multiprocessors), 32)
+    return {"tokens": tokens, "rows": rows, "warps": rows // 32 if tokens == 64 else rows // 16, "order": int(tiles > 1)}
 
 
 def lower(request: Request) -> CudaKernel:
@@ -66,14 +64,9 @@ def lower(request: Request) -> CudaKernel:
     call = suited(request)
     knobs = default_knobs(call) | dict(request.knobs)
     tokens, rows, warps = knobs["tokens"], knobs["rows"], knobs["warps"]
-    k_steps, spans = steps(call)
-    warps_m = max(1, tokens // 32)
-    sizes = {
-        "BM": tokens, "BN": rows, "WARPS_M": warps_m, "WARPS_N": warps // warps_m, "K_STEPS": k_steps,
-        "STAGE_SPANS": spans, "ORDER": knobs["order"],
-    }  # fmt: skip
+    more = sizes(call, tokens, rows, warps, knobs["order"]) | {"UNSIGNED": 0}
     grid = ordered(-(-call.n // rows), -(-call.m // tokens), knobs["order"])
-    return call.kernel(call.name("wmma", knobs), ("linear_int8_wmma.cu",), sizes, grid, warps, RESIDENT)
+    return call.kernel(call.name("wmma", knobs), FILES, more, grid, warps, RESIDENT)
 
 
 def suited(request: Request) -> Call:
@@ -95,12 +88,10 @@ def space(request: Request) -> Space:
     default = default_knobs(call)
 
     def allowed(knobs: Mapping[str, int]) -> bool:
-        warps_m = max(1, knobs["tokens"] // 32)
-        whole = knobs["warps"] % warps_m == 0 and knobs["rows"] % (16 * (knobs["warps"] // warps_m)) == 0
         tile = knobs["tokens"], knobs["rows"], knobs["warps"]
-        few = knobs["tokens"] * knobs["rows"] // knobs["warps"] <= MOST_OUTPUTS
-        few = few and (knobs["order"] == 0 or call.m > knobs["tokens"])
-        return whole and few and (fetched(call, *tile) <= MOST_FETCHED or knobs == default)
+        fits = whole(*tile) and stage_bytes(call, *tile[:2]) <= SHARED
+        fits = fits and (knobs["order"] == 0 or call.m > knobs["tokens"])
+        return fits and (fetched(call, *tile) <= MOST_FETCHED or knobs == default)
 
     tried = {"tokens": (16, 32, 64), "rows": (32, 64, 128), "warps": (1, 2, 4, 8), "order": (0, 1)}
     macs = call.m * call.n * call.layout.geometry.k

@@ -95,6 +95,9 @@ QUERN_INLINE int32_t opaque(int32_t x) {
   return x;
 }
 
+// Ends the launch with an error: for what must not happen.
+QUERN_INLINE void trap() { asm volatile("trap;"); }
+
 // ---- integers
 template <int TABLE>
 QUERN_INLINE uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {  // TABLE: 0xF0 for a, 0xCC for b, 0xAA for c
