@@ -35,8 +35,8 @@ K_STEP = 32  # inputs of an mma
 STAGE_INPUTS = 128  # at most, of one token in one buffer
 SHARED = 48 << 10
 FILES = ("linear_int8_tensor.cu", "linear_int8_mma.cu")
-RESIDENT, MOST_RESIDENT = 12, 8  # warps: 168 registers a thread for up to FEW_OUTPUTS a warp, else 255
-FEW_OUTPUTS, MOST_OUTPUTS = 2048, 2048  # of a warp: 32 and 64 fp32 sums a thread
+RESIDENT, MOST_RESIDENT = 12, 8  # warps: 168 registers a thread for 4 bits with zeros and 32 rows a warp, else 255
+MOST_OUTPUTS = 2048  # of a warp: 32 and 64 fp32 sums a thread
 TILES = ((64, 128), (64, 64), (32, 64), (16, 64), (16, 32))  # tokens x rows of a block, the least memory traffic first
 
 
@@ -128,7 +128,8 @@ def lower(request: Request) -> CudaKernel:
         "STAGES": knobs["stages"], "SHARED_BYTES": shared, "UNSIGNED": 1,
     }  # fmt: skip
     grid = ordered(-(-call.n // rows), -(-call.m // tokens), knobs["order"])
-    resident = RESIDENT if tokens * rows // warps <= FEW_OUTPUTS else MOST_RESIDENT
+    few = rows * warps_down(tokens) // warps <= 32 and call.layout.bits == 4 and call.affine == "zero"
+    resident = RESIDENT if few else MOST_RESIDENT
     return call.kernel(call.name("mma", knobs), FILES, more, grid, warps, resident, shared)
 
 

@@ -61,9 +61,15 @@ QUERN_INLINE Own own_part(const Pointers& p, int first_token, int first_block) {
   own.codes_at = own.block * W_STRIDE + (own.run / SPAN_RUNS * K_STEPS + eight % K_STEPS) * STEP_UNITS +
                  of_span % WORDS * 4 + eight / K_STEPS;
   own.first_token = first_token, own.first_block = first_block;
-  own.q = p.q + int64_t(first_token) * (SPANS * WIDTH) + piece * PIECE;
-  own.codes = p.codes + int64_t(first_block) * POSITIONS;
+  own.q = p.q + int64_t(min(first_token + own.token, M - 1)) * (SPANS * WIDTH) + piece * PIECE;
+  own.codes = p.codes + int64_t(min(first_block + own.block, ROW_BLOCKS - 1)) * POSITIONS;
   return own;
+}
+
+// How many rows behind the thread's first one; `last` of them there are (fewer than none: the first is the array's last).
+template <bool ALL>
+QUERN_INLINE int rows_apart(int rows, int last) {
+  return ALL ? rows : max(0, min(rows, last));
 }
 
 // Calls token_piece(i, from, at), code_unit(i, from, at) and so on for all that the thread brings of the step that
@@ -73,23 +79,23 @@ QUERN_INLINE void share_out(const Own& own, int first_span, Pieces token_piece, 
                             Tokens token_scales) {
   const int spans = min(STAGE_SPANS, SPANS - first_span);
   if (threadIdx.x % PIECE_LANES < PIECES && (WHOLE || own.token_span < spans)) {
+    const int8_t* from = own.q + first_span * WIDTH;
 #pragma unroll
     for (int i = 0; i < TOKEN_COPIES; ++i) {
-      int token = own.token + i * TOKENS_APART;
-      if (BM % TOKENS_APART != 0 && token >= BM) continue;
-      if (M % BM != 0) token = min(token, M - 1 - own.first_token);
-      token_piece(i, own.q + token * (SPANS * WIDTH) + first_span * WIDTH, own.tokens_at + i * TOKENS_APART * A_STRIDE);
+      if (BM % TOKENS_APART != 0 && own.token + i * TOKENS_APART >= BM) continue;
+      const int apart = rows_apart<M % BM == 0>(i * TOKENS_APART, M - 1 - own.first_token - own.token);
+      token_piece(i, from + apart * (SPANS * WIDTH), own.tokens_at + i * TOKENS_APART * A_STRIDE);
     }
   }
   if (threadIdx.x % UNIT_LANES < RUNS * RUN && (WHOLE || own.run / SPAN_RUNS < spans)) {
     const int slot = first_span * SPAN_RUNS + own.run, tile = slot / 32;
     const int place = tile * (32 * RUN) + own.step * (tile == TILES - 1 ? LAST_LANES : 32) + slot % 32;
+    const uint4* from = own.codes + place;
 #pragma unroll
     for (int i = 0; i < CODE_COPIES; ++i) {
-      int block = own.block + i * BLOCKS_APART;
-      if (BLOCKS % BLOCKS_APART != 0 && block >= BLOCKS) continue;
-      if (N % BN != 0) block = min(block, ROW_BLOCKS - 1 - own.first_block);
-      code_unit(i, own.codes + block * POSITIONS + place, own.codes_at + i * BLOCKS_APART * W_STRIDE);
+      if (BLOCKS % BLOCKS_APART != 0 && own.block + i * BLOCKS_APART >= BLOCKS) continue;
+      const int apart = rows_apart<N % BN == 0>(i * BLOCKS_APART, ROW_BLOCKS - 1 - own.first_block - own.block);
+      code_unit(i, from + apart * POSITIONS, own.codes_at + i * BLOCKS_APART * W_STRIDE);
     }
   }
 #pragma unroll

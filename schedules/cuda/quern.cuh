@@ -205,10 +205,8 @@ extern __shared__ uint4 quern_dynamic_shared[];
 QUERN_INLINE uint8_t* dynamic_shared() { return reinterpret_cast<uint8_t*>(quern_dynamic_shared); }  // 16-aligned
 QUERN_INLINE void block_sync() { __syncthreads(); }
 QUERN_INLINE void warp_sync() { asm volatile("bar.warp.sync 0xffffffff;" ::: "memory"); }
-QUERN_INLINE uint32_t shared_address(const void* p) {
-  uint64_t y;
-  asm("cvta.to.shared.u64 %0, %1;" : "=l"(y) : "l"(p));
-  return static_cast<uint32_t>(y);
+QUERN_INLINE uint32_t shared_address(const void* p) {  // not by inline PTX, which would hide offsets from the compiler
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
 // Copies from global to shared memory that run beside the computation (sm_80 on; plain copies before). BYTES is 4, 8 or
