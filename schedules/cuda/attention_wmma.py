@@ -10,17 +10,17 @@ from __future__ import annotations
 from schedules.cuda.attention import SHARED_MOST, Call, TensorCores
 
 RANK = 5  # before the tiles in fp32, after mma
-MATRIX = 16
+MATRIX, TILE_PITCH = 16, 20
 
 
 def fits(call: Call, rows: int, block: int) -> bool:
     """Everything but the sums lies in shared memory; those of d = 256, 128 registers, are the most there are."""
     warps, pitch = rows // MATRIX, call.padded + 8
-    own = 4 * MATRIX * (block + 4) + 2 * MATRIX * (block + 8) + 4 * MATRIX * MATRIX  # scores, weights, a tile
+    own = 4 * MATRIX * max(block + 8, TILE_PITCH + (block + 8) // 2)  # scores, or a tile and weights
     staged = 2 * block * (call.padded + pitch) + 2 * rows * pitch + warps * own + 8 * block
     return staged <= SHARED_MOST
 
 
-FAMILY = TensorCores("wmma", 70, ((64, 64, 32), (128, 32, 32), (256, 32, 16)), 0, fits)
+FAMILY = TensorCores("wmma", 70, ((128, 64, 32), (256, 32, 16)), 0, fits)
 LOWERS = {"quern.attention": FAMILY.lower, "quern.attention_int8": FAMILY.lower}
 SPACES = dict.fromkeys(LOWERS, FAMILY.space)
