@@ -2,21 +2,22 @@
 
 Operators, formula and layout as in schedules.cuda.linear_int8. A block makes `tokens` x `rows` outputs. Activations
 and codes of the next spans are under way to shared memory (cp.async, `stages` buffers) while the tensor cores work on
-this one. A warp has 32 (or 16) tokens and some columns of 8 rows; for each column it adds up a span in int32,
+this one. A warp has up to 64 tokens and 32 rows: it unpacks a span's codes once for all its tokens, adds up in int32,
 exactly, starting from 1.5 * 2^23, and scales that into fp32 sums: the order over spans is the CPU's.
 
-Where an input stands in k is free as long as both operands agree: lane t of four takes inputs 8 t to 8 t + 7 of each
-32, which is one word of codes at 4 bits (two at 8) and one 64-bit load of a token. So both fragments are plain loads of
-unpacked order, without bank conflicts by the strides chosen below, and ldmatrix would read no fewer bytes. The parts
-of a span beyond a multiple of 32 inputs multiply zeros.
+Weights are the left operand (16 rows), tokens the right one (8 columns). Where an input stands in k is free as long as
+both operands agree, and so is which row stands where: fragments are plain loads, 16 bytes a lane, of the packed layout
+and of tokens, whose registers the mma takes as they come (linear_int8_tensor.cu). The other way round, a token's two
+halves of 16 would have to be moved. Strides below keep loads out of each other's banks. A zero point leaves 4-bit codes
+by one subtraction for four of them (code - zero + 128, unsigned; 128 times the activations' sum leaves with the start
+value); that of 8-bit codes meets the sums, exactly. Parts of a span beyond a multiple of 32 inputs multiply zeros.
 
-A warp's 32 tokens x 32 rows x 128 inputs: 32 mma (each 4096 multiply-adds: 8 clocks of a quarter of an sm_87
-multiprocessor, 256 in all), 16 words of codes with 48 operations to unpack, 32 x 4 operations of scaling, and a
-span's activations, read once for all columns: about 430 instructions of PTX, and 100 more for the copies of 8 warps.
-An instruction a clock: half of the peak of sm_87 is in reach, at groups of 32 a fifth. sm_90 has four times the
-tensor cores for these instructions' clocks and is bound by scaling alone. Shared memory fits 48 KB, which every
-device has without asking. From the second-level cache a block reads (tokens + rows / 2) bytes an input for tokens *
-rows multiply-adds: at 64 x 128, 32 bytes a clock of sm_87 at its peak. Nothing of this has been timed.
+A warp's 64 tokens x 32 rows x 128 inputs, 4 bits, in machine code for sm_87: 496 instructions. 64 are mma (4096
+multiply-adds: 8 clocks of a scheduler's tensor core on sm_87, 4 on sm_90), 84 unpack, 192 scale (3 a result, which
+are fp32 units' business), 28 loads of 16 bytes from shared memory, 12 copies. So 512 clocks of sm_87's tensor cores
+stand beside 496 to issue; shared memory has 112 turns and 40 of copies for 128 clocks of a multiprocessor. sm_90 would
+want 256 clocks: issue and shared memory bound it to half of what mma could do. Groups of 32 scale four times as often.
+Shared memory fits 48 KB, which every device has without asking. Nothing of this has been timed.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ STAGE_INPUTS = 128  # at most, of one token in one buffer
 SHARED = 48 << 10
 FILES = ("linear_int8_tensor.cu", "linear_int8_mma.cu")
 RESIDENT, MOST_RESIDENT = 12, 8  # warps: 168 registers a thread for 4 bits with zeros and 32 rows a warp, else 255
+NEWER = 90  # for which ptxas wants more: 300 bytes would spill
 MOST_OUTPUTS = 2048  # of a warp: 32 and 64 fp32 sums a thread
 TILES = ((64, 128), (64, 64), (32, 64), (16, 64), (16, 32))  # tokens x rows of a block, the least memory traffic first
 
@@ -105,13 +107,13 @@ def whole(tokens: int, rows: int, warps: int) -> bool:
 
 
 def default_knobs(call: Call) -> dict[str, int]:
-    """The largest tile that fits twice into 48 KB, is not mostly padding, and leaves no multiprocessor idle.
+    """The largest tile that fits twice into 48 KB, is not mostly padding, and leaves few multiprocessors idle.
 
     Where several tiles of tokens read the same weights they come one after the other: memory gives weights once.
     """
     fitting = [tile for tile in TILES if 2 * stage_bytes(call, *tile) <= SHARED]
     useful = [(t, r) for t, r in fitting if t <= 16 * -(-call.m // 16)] or fitting[-1:]
-    filling = [(t, r) for t, r in useful if -(-call.m // t) * -(-call.n // r) >= call.gpu.multiprocessors]
+    filling = [(t, r) for t, r in useful if 4 * -(-call.m // t) * -(-call.n // r) >= 3 * call.gpu.multiprocessors]
     tokens, rows = (filling or useful[-1:])[0]
     stages = 3 if 3 * stage_bytes(call, tokens, rows) <= SHARED else 2
     warps = rows // 32 if tokens >= 64 else rows // 16
@@ -129,6 +131,7 @@ def lower(request: Request) -> CudaKernel:
     }  # fmt: skip
     grid = ordered(-(-call.n // rows), -(-call.m // tokens), knobs["order"])
     few = rows * warps_down(tokens) // warps <= 32 and call.layout.bits == 4 and call.affine == "zero"
+    few = few and call.gpu.sm < NEWER
     resident = RESIDENT if few else MOST_RESIDENT
     return call.kernel(call.name("mma", knobs), FILES, more, grid, warps, resident, shared)
 

@@ -1,18 +1,19 @@
-"""Integer linear layers of many tokens on Xavier's tensor cores (sm_72): wmma on int8, 16 x 16 outputs a warp.
+"""Integer linear layers of many tokens on Xavier's tensor cores (sm_72): wmma on int8.
 
-Operators, formula and layout as in schedules.cuda.linear_int8. A block makes `tokens` x `rows` outputs, some spans at
-a time: while the tensor cores work on what lies in shared memory, the threads' registers already receive the next
-part; codes are unpacked to bytes on their way into shared memory. A warp has 32 (or 16) tokens and some columns of 16
-rows; it adds up a span in int32, exactly, from 1.5 * 2^23, and scales that into fp32 sums: the order over spans is
-the CPU's.
+Operators, formula and layout as in schedules.cuda.linear_int8, products and scaling as in linear_int8_mma, of which it
+shares the text (linear_int8_tensor.cu). A block makes `tokens` x `rows` outputs, some spans at a time: while the tensor
+cores work on what lies in shared memory, the threads' registers already receive the next part.
 
-Which lane of a warp holds which outputs is not documented for sm_72. A warp asks the hardware once: it loads a matrix
-of the numbers 0 to 255 as an accumulator, and afterwards knows token and row of each of its 8 registers.
+Which lane holds what of a wmma fragment is not documented for sm_72. But ptxas turns wmma.load into plain loads, and
+wmma.mma of 16 x 16 x 16 bytes into four IMMA.8816 (nvdisasm 12.8 of NVRTC 11.8's code, which is what a bundle carries):
+fragments are those of four mma.m8n8k16 as documented for later chips. So the kernel fills them by its own loads of 16
+bytes. A block asks at its start all the same, by loading the numbers 0 to 255 as each operand, and ends the launch
+with an error if they lie otherwise: PTX may be compiled by a driver that nobody knows.
 
-16 tokens x 16 rows x 128 inputs: 8 products of 4096 multiply-adds, 32 clocks of a multiprocessor at 1024 a clock
-(Xavier's 22 TOPS); scaling takes 8 x (4 operations, 1 load) a warp, 40 of the 128 issue slots of those clocks, and
-every load is 2 clocks of the multiprocessor's shared memory. So half of the peak is the ceiling to hope for, at
-groups of 32 a sixth. Shared memory: 64 x 64 x 128 takes 20 KB. Nothing of this has been timed.
+64 tokens x 32 rows x 128 inputs of a warp, 4 bits: 256 IMMA.8816 are 1024 clocks of a scheduler's tensor core (1024
+multiply-adds a clock and multiprocessor, Xavier's 22 TOPS) beside 782 instructions in all and 112 turns of shared
+memory, of 256 that fit. Volta multiplies bytes of equal signedness only, so zero points meet the sums: one
+multiply-add more a result. Shared memory: 64 x 128 x 128 takes 20 KB. Nothing of this has been timed.
 """
 
 from __future__ import annotations
