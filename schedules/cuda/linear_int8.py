@@ -90,8 +90,9 @@ class Call:
         return f"linear_{kind}a8_{family}_{self.gpu.arch.replace('_', '')}_{shape}{more}_{chosen}"
 
     def kernel(
-        self, name: str, files: tuple[str, ...], sizes: Mapping[str, int], grid: Dim3, warps: int, resident: int, shared: int = 0
-    ) -> CudaKernel:
+        self, name: str, files: tuple[str, ...], sizes: Mapping[str, int], grid: Dim3, warps: int, resident: int,
+        shared: int = 0,
+    ) -> CudaKernel:  # fmt: skip
         """The function of `files`, one launch of it.
 
         resident: warps that a multiprocessor must have registers for. Without a bound ptxas spills rather than take

@@ -45,7 +45,7 @@ QUERN_INLINE void layer(const Pointers& p) {
     block_sync();
   }
   const Own own = own_part(p, first_token, first_row / ROWS);
-  const int32_t start[4] = {opaque(MAGIC), opaque(MAGIC), opaque(MAGIC), opaque(MAGIC)};  // registers for the whole loop
+  const int32_t start[4] = {opaque(MAGIC), opaque(MAGIC), opaque(MAGIC), opaque(MAGIC)};  // stay in registers
   Totals totals = {};
 #pragma unroll
   for (int s = 0; s < STAGES - 1; ++s) {

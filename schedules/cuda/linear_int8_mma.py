@@ -158,11 +158,11 @@ def space(request: Request) -> Space:
         fits = whole(tokens, rows, knobs["warps"]) and (knobs["order"] == 0 or call.m > tokens)
         return fits and knobs["stages"] * stage_bytes(call, tokens, rows) <= SHARED
 
-    tried = {"tokens": (16, 32, 64, 128), "rows": (32, 64, 128), "warps": (1, 2, 4, 8), "stages": (2, 3, 4), "order": (0, 1)}
+    tried = {"tokens": (16, 32, 64, 128), "rows": (32, 64, 128), "warps": (1, 2, 4, 8), "stages": (2, 3, 4)}
     macs = call.m * call.n * call.layout.geometry.k
     return Space.around(
-        default_knobs(call), tried, schedule=f"cuda.linear_int8_mma.{call.gpu.arch}", workload=workload(call),
-        macs=macs, allowed=allowed,
+        default_knobs(call), tried | {"order": (0, 1)}, schedule=f"cuda.linear_int8_mma.{call.gpu.arch}",
+        workload=workload(call), macs=macs, allowed=allowed,
     )  # fmt: skip
 
 

@@ -4,12 +4,12 @@
 // UNSIGNED: whether signed activations may meet unsigned weights.
 //
 // Weights are the left operand, tokens the right one. Where an input stands in k is free if both agree: of a span's
-// 4 * 8 * K_STEPS inputs lane t of four takes the t-th part, eight inputs a k-step. Which row stands where is free, too:
-// rows g and g + 8 of tile r are rows 2 r and 2 r + 1 of row block g. So one load of 16 bytes gives a lane its codes of
-// two tiles and one its activations of two k-steps, and its results are the rows of one row block.
+// 4 * 8 * K_STEPS inputs lane t of four takes the t-th part, eight inputs a k-step. Which row stands where is free,
+// too: rows g and g + 8 of tile r are rows 2 r and 2 r + 1 of row block g. So one load of 16 bytes gives a lane its
+// codes of two tiles and one its activations of two k-steps, and its results are the rows of one row block.
 constexpr int WARPS = WARPS_M * WARPS_N, THREADS = WARPS * 32;
 constexpr int WM = BM / WARPS_M, WN = BN / WARPS_N, PAIRS = WM / 16;  // of tiles of 8 tokens
-constexpr int EACH = WN < 32 ? WN / 8 : 4, HIGH = EACH / 2;          // rows that a lane has of a row block, and their tiles
+constexpr int EACH = WN < 32 ? WN / 8 : 4, HIGH = EACH / 2;          // a lane's rows of a row block, and their tiles
 constexpr int COLUMNS = WN / (8 * EACH);                             // of 8 row blocks
 constexpr int WORDS = BITS / 4, STEP_UNITS = 4 * WORDS;              // a word has 8 inputs of 4 bits, 4 of 8 bits
 constexpr int BLOCKS = BN / ROWS, STEPS = (SPANS + STAGE_SPANS - 1) / STAGE_SPANS;
@@ -31,7 +31,7 @@ struct Stage {
   alignas(16) Token token[STAGE_SPANS * BM];
 };
 
-// ---- who brings what of a step. Lanes that share a row are a power of two, so a thread has the same place in all rows.
+// ---- who brings what of a step. A power of two of lanes share a row, so a thread has the same place in all rows.
 constexpr int each(int items, int at_once) { return (items + at_once - 1) / at_once; }
 constexpr int padded(int items) {
   int lanes = 1;
@@ -66,7 +66,7 @@ QUERN_INLINE Own own_part(const Pointers& p, int first_token, int first_block) {
   return own;
 }
 
-// How many rows behind the thread's first one; `last` of them there are (fewer than none: the first is the array's last).
+// How many rows behind the thread's first one. There are `last` (fewer than none: the first is the array's last).
 template <bool ALL>
 QUERN_INLINE int rows_apart(int rows, int last) {
   return ALL ? rows : max(0, min(rows, last));
@@ -108,7 +108,8 @@ QUERN_INLINE void share_out(const Own& own, int first_span, Pieces token_piece, 
   for (int j = 0; j < each(BM * STAGE_SPANS, THREADS); ++j) {
     const int i = (THREADS - 1 - threadIdx.x) + j * THREADS, span = i % STAGE_SPANS;  // the last threads first
     if (i < BM * STAGE_SPANS && (WHOLE || span < spans))
-      token_scales(j, min(own.first_token + i / STAGE_SPANS, M - 1) * SPANS + first_span + span, span * BM + i / STAGE_SPANS);
+      token_scales(j, min(own.first_token + i / STAGE_SPANS, M - 1) * SPANS + first_span + span,
+                   span * BM + i / STAGE_SPANS);
   }
 }
 
@@ -184,7 +185,8 @@ QUERN_INLINE void multiply(Totals& totals, const Stage& stage, const int32_t (&s
       scale[j] = scale_of(scales, row + j);
       offset[j] = OFFSET ? scale_of(stage.offset[OFFSET ? of_block : 0], row + j) : 0.0f;
       minus_zero[j] = 0;
-      if (CORRECTED) minus_zero[j] = MAGIC_VALUE - bits_float(MAGIC + zero_of(stage.zero[ZERO ? of_block : 0], row + j));
+      if (CORRECTED)
+        minus_zero[j] = MAGIC_VALUE - bits_float(MAGIC + zero_of(stage.zero[ZERO ? of_block : 0], row + j));
     }
 #pragma unroll
     for (int pair = 0; pair < PAIRS; ++pair) {
@@ -202,7 +204,7 @@ QUERN_INLINE void multiply(Totals& totals, const Stage& stage, const int32_t (&s
         for (int e = 0; e < 2; ++e) {
           const Token token = stage.token[span * BM + first_token + pair * 16 + i * 8 + quad * 2 + e];
           const float by = token.scale * UNIT, sum = bits_float(MAGIC + token.sum) - MAGIC_VALUE;
-          // What shifted codes, or 8-bit ones stored minus 128, make of all the token's sums: -(1.5 * 2^23 + n) as bits.
+          // What shifted codes, or 8-bit ones stored minus 128, make of a token's sums: -(1.5 * 2^23 + n) as bits.
           const int32_t extra = SHIFTED ? 128 : ZERO ? 0 : STORED_ZERO;
           float less = bits_float(static_cast<uint32_t>(MAGIC + extra * token.sum) | 0x80000000u);
 #pragma unroll

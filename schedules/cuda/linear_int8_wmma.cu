@@ -36,7 +36,8 @@ QUERN_INLINE void fetch(Fetched& f, const Pointers& p, const Own& own, int first
 
 QUERN_INLINE void put(Stage& stage, const Fetched& f, const Own& own, int first_span) {
   share_out(
-      own, first_span, [&](int i, const int8_t*, int at) { *reinterpret_cast<Piece*>(stage.tokens + at) = f.tokens[i]; },
+      own, first_span,
+      [&](int i, const int8_t*, int at) { *reinterpret_cast<Piece*>(stage.tokens + at) = f.tokens[i]; },
       [&](int i, const uint4*, int at) { stage.codes[at] = f.codes[i]; },
       [&](int i, unsigned, int at) {
         stage.scale[at] = f.scale[i];

@@ -57,7 +57,8 @@ def default_knobs(call: Call) -> dict[str, int]:
     tokens = 16 if call.m <= 16 else 32 if call.m <= 32 else 64
     tiles = -(-call.m // tokens)
     rows = next((r for r in (128, 64) if tiles * -(-call.n // r) >= call.gpu.multiprocessors), 32)
-    return {"tokens": tokens, "rows": rows, "warps": rows // 32 if tokens == 64 else rows // 16, "order": int(tiles > 1)}
+    warps = rows // 32 if tokens == 64 else rows // 16
+    return {"tokens": tokens, "rows": rows, "warps": warps, "order": int(tiles > 1)}
 
 
 def lower(request: Request) -> CudaKernel:

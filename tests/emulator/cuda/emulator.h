@@ -406,7 +406,8 @@ static void load_fragment(uint32_t (&r)[REGISTERS], const T* p, int stride, bool
   constexpr int PER_WORD = 4 / sizeof(T);
   std::memset(r, 0, sizeof r);
   for (int i = 0; i < 8; ++i) {
-    int place = dealt<sizeof(T) == 1>(by_column ? RIGHT : LEFT, quern_thread.lane, i), row = place / 16, column = place % 16;
+    int place = dealt<sizeof(T) == 1>(by_column ? RIGHT : LEFT, quern_thread.lane, i);
+    int row = place / 16, column = place % 16;
     const T* from = p + (by_column ? column * stride + row : row * stride + column);
     quern_check(from, sizeof(T), sizeof(T), 0, what);
     uint32_t bits = 0;
