@@ -2,7 +2,9 @@
 
 As attention_mma, with what wmma leaves unsaid made up for: a fragment's elements have no known row, so scores are
 stored to shared memory for the softmax, weights come back as fp16 from there, and the factor that old sums get is
-itself loaded as a fragment, of a 16 x 16 tile that repeats each row's factor.
+itself loaded as a fragment, of a 16 x 16 tile that repeats each row's factor. A lane reads its half of a row's scores
+16 bytes at a time and keeps them; weights and tile then take their place. Fragments of queries and weights are loaded
+once for all positions and columns.
 """
 
 from __future__ import annotations
