@@ -59,7 +59,7 @@ def default_knobs(layer: Layer) -> dict[str, int]:
     Tensor cores take tiles that share weights one after the other: memory then gives weights once.
     """
     tokens, kind = next((t for t in (16, 32) if t >= layer.m), MOST_TOKENS), family(layer)
-    knobs = {"tokens": tokens, "rows": 64, "order": int(kind != HALF2 and layer.m > tokens)}
+    knobs = {"tokens": tokens, "rows": 64, "order": int(layer.gpu.sm >= 70 and layer.m > tokens)}
     if kind != MMA:
         return knobs
     knobs |= {"warps": 4, "stages": 3}
