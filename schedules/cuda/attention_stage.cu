@@ -23,8 +23,8 @@ QUERN_INLINE Half2 codes_to_half2(uint32_t words, int low, int high) {
 constexpr bool INSIDE = WINDOW == 0 && CAPACITY % BLOCK == 0;
 // Both caches lie as they are copied, 16 bytes a thread. Then a thread's copies differ by constants, here and there:
 // `unit` is its first, a multiple of THREADS behind it are the others. (Codes on their way take registers, which long
-// heads do not have: 8 bytes would spill.)
-constexpr bool KEYS_EVEN = D % 16 == 0 && (!CODES || D <= 128);
+// heads and many copies do not leave: 8 to 16 bytes would spill.)
+constexpr bool KEYS_EVEN = D % 16 == 0 && (!CODES || (D <= 128 && BLOCKS * KEY_UNITS <= 4 * THREADS));
 constexpr bool VALUES_EVEN = !CODES && D % 8 == 0 && THREADS % (D % 8 == 0 ? D / 8 : 1) == 0;
 
 QUERN_INLINE void stage_unit_of_codes(const uint4& x, Half* to, Half* next) {  // pairs of two neighbours
