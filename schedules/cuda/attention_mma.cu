@@ -97,19 +97,31 @@ QUERN_INLINE void run(const float* q, const Item* keys, const Item* values, cons
     const float per_unit = new_unit > 0 ? 1.0f / new_unit : 0.0f;
     const bool whole = base + BLOCK - 1 <= start && (WINDOW == 0 || base > last - WINDOW);
 #pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int n = 0; n < 2 * BLOCKS; ++n)
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          float scale = factor[h];
+          if constexpr (CODES) scale *= k_scales[n * 8 + 2 * t + c];
+          scores[n][2 * h + c] = capped(scores[n][2 * h + c] * scale);
+        }
+    if (!whole) {  // all threads go the same way, mostly around it
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int n = 0; n < 2 * BLOCKS; ++n)
+#pragma unroll
+          for (int c = 0; c < 2; ++c)
+            if (!sees(own[h], base + n * 8 + 2 * t + c)) scores[n][2 * h + c] = MASKED;
+    }
+#pragma unroll
     for (int h = 0; h < 2; ++h) {
       float larger = most[h];
 #pragma unroll
       for (int n = 0; n < 2 * BLOCKS; ++n)
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const int p = n * 8 + 2 * t + c;
-          float scale = factor[h];
-          if constexpr (CODES) scale *= k_scales[p];
-          const float score = capped(scores[n][2 * h + c] * scale);
-          scores[n][2 * h + c] = whole || sees(own[h], base + p) ? score : MASKED;
-          larger = fmaxf(larger, scores[n][2 * h + c]);
-        }
+        for (int c = 0; c < 2; ++c) larger = fmaxf(larger, scores[n][2 * h + c]);
       larger = warp_max<4>(larger);
       float sum = 0;
 #pragma unroll

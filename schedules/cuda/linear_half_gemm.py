@@ -4,9 +4,11 @@ Operators and layout as linear_half. The first launch brings a token's activatio
 rounds them to halves, in the order of the packed inputs. Products are of code - zero, which fp16 holds exactly, and
 a group's scale meets its fp32 sum: so a result is off by the rounding of x alone (and of a table's values).
 By default, for many tokens:
-  mma   sm_87, sm_90: mma.m16n8k16 by 4 warps, 64 x 64 results. cp.async brings activations and packed weights two
-        steps of 64 inputs ahead; a lane's word of a row is just what its fragments want, so weights are unpacked in
-        registers. A warp's step: 32 mma, 8 ldmatrix, 8 words of 10 instructions, 64 to scale: 340 of PTX in all.
+  mma   sm_87, sm_90: mma.m16n8k16 by 4 warps, 64 x 128 results, 64 x 32 of a warp. cp.async brings activations and
+        packed weights two steps of 64 inputs ahead; a lane's word of a row is just what its fragments want, so
+        weights are unpacked in registers, for 64 tokens. A warp's step: 64 mma, 16 ldmatrix, 8 words of 9
+        instructions, 64 to scale: 309 of machine code in all, 4.8 an mma, whose tensor cores take 8 clocks on sm_87
+        and 4 on sm_90.
   wmma  sm_72: 64 x 64 results, 32 x 32 of a warp, weights unpacked to shared memory. Whose row a fragment's element is,
         is found by loading a tile of numbers. fp16 ceiling of Xavier NX: 6.7 TFLOP/s.
   sm_53 has no tensor cores: linear_half_tile.
@@ -39,7 +41,7 @@ MOST_TOKENS = 64  # of the default
 ROUND_THREADS = 256
 SHARED = 48 << 10
 STEP, PITCH = 64, 72  # inputs of a step of mma, and halves that they take in shared memory
-MOST_TILE = 8  # mma: 16 x 8 results of a warp, 8 registers each in fp32, for groups of 32 and more
+MOST_TILE = 16  # mma: 16 x 8 results of a warp, 8 registers each in fp32, for groups of 32 and more
 
 
 def family(layer: Layer) -> str:
@@ -48,9 +50,19 @@ def family(layer: Layer) -> str:
 
 
 def default_knobs(layer: Layer) -> dict[str, int]:
-    """The largest tile that is not mostly padding."""
-    tokens = next((t for t in (16, 32) if t >= layer.m), MOST_TOKENS)
-    return {"tokens": tokens, "rows": 64, "order": 0} | ({"warps": 4, "stages": 3} if family(layer) == MMA else {})
+    """The largest tile that is not mostly padding; by mma 128 rows where that leaves no multiprocessor idle.
+
+    Tensor cores take tiles that share weights one after the other: memory then gives weights once.
+    """
+    tokens, kind = next((t for t in (16, 32) if t >= layer.m), MOST_TOKENS), family(layer)
+    knobs = {"tokens": tokens, "rows": 64, "order": int(layer.m > tokens)}
+    if kind != MMA:
+        return knobs
+    knobs |= {"warps": 4, "stages": 3}
+    wide = knobs | {"rows": 128}
+    many = padded_rows(layer.n) // 128 * -(-layer.m // tokens) >= layer.gpu.multiprocessors
+    fits = padded_rows(layer.n) % 128 == 0 and _fits(layer, wide)
+    return wide if tokens == MOST_TOKENS and many and fits else knobs
 
 
 def lower(request: Request) -> CudaKernel:
@@ -101,13 +113,13 @@ LOWERS = {f"quern.linear_half{kind}{tail}": lower for kind in ("", "_offset", "_
 def _fits(layer: Layer, knobs: Mapping[str, int]) -> bool:
     """Whether warps share an mma tile evenly, its buffers fit, and its sums stay in registers."""
     tokens, rows, warps = knobs["tokens"], knobs["rows"], knobs["warps"]
-    down = tokens // 32 if tokens >= 64 else 1
+    down = max(1, tokens // 64)
     across = warps // down
     if warps % down or not across or rows // 8 % across:
         return False
     chunks, tile = STEP // layer.places.chunk, tokens // 16 // down * (rows // 8 // across)
     # A scale for each 16 inputs, and offsets, take registers of their own for every 8 rows of a warp.
-    most = MOST_TILE if layer.places.span > 16 else MOST_TILE // 2
+    most = MOST_TILE // (4 if layer.places.span == 16 else 2 if layer.affine == "offset" else 1)
     return tile <= most and knobs["stages"] * (tokens * PITCH * 2 + chunks * rows * 16) + 32 <= SHARED
 
 

@@ -2,7 +2,7 @@
 // inputs that a lane's fragments want. Constants as linear_half_shared.cu, TOKENS, ROWS, WARPS, STAGES of copies.
 
 constexpr int THREADS = 32 * WARPS, STEP = 64, PITCH = STEP + 8;
-constexpr int DOWN = TOKENS >= 64 ? TOKENS / 32 : 1, ACROSS = WARPS / DOWN;
+constexpr int DOWN = TOKENS > 64 ? TOKENS / 64 : 1, ACROSS = WARPS / DOWN;
 constexpr int TALL = TOKENS / 16 / DOWN, WIDE = ROWS / 8 / ACROSS;
 constexpr int CHUNKS = STORED / CHUNK, STEP_CHUNKS = STEP / CHUNK, PARTS = STEP / SPAN;
 
@@ -19,11 +19,14 @@ struct From {  // what a thread copies of the first step
 
 QUERN_INLINE void stage(const From& from, int step, Half* activations, uint4* words) {
   const int thread = threadIdx.x, unit = thread % (STEP / 8) * 8, chunk = thread % STEP_CHUNKS;
+  const Half* of_step = from.activations + step;  // one sum, then constants
+  const uint32_t* codes = from.codes + step / CHUNK * 4;
+  activations += thread / (STEP / 8) * PITCH + unit, words += chunk * ROWS + thread / STEP_CHUNKS;
 #pragma unroll
   for (int i = 0; i < COPIES; ++i) {
     if (TOKENS % APART != 0 && thread / (STEP / 8) + i * APART >= TOKENS) continue;
-    Half* to = activations + (thread / (STEP / 8) + i * APART) * PITCH + unit;
-    const Half* x = from.activations + i * APART * STORED + step;
+    Half* to = activations + i * APART * PITCH;
+    const Half* x = of_step + i * APART * STORED;
     if constexpr (WHOLE) {
       async_copy16(to, x);
     } else {
@@ -34,8 +37,8 @@ QUERN_INLINE void stage(const From& from, int step, Half* activations, uint4* wo
 #pragma unroll
   for (int i = 0; i < WORD_COPIES; ++i) {
     if (ROWS % WORD_APART != 0 && thread / STEP_CHUNKS + i * WORD_APART >= ROWS) continue;
-    uint4* to = words + chunk * ROWS + thread / STEP_CHUNKS + i * WORD_APART;
-    const uint32_t* x = from.codes + i * WORD_APART * (CHUNKS * 4) + step / CHUNK * 4;
+    uint4* to = words + i * WORD_APART;
+    const uint32_t* x = codes + i * WORD_APART * (CHUNKS * 4);
     if constexpr (WHOLE) {
       async_copy16(to, x);
     } else {
@@ -76,14 +79,15 @@ QUERN_INLINE void run(const Half* rounded, const float* back, const float* sums,
     for (int p = 0; p < PARTS; ++p) {  // under way while the step's copies are waited for
       int group = (step + p * SPAN) / WIDTH;
       group = group < GROUPS ? group : GROUPS - 1;  // padding, whose activations are 0
+      const Scale* of_group = scale + group * 8;
+      const uint8_t* zeros_of_group = zero + group * 8;
 #pragma unroll
       for (int j = 0; j < WIDE; ++j) {
-        const int at = (j * GROUPS + group) * 8;
-        scales[p][j] = two_scales(scale + at);
+        scales[p][j] = two_scales(of_group + j * GROUPS * 8);
         zeros[p][j] = CENTRE;
-        if constexpr (AFFINE == 0) zeros[p][j] = load_constant(zero + at);
+        if constexpr (AFFINE == 0) zeros[p][j] = load_constant(zeros_of_group + j * GROUPS * 8);
         if constexpr (AFFINE == 1) {
-          const float2 least = two_scales(offset + at);
+          const float2 least = two_scales(offset + (j * GROUPS + group) * 8);
           leasts[p][j] = float2{fmaf(scales[p][j].x, static_cast<float>(CENTRE), least.x),
                                 fmaf(scales[p][j].y, static_cast<float>(CENTRE), least.y)};
         }
@@ -96,6 +100,9 @@ QUERN_INLINE void run(const Half* rounded, const float* back, const float* sums,
       stage(from, step + (STAGES - 1) * STEP, activations[next], words[next]);
     async_commit();
     float part[TALL][WIDE][4] = {};
+    // The lane's own addresses, once: what follows differs from them by constants.
+    const Half* own_inputs = activations[slot] + (own_token + lane % 16) * PITCH + lane / 16 * 8;
+    const uint32_t* own_words = reinterpret_cast<const uint32_t*>(words[slot] + own_row + g) + t;
 #pragma unroll
     for (int c = 0; c < STEP_CHUNKS; ++c) {
       Half2 weights[WIDE][PAIRS];
@@ -105,7 +112,7 @@ QUERN_INLINE void run(const Half* rounded, const float* back, const float* sums,
         if (h == 0 || SPAN == 16) {
 #pragma unroll
           for (int j = 0; j < WIDE; ++j) {
-            const uint32_t word = reinterpret_cast<const uint32_t*>(words[slot] + c * ROWS + own_row + j * 8 + g)[t];
+            const uint32_t word = own_words[(c * ROWS + j * 8) * 4];
             if constexpr (AFFINE == 2) {
               pairs(word, table, weights[j]);
             } else {
@@ -116,7 +123,7 @@ QUERN_INLINE void run(const Half* rounded, const float* back, const float* sums,
         uint32_t left[TALL][4];
 #pragma unroll
         for (int i = 0; i < TALL; ++i)
-          load_matrix_x4(left[i], activations[slot] + (own_token + i * 16 + lane % 16) * PITCH + place + lane / 16 * 8);
+          load_matrix_x4(left[i], own_inputs + i * 16 * PITCH + place);
 #pragma unroll
         for (int j = 0; j < WIDE; ++j) {
           const uint32_t right[2] = {weights[j][2 * h].bits, weights[j][2 * h + 1].bits};

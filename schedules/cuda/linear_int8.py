@@ -90,9 +90,10 @@ class Call:
         return f"linear_{kind}a8_{family}_{self.gpu.arch.replace('_', '')}_{shape}{more}_{chosen}"
 
     def kernel(
-        self, name: str, file: str, sizes: Mapping[str, int], grid: Dim3, warps: int, resident: int, shared: int = 0
-    ) -> CudaKernel:
-        """The function of `file`, one launch of it.
+        self, name: str, files: tuple[str, ...], sizes: Mapping[str, int], grid: Dim3, warps: int, resident: int,
+        shared: int = 0,
+    ) -> CudaKernel:  # fmt: skip
+        """The function of `files`, one launch of it.
 
         resident: warps that a multiprocessor must have registers for. Without a bound ptxas spills rather than take
         more than it likes.
@@ -116,7 +117,7 @@ class Call:
             f"  layer({{q, ascale, asum, codes, scale, {', '.join(each or 'nullptr' for each in given)}, out}});\n}}"
         )
         launch = Launch(name, grid, (warps * LANES, 1, 1), tuple(range(len(self.request.args) + 1)), shared)
-        return CudaKernel(name, source(name, constants, COMMON, file, entry=entry), (launch,), self.packings())
+        return CudaKernel(name, source(name, constants, COMMON, *files, entry=entry), (launch,), self.packings())
 
     def _table(self) -> dict[str, int | float | str]:
         """The int8 levels of a table grid as four words, and the value of one level."""
@@ -168,7 +169,7 @@ def lower(request: Request) -> CudaKernel:
     }  # fmt: skip
     grid = (-(-blocks(call.n) // (warps // split)), -(-call.m // tokens), 1)
     resident = 16 if call.gpu.sm >= DP4A and tokens == 1 and run == MOST_RUN and knobs["loads"] <= 8 else 8
-    return call.kernel(call.name("dp4a", knobs), "linear_int8.cu", sizes, grid, warps, resident)
+    return call.kernel(call.name("dp4a", knobs), ("linear_int8.cu",), sizes, grid, warps, resident)
 
 
 LOWERS = {

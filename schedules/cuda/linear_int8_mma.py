@@ -2,26 +2,27 @@
 
 Operators, formula and layout as in schedules.cuda.linear_int8. A block makes `tokens` x `rows` outputs. Activations
 and codes of the next spans are under way to shared memory (cp.async, `stages` buffers) while the tensor cores work on
-this one. A warp has 32 (or 16) tokens and some columns of 8 rows; for each column it adds up a span in int32,
+this one. A warp has up to 64 tokens and 32 rows: it unpacks a span's codes once for all its tokens, adds up in int32,
 exactly, starting from 1.5 * 2^23, and scales that into fp32 sums: the order over spans is the CPU's.
 
-Where an input stands in k is free as long as both operands agree: lane t of four takes inputs 8 t to 8 t + 7 of each
-32, which is one word of codes at 4 bits (two at 8) and one 64-bit load of a token. So both fragments are plain loads of
-unpacked order, without bank conflicts by the strides chosen below, and ldmatrix would read no fewer bytes. The parts
-of a span beyond a multiple of 32 inputs multiply zeros.
+Weights are the left operand (16 rows), tokens the right one (8 columns). Where an input stands in k is free as long as
+both operands agree, and so is which row stands where: fragments are plain loads, 16 bytes a lane, of the packed layout
+and of tokens, whose registers the mma takes as they come (linear_int8_tensor.cu). The other way round, a token's two
+halves of 16 would have to be moved. Strides below keep loads out of each other's banks. A zero point leaves 4-bit codes
+by one subtraction for four of them (code - zero + 128, unsigned; 128 times the activations' sum leaves with the start
+value); that of 8-bit codes meets the sums, exactly. Parts of a span beyond a multiple of 32 inputs multiply zeros.
 
-A warp's 32 tokens x 32 rows x 128 inputs: 32 mma (each 4096 multiply-adds: 8 clocks of a quarter of an sm_87
-multiprocessor, 256 in all), 16 words of codes with 48 operations to unpack, 32 x 4 operations of scaling, and a
-span's activations, read once for all columns: about 430 instructions of PTX, and 100 more for the copies of 8 warps.
-An instruction a clock: half of the peak of sm_87 is in reach, at groups of 32 a fifth. sm_90 has four times the
-tensor cores for these instructions' clocks and is bound by scaling alone. Shared memory fits 48 KB, which every
-device has without asking. From the second-level cache a block reads (tokens + rows / 2) bytes an input for tokens *
-rows multiply-adds: at 64 x 128, 32 bytes a clock of sm_87 at its peak. Nothing of this has been timed.
+A warp's 64 tokens x 32 rows x 128 inputs, 4 bits, in machine code for sm_87: 496 instructions. 64 are mma (4096
+multiply-adds: 8 clocks of a scheduler's tensor core on sm_87, 4 on sm_90), 84 unpack, 192 scale (3 a result, which
+are fp32 units' business), 28 loads of 16 bytes from shared memory, 12 copies. So 512 clocks of sm_87's tensor cores
+stand beside 496 to issue; shared memory has 112 turns and 40 of copies for 128 clocks of a multiprocessor. sm_90 would
+want 256 clocks: issue and shared memory bound it to half of what mma could do. Groups of 32 scale four times as often.
+Shared memory fits 48 KB, which every device has without asking. Nothing of this has been timed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from schedules.cuda.kernel import CudaKernel, ordered
 from schedules.cuda.linear_int8 import Call, read, workload
@@ -34,8 +35,10 @@ FEW = 4  # tokens that the dot-product kernel serves
 K_STEP = 32  # inputs of an mma
 STAGE_INPUTS = 128  # at most, of one token in one buffer
 SHARED = 48 << 10
-RESIDENT = 16  # warps: 128 registers a thread, for up to FEW_OUTPUTS a warp
-FEW_OUTPUTS, MOST_OUTPUTS = 1024, 2048  # of a warp: 32 and 64 fp32 sums a thread
+FILES = ("linear_int8_tensor.cu", "linear_int8_mma.cu")
+RESIDENT, MOST_RESIDENT = 12, 8  # warps: 168 registers a thread for 4 bits with zeros and 32 rows a warp, else 255
+NEWER = 90  # for which ptxas wants more: 300 bytes would spill
+MOST_OUTPUTS = 2048  # of a warp: 32 and 64 fp32 sums a thread
 TILES = ((64, 128), (64, 64), (32, 64), (16, 64), (16, 32))  # tokens x rows of a block, the least memory traffic first
 
 
@@ -48,15 +51,19 @@ def steps(call: Call) -> tuple[int, int]:
 def strides(call: Call) -> tuple[int, int]:
     """(bytes between tokens, units between row blocks): the lanes of a load then touch every bank once.
 
-    Tokens: 32 times an odd number, so that four neighbours' 32 bytes fill 128. Row blocks, four of whose 16-byte units
-    (every second one of 8 bits) two blocks read at once: 4 above a multiple of 8, or odd.
+    128 bytes are served at a time: loads of 16 bytes (an even number of k-steps) of two tokens, of 8 bytes of four. A
+    lane's part of a span is 8 * k_steps bytes from its neighbour's. Of two row blocks four neighbouring units are read.
     """
     k_steps, spans = steps(call)
     inputs, units = k_steps * spans * K_STEP, k_steps * spans * call.layout.bits
-    tokens = inputs if inputs // 32 % 2 else inputs + 32
-    if call.layout.bits == 8:
-        return tokens, units + 1
-    return tokens, next(u for u in range(units, units + 8) if u % 8 == 4)
+    size = 8 if k_steps % 2 else 16
+
+    def apart(stride: int) -> bool:
+        starts = [g * stride + t * k_steps * 8 for g in range(128 // size // 4) for t in range(4)]
+        return len({(at + i) % 128 for at in starts for i in range(0, size, 4)}) == 32
+
+    tokens = [stride for stride in range(inputs, inputs + 128, size) if apart(stride)]
+    return min(tokens, default=inputs + size), next(u for u in range(units, units + 8) if u % 8 == 4)
 
 
 def stage_bytes(call: Call, tokens: int, rows: int) -> int:
@@ -70,40 +77,63 @@ def stage_bytes(call: Call, tokens: int, rows: int) -> int:
         blocks * spans * scale,
         blocks * spans * 16 if call.affine == "offset" else 16,
         blocks * spans * 4 if call.affine == "zero" else 4,
-        tokens * spans * 4,
-        tokens * spans * 4,
+        tokens * spans * 8,
     ]
     return sum(-(-part // 16) * 16 for part in parts)
 
 
+def sizes(call: Call, tokens: int, rows: int, warps: int, order: int) -> dict[str, int]:
+    """Constants of linear_int8_tensor.cu."""
+    k_steps, spans = steps(call)
+    a_stride, w_stride = strides(call)
+    down = warps_down(tokens)
+    return {
+        "BM": tokens, "BN": rows, "WARPS_M": down, "WARPS_N": warps // down, "K_STEPS": k_steps, "STAGE_SPANS": spans,
+        "A_STRIDE": a_stride, "W_STRIDE": w_stride, "ORDER": order,
+    }  # fmt: skip
+
+
+def warps_down(tokens: int) -> int:
+    """Warps that share rows: each has up to 64 tokens."""
+    return max(1, tokens // 64)
+
+
+def whole(tokens: int, rows: int, warps: int) -> bool:
+    """Whether warps share a tile evenly: 16 or a multiple of 32 rows each, and few enough sums for its registers."""
+    down = warps_down(tokens)
+    own = rows * down // warps
+    even = warps % down == 0 and rows * down % warps == 0 and own >= 16 and (own % 32 == 0 or 32 % own == 0)
+    return even and tokens * rows // warps <= MOST_OUTPUTS
+
+
 def default_knobs(call: Call) -> dict[str, int]:
-    """The largest tile that fits twice into 48 KB, is not mostly padding, and leaves no multiprocessor idle."""
+    """The largest tile that fits twice into 48 KB, is not mostly padding, and leaves few multiprocessors idle.
+
+    Where several tiles of tokens read the same weights they come one after the other: memory gives weights once.
+    """
     fitting = [tile for tile in TILES if 2 * stage_bytes(call, *tile) <= SHARED]
     useful = [(t, r) for t, r in fitting if t <= 16 * -(-call.m // 16)] or fitting[-1:]
-    filling = [(t, r) for t, r in useful if -(-call.m // t) * -(-call.n // r) >= call.gpu.multiprocessors]
+    filling = [(t, r) for t, r in useful if 4 * -(-call.m // t) * -(-call.n // r) >= 3 * call.gpu.multiprocessors]
     tokens, rows = (filling or useful[-1:])[0]
     stages = 3 if 3 * stage_bytes(call, tokens, rows) <= SHARED else 2
-    return {"tokens": tokens, "rows": rows, "warps": rows // 16, "stages": stages, "order": 0}
+    warps = rows // 32 if tokens >= 64 else rows // 16
+    return {"tokens": tokens, "rows": rows, "warps": warps, "stages": stages, "order": int(call.m > tokens)}
 
 
 def lower(request: Request) -> CudaKernel:
     """A block of warps a tile of the output. Raises NotSuited before sm_80 and for few tokens."""
     call = suited(request)
     knobs = default_knobs(call) | dict(request.knobs)
-    tokens, rows, stages = knobs["tokens"], knobs["rows"], knobs["stages"]
-    k_steps, spans = steps(call)
-    a_stride, w_stride = strides(call)
-    warps_m = max(1, tokens // 32)
-    shared = stages * stage_bytes(call, tokens, rows)
-    sizes = {
-        "BM": tokens, "BN": rows, "WARPS_M": warps_m, "WARPS_N": knobs["warps"] // warps_m, "K_STEPS": k_steps,
-        "STAGE_SPANS": spans, "A_STRIDE": a_stride, "W_STRIDE": w_stride, "STAGES": stages, "SHARED_BYTES": shared,
-        "ORDER": knobs["order"],
+    tokens, rows, warps = knobs["tokens"], knobs["rows"], knobs["warps"]
+    shared = knobs["stages"] * stage_bytes(call, tokens, rows)
+    more = sizes(call, tokens, rows, warps, knobs["order"]) | {
+        "STAGES": knobs["stages"], "SHARED_BYTES": shared, "UNSIGNED": 1,
     }  # fmt: skip
     grid = ordered(-(-call.n // rows), -(-call.m // tokens), knobs["order"])
-    few = tokens * rows // knobs["warps"] <= FEW_OUTPUTS
-    resident = RESIDENT if few and call.layout.bits == 4 and call.affine == "zero" else 8
-    return call.kernel(call.name("mma", knobs), "linear_int8_mma.cu", sizes, grid, knobs["warps"], resident, shared)
+    few = rows * warps_down(tokens) // warps <= 32 and call.layout.bits == 4 and call.affine == "zero"
+    few = few and call.gpu.sm < NEWER
+    resident = RESIDENT if few else MOST_RESIDENT
+    return call.kernel(call.name("mma", knobs), FILES, more, grid, warps, resident, shared)
 
 
 def suited(request: Request) -> Call:
@@ -119,27 +149,20 @@ LOWERS = {
 }
 
 
-def points(call: Call) -> Iterator[tuple[int, int]]:
-    """Tiles that fit."""
-    return (tile for tile in TILES if 2 * stage_bytes(call, *tile) <= SHARED)
-
-
 def space(request: Request) -> Space:
     """What tuning may try."""
     call = suited(request)
 
     def allowed(knobs: Mapping[str, int]) -> bool:
-        tokens, rows, warps = knobs["tokens"], knobs["rows"], knobs["warps"]
-        warps_m = max(1, tokens // 32)
-        whole = warps % warps_m == 0 and rows % (8 * (warps // warps_m)) == 0
-        whole = whole and tokens * rows // warps <= MOST_OUTPUTS and (knobs["order"] == 0 or call.m > tokens)
-        return whole and knobs["stages"] * stage_bytes(call, tokens, rows) <= SHARED
+        tokens, rows = knobs["tokens"], knobs["rows"]
+        fits = whole(tokens, rows, knobs["warps"]) and (knobs["order"] == 0 or call.m > tokens)
+        return fits and knobs["stages"] * stage_bytes(call, tokens, rows) <= SHARED
 
-    tried = {"tokens": (16, 32, 64), "rows": (32, 64, 128), "warps": (2, 4, 8), "stages": (2, 3, 4), "order": (0, 1)}
+    tried = {"tokens": (16, 32, 64, 128), "rows": (32, 64, 128), "warps": (1, 2, 4, 8), "stages": (2, 3, 4)}
     macs = call.m * call.n * call.layout.geometry.k
     return Space.around(
-        default_knobs(call), tried, schedule=f"cuda.linear_int8_mma.{call.gpu.arch}", workload=workload(call),
-        macs=macs, allowed=allowed,
+        default_knobs(call), tried | {"order": (0, 1)}, schedule=f"cuda.linear_int8_mma.{call.gpu.arch}",
+        workload=workload(call), macs=macs, allowed=allowed,
     )  # fmt: skip
 
 

@@ -1,18 +1,19 @@
-"""Integer linear layers of many tokens on Xavier's tensor cores (sm_72): wmma on int8, 16 x 16 outputs a warp.
+"""Integer linear layers of many tokens on Xavier's tensor cores (sm_72): wmma on int8.
 
-Operators, formula and layout as in schedules.cuda.linear_int8. A block makes `tokens` x `rows` outputs, some spans at
-a time: while the tensor cores work on what lies in shared memory, the threads' registers already receive the next
-part; codes are unpacked to bytes on their way into shared memory. A warp has 32 (or 16) tokens and some columns of 16
-rows; it adds up a span in int32, exactly, from 1.5 * 2^23, and scales that into fp32 sums: the order over spans is
-the CPU's.
+Operators, formula and layout as in schedules.cuda.linear_int8, products and scaling as in linear_int8_mma, of which it
+shares the text (linear_int8_tensor.cu). A block makes `tokens` x `rows` outputs, some spans at a time: while the tensor
+cores work on what lies in shared memory, the threads' registers already receive the next part.
 
-Which lane of a warp holds which outputs is not documented for sm_72. A warp asks the hardware once: it loads a matrix
-of the numbers 0 to 255 as an accumulator, and afterwards knows token and row of each of its 8 registers.
+Which lane holds what of a wmma fragment is not documented for sm_72. But ptxas turns wmma.load into plain loads, and
+wmma.mma of 16 x 16 x 16 bytes into four IMMA.8816 (nvdisasm 12.8 of NVRTC 11.8's code, which is what a bundle carries):
+fragments are those of four mma.m8n8k16 as documented for later chips. So the kernel fills them by its own loads of 16
+bytes. A block asks at its start all the same, by loading the numbers 0 to 255 as each operand, and ends the launch
+with an error if they lie otherwise: PTX may be compiled by a driver that nobody knows.
 
-16 tokens x 16 rows x 128 inputs: 8 products of 4096 multiply-adds, 32 clocks of a multiprocessor at 1024 a clock
-(Xavier's 22 TOPS); scaling takes 8 x (4 operations, 1 load) a warp, 40 of the 128 issue slots of those clocks, and
-every load is 2 clocks of the multiprocessor's shared memory. So half of the peak is the ceiling to hope for, at
-groups of 32 a sixth. Shared memory: 64 x 64 x 128 takes 20 KB. Nothing of this has been timed.
+64 tokens x 32 rows x 128 inputs of a warp, 4 bits: 256 IMMA.8816 are 1024 clocks of a scheduler's tensor core (1024
+multiply-adds a clock and multiprocessor, Xavier's 22 TOPS) beside 782 instructions in all and 112 turns of shared
+memory, of 256 that fit. Volta multiplies bytes of equal signedness only, so zero points meet the sums: one
+multiply-add more a result. Shared memory: 64 x 128 x 128 takes 20 KB. Nothing of this has been timed.
 """
 
 from __future__ import annotations
@@ -21,44 +22,43 @@ from collections.abc import Mapping
 
 from schedules.cuda.kernel import CudaKernel, ordered
 from schedules.cuda.linear_int8 import Call, read, workload
+from schedules.cuda.linear_int8_mma import SHARED, sizes, stage_bytes, steps, whole
 from schedules.cuda.packed import ROWS
 from schedules.kernel import NotSuited, Request, Space
 
 RANK = 1
 FIRST, LAST = 72, 79  # compute capabilities with int8 wmma and without cp.async
 FEW = 4  # tokens that the dot-product kernel serves
-K_STEP = 16
-STAGE_INPUTS = 128
+FILES = ("linear_int8_tensor.cu", "linear_int8_wmma.cu")
 RESIDENT = 8  # warps: registers are what bounds them
-MOST_OUTPUTS = 1024  # of a warp: 32 fp32 sums a thread
 MOST_FETCHED = 64  # registers of a thread for what it reads ahead; with 1024 outputs and 92 of them, 40 bytes spill
-
-
-def steps(call: Call) -> tuple[int, int]:
-    """(k-steps of a span, spans in shared memory at a time)."""
-    k_steps = -(-call.layout.geometry.width // K_STEP)
-    return k_steps, min(max(1, STAGE_INPUTS // (k_steps * K_STEP)), call.layout.geometry.spans)
 
 
 def fetched(call: Call, tokens: int, rows: int, warps: int) -> int:
     """Registers that hold the next stage on its way to shared memory (`Fetched`)."""
     _, spans = steps(call)
-    width, blocks, threads = call.layout.geometry.width, rows // ROWS, 32 * warps
-    piece = 4 if width % 16 == 0 else 2
+    threads, units, pieces = 32 * warps, spans * call.layout.units, spans * -(-call.layout.geometry.width // 16)
     each = [
-        (tokens * spans * (width // (4 * piece)), piece),
-        (blocks * spans * call.layout.units, 4),
-        (tokens * spans, 2),
-        (blocks * spans, (2 if call.scale == "float16" else 4) + {"zero": 1, "offset": 4, "table": 0}[call.affine]),
-    ]
-    return sum(-(-items // threads) * registers for items, registers in each)
+        (tokens, threads // _lanes(pieces), 4),
+        (rows // ROWS, threads // _lanes(units), 4),
+        (tokens * spans, threads, 2),
+        (rows // ROWS * spans, threads,
+         (2 if call.scale == "float16" else 4) + {"zero": 1, "offset": 4, "table": 0}[call.affine]),
+    ]  # fmt: skip
+    return sum(-(-items // at_once) * registers for items, at_once, registers in each)
+
+
+def _lanes(items: int) -> int:
+    return 1 << (items - 1).bit_length()
 
 
 def default_knobs(call: Call) -> dict[str, int]:
-    """64 x 64 where that fills the device; fewer tokens where there are fewer, fewer rows where they leave it idle."""
+    """64 x 128 where that fills the device; fewer tokens where there are fewer, fewer rows where they leave it idle."""
     tokens = 16 if call.m <= 16 else 32 if call.m <= 32 else 64
-    rows = 64 if -(-call.m // tokens) * -(-call.n // 64) >= call.gpu.multiprocessors else 32
-    return {"tokens": tokens, "rows": rows, "warps": 4 if tokens == 64 else rows // 16, "order": 0}
+    tiles = -(-call.m // tokens)
+    rows = next((r for r in (128, 64) if tiles * -(-call.n // r) >= call.gpu.multiprocessors), 32)
+    warps = rows // 32 if tokens == 64 else rows // 16
+    return {"tokens": tokens, "rows": rows, "warps": warps, "order": int(tiles > 1)}
 
 
 def lower(request: Request) -> CudaKernel:
@@ -66,14 +66,9 @@ def lower(request: Request) -> CudaKernel:
     call = suited(request)
     knobs = default_knobs(call) | dict(request.knobs)
     tokens, rows, warps = knobs["tokens"], knobs["rows"], knobs["warps"]
-    k_steps, spans = steps(call)
-    warps_m = max(1, tokens // 32)
-    sizes = {
-        "BM": tokens, "BN": rows, "WARPS_M": warps_m, "WARPS_N": warps // warps_m, "K_STEPS": k_steps,
-        "STAGE_SPANS": spans, "ORDER": knobs["order"],
-    }  # fmt: skip
+    more = sizes(call, tokens, rows, warps, knobs["order"]) | {"UNSIGNED": 0}
     grid = ordered(-(-call.n // rows), -(-call.m // tokens), knobs["order"])
-    return call.kernel(call.name("wmma", knobs), "linear_int8_wmma.cu", sizes, grid, warps, RESIDENT)
+    return call.kernel(call.name("wmma", knobs), FILES, more, grid, warps, RESIDENT)
 
 
 def suited(request: Request) -> Call:
@@ -95,12 +90,10 @@ def space(request: Request) -> Space:
     default = default_knobs(call)
 
     def allowed(knobs: Mapping[str, int]) -> bool:
-        warps_m = max(1, knobs["tokens"] // 32)
-        whole = knobs["warps"] % warps_m == 0 and knobs["rows"] % (16 * (knobs["warps"] // warps_m)) == 0
         tile = knobs["tokens"], knobs["rows"], knobs["warps"]
-        few = knobs["tokens"] * knobs["rows"] // knobs["warps"] <= MOST_OUTPUTS
-        few = few and (knobs["order"] == 0 or call.m > knobs["tokens"])
-        return whole and few and (fetched(call, *tile) <= MOST_FETCHED or knobs == default)
+        fits = whole(*tile) and stage_bytes(call, *tile[:2]) <= SHARED
+        fits = fits and (knobs["order"] == 0 or call.m > knobs["tokens"])
+        return fits and (fetched(call, *tile) <= MOST_FETCHED or knobs == default)
 
     tried = {"tokens": (16, 32, 64), "rows": (32, 64, 128), "warps": (1, 2, 4, 8), "order": (0, 1)}
     macs = call.m * call.n * call.layout.geometry.k

@@ -106,6 +106,9 @@ QUERN_INLINE int32_t opaque(int32_t x) {
   return x;
 }
 
+// Ends the launch with an error: for what must not happen.
+QUERN_INLINE void trap() { asm volatile("trap;"); }
+
 // ---- integers
 template <int TABLE>
 QUERN_INLINE uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {  // TABLE: 0xF0 for a, 0xCC for b, 0xAA for c
@@ -213,10 +216,8 @@ extern __shared__ uint4 quern_dynamic_shared[];
 QUERN_INLINE uint8_t* dynamic_shared() { return reinterpret_cast<uint8_t*>(quern_dynamic_shared); }  // 16-aligned
 QUERN_INLINE void block_sync() { __syncthreads(); }
 QUERN_INLINE void warp_sync() { asm volatile("bar.warp.sync 0xffffffff;" ::: "memory"); }
-QUERN_INLINE uint32_t shared_address(const void* p) {
-  uint64_t y;
-  asm("cvta.to.shared.u64 %0, %1;" : "=l"(y) : "l"(p));
-  return static_cast<uint32_t>(y);
+QUERN_INLINE uint32_t shared_address(const void* p) {  // not by inline PTX, which would hide offsets from the compiler
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
 // Copies from global to shared memory that run beside the computation (sm_80 on; plain copies before). BYTES is 4, 8 or
@@ -329,14 +330,19 @@ QUERN_INLINE void load_matrix_x2_transposed(uint32_t (&r)[2], const void* row) {
 // int8, k = 32. a[0], a[1]: rows g and g + 8, inputs 4 t to 4 t + 3; a[2], a[3]: inputs 16 + 4 t. b[0]: column g, inputs
 // 4 t to 4 t + 3; b[1]: 16 + 4 t. fp16, k = 16. a[0], a[1]: rows g and g + 8, inputs 2 t, 2 t + 1; a[2], a[3]: 8 + 2 t;
 // b[0]: column g, inputs 2 t, 2 t + 1; b[1]: 8 + 2 t. (PTX ISA, matrix fragments for mma.m16n8k16 and m16n8k32)
+// The fourth operand, where there is one, is added instead of c, which is then only written.
 #define QUERN_MMA(NAME, PTX, TYPE, LETTER)                                                                     \
-  QUERN_INLINE void NAME(TYPE (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {                       \
-    asm volatile(PTX " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                        \
-                 : "+" LETTER(c[0]), "+" LETTER(c[1]), "+" LETTER(c[2]), "+" LETTER(c[3])                       \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                           \
-  }
+  QUERN_INLINE void NAME(TYPE (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const TYPE (&to)[4]) {  \
+    TYPE d[4];                                                                                                 \
+    asm volatile(PTX " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"                    \
+                 : "=" LETTER(d[0]), "=" LETTER(d[1]), "=" LETTER(d[2]), "=" LETTER(d[3])                       \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), LETTER(to[0]),             \
+                   LETTER(to[1]), LETTER(to[2]), LETTER(to[3]));                                                \
+    c[0] = d[0], c[1] = d[1], c[2] = d[2], c[3] = d[3];                                                        \
+  }                                                                                                            \
+  QUERN_INLINE void NAME(TYPE (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { NAME(c, a, b, c); }
 QUERN_MMA(mma_16x8x32, "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32", int32_t, "r")
-QUERN_MMA(mma_16x8x32_unsigned_b, "mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32", int32_t, "r")
+QUERN_MMA(mma_16x8x32_unsigned_a, "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32", int32_t, "r")
 QUERN_MMA(mma_16x8x16, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", float, "f")
 #undef QUERN_MMA
 #endif

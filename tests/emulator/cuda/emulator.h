@@ -180,6 +180,7 @@ QUERN_INLINE int32_t dp4a_unsigned(uint32_t a, int32_t b, int32_t c) {
   for (int i = 0; i < 32; i += 8) c += static_cast<uint8_t>(a >> i) * static_cast<int8_t>(b >> i);
   return c;
 }
+QUERN_INLINE void trap() { quern_fail("trap", "the kernel found what it does not expect"); }
 QUERN_INLINE int32_t opaque(int32_t x) { return x; }
 template <int HALF>
 QUERN_INLINE int32_t dp2a(int32_t a, uint32_t b, int32_t c) {
@@ -346,9 +347,9 @@ struct Mma {
       }
     }
   }
-  static void multiply(C (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const char* what) {
+  static void multiply(C (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const C (&to)[4], const char* what) {
     Mma m;
-    std::memcpy(m.c, c, sizeof c);
+    std::memcpy(m.c, to, sizeof c);
     std::memcpy(m.a, a, sizeof a);
     std::memcpy(m.b, b, sizeof b);
     quern_collective(perform, &m, what);
@@ -356,22 +357,31 @@ struct Mma {
   }
 };
 }  // namespace quern
-QUERN_INLINE void mma_16x8x32(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  quern::Mma<int8_t, int8_t, int32_t>::multiply(c, a, b, "mma_16x8x32");
-}
-QUERN_INLINE void mma_16x8x32_unsigned_b(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  quern::Mma<int8_t, uint8_t, int32_t>::multiply(c, a, b, "mma_16x8x32_unsigned_b");
-}
-QUERN_INLINE void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  quern::Mma<Half, Half, float>::multiply(c, a, b, "mma_16x8x16");
-}
+#define QUERN_MMA(NAME, A, B, C)                                                                             \
+  QUERN_INLINE void NAME(C (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const C (&to)[4]) {      \
+    quern::Mma<A, B, C>::multiply(c, a, b, to, #NAME);                                                       \
+  }                                                                                                          \
+  QUERN_INLINE void NAME(C (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { NAME(c, a, b, c); }
+QUERN_MMA(mma_16x8x32, int8_t, int8_t, int32_t)
+QUERN_MMA(mma_16x8x32_unsigned_a, uint8_t, int8_t, int32_t)
+QUERN_MMA(mma_16x8x16, Half, Half, float)
+#undef QUERN_MMA
 #endif
 
 #if QUERN_EMULATED_SM >= 70
 namespace quern {
 // Real fragments hold elements in an order that is not documented. Here an order that no kernel could guess: the
-// 16x16 elements are dealt to the lanes by a multiplication that permutes 0..255.
-constexpr int dealt(int place) { return (place * 77 + 31) & 255; }  // place = 8 * lane + register -> 16 * row + column
+// 16x16 elements are dealt to the lanes by a multiplication that permutes 0..255. Those of int8 are in the order that
+// ptxas gives sm_72, as four mma.m8n8k16: linear_int8_wmma.cu relies on it, and asks.
+enum Operand { LEFT, RIGHT, SUM };
+template <bool INTEGERS>
+constexpr int dealt(Operand operand, int lane, int i) {  // element i of the lane's 8 -> 16 * row + column
+  if (!INTEGERS) return ((8 * lane + i) * 77 + 31) & 255;
+  const int group = lane / 4, quad = lane % 4;
+  if (operand == SUM) return 16 * (group + i / 2 % 2 * 8) + i / 4 * 8 + quad * 2 + i % 2;
+  const int side = group + i / 4 * 8, k = quad * 4 + i % 4;
+  return operand == LEFT ? 16 * side + k : 16 * k + side;
+}
 
 template <class T, int REGISTERS>
 struct Fragment {
@@ -398,7 +408,8 @@ static void load_fragment(uint32_t (&r)[REGISTERS], const T* p, int stride, bool
   constexpr int PER_WORD = 4 / sizeof(T);
   std::memset(r, 0, sizeof r);
   for (int i = 0; i < 8; ++i) {
-    int place = dealt(8 * quern_thread.lane + i), row = place / 16, column = place % 16;
+    int place = dealt<sizeof(T) == 1>(by_column ? RIGHT : LEFT, quern_thread.lane, i);
+    int row = place / 16, column = place % 16;
     const T* from = p + (by_column ? column * stride + row : row * stride + column);
     quern_check(from, sizeof(T), sizeof(T), 0, what);
     uint32_t bits = 0;
@@ -409,6 +420,7 @@ static void load_fragment(uint32_t (&r)[REGISTERS], const T* p, int stride, bool
 }
 template <class T, class C, int REGISTERS>
 struct Wmma {
+  static constexpr bool INTEGERS = sizeof(T) == 1;
   C c[8];
   uint32_t a[REGISTERS], b[REGISTERS];
   bool rows;
@@ -425,12 +437,12 @@ struct Wmma {
     for (int lane = 0; lane < 32; ++lane)
       for (int i = 0; i < 8; ++i) {
         auto* o = static_cast<Wmma*>(operands[lane]);
-        int place = dealt(8 * lane + i);
-        a[place] = at(o->a, i), b[place] = at(o->b, i), c[place] = o->c[i];
+        a[dealt<INTEGERS>(LEFT, lane, i)] = at(o->a, i), b[dealt<INTEGERS>(RIGHT, lane, i)] = at(o->b, i);
+        c[dealt<INTEGERS>(SUM, lane, i)] = o->c[i];
       }
     for (int lane = 0; lane < 32; ++lane)
       for (int i = 0; i < 8; ++i) {
-        int place = dealt(8 * lane + i), row = place / 16, column = place % 16;
+        int place = dealt<INTEGERS>(SUM, lane, i), row = place / 16, column = place % 16;
         double sum = c[place];
         for (int k = 0; k < 16; ++k) sum += a[16 * row + k] * b[16 * k + column];
         static_cast<Wmma*>(operands[lane])->c[i] = static_cast<C>(sum);
@@ -448,7 +460,7 @@ struct Wmma {
 template <class C>
 static void load_accumulator(C (&c)[8], const C* p, int stride, const char* what) {
   for (int i = 0; i < 8; ++i) {
-    int place = dealt(8 * quern_thread.lane + i);
+    int place = dealt<std::is_same_v<C, int32_t>>(SUM, quern_thread.lane, i);
     const C* from = p + place / 16 * stride + place % 16;
     quern_check(from, sizeof(C), sizeof(C), 0, what);
     c[i] = *from;
@@ -480,7 +492,7 @@ QUERN_INLINE void wmma_load_c(float (&c)[8], const float* p, int stride) {
 QUERN_INLINE void wmma_store(float* p, const float (&c)[8], int stride) {
   quern::check_matrix(p, stride * sizeof(float), 4, "wmma_store");
   for (int i = 0; i < 8; ++i) {
-    int place = quern::dealt(8 * quern_thread.lane + i);
+    int place = quern::dealt<false>(quern::SUM, quern_thread.lane, i);
     float* to = p + place / 16 * stride + place % 16;
     quern_check(to, 4, 4, 1, "wmma_store");
     *to = c[i];

@@ -43,15 +43,17 @@ def kernel_of(gpu: str, m: int) -> CudaKernel:
         ),
         # Copies that nobody waits for, and a buffer that is filled while others still read it.
         ("jetson-orin", 9, "async_wait<STAGES - 2>();", "async_wait<STAGES - 1>();", "asynchronous copy"),
-        ("jetson-orin", 9, "    block_sync();\n    const int next", "    const int next", SHARED),
+        ("jetson-orin", 9, "    block_sync();\n    const int free", "    const int free", SHARED),
         # Tokens start at multiples of 4 bytes.
-        ("jetson-orin", 9, "* 32 + piece * PIECE,\n", "* 32 + piece * PIECE + 4,\n", "multiple"),
+        ("jetson-orin", 9, "(SPANS * WIDTH) + piece * PIECE;", "(SPANS * WIDTH) + piece * PIECE + 4;", "multiple"),
         # One of the two barriers around the buffer that Xavier's kernel has.
-        ("jetson-xavier", 9, "warp_m, warp_n);\n    block_sync();", "warp_m, warp_n);", "no barrier lies between"),
-        ("jetson-xavier", 9, "wmma_load_c(place, numbers, 16);", "wmma_load_c(place, numbers, 15);", "stride"),
+        ("jetson-xavier", 9, "own_row);\n    block_sync();", "own_row);", "no barrier lies between"),
+        ("jetson-xavier", 9, "wmma_load_c(c, numbers, 16);", "wmma_load_c(c, numbers, 15);", "stride"),
+        # Fragments that lie otherwise than the kernel takes for granted.
+        ("jetson-xavier", 9, "2 * quad + i % 2;", "2 * quad + 1 - i % 2;", "what it does not expect"),
         # A lane that leaves before its warp is through.
         (
-            "jetson-orin", 9, "  float acc[MT][NT][4] = {};", "if (lane == 3) return;\nfloat acc[MT][NT][4] = {};",
+            "jetson-orin", 9, "  Totals totals = {};", "if (threadIdx.x == 3) return;\nTotals totals = {};",
             "which other threads never reach",
         ),
     ],
@@ -69,13 +71,11 @@ def test_found_by_the_emulator(gpu: str, m: int, old: str, new: str, message: st
     [
         ("jetson-orin", 1, "shuffle_xor(up ? v[0] : v[2], 16)", "shuffle_xor(up ? v[0] : v[2], 8)"),
         ("jetson-orin", 1, "x.y, sixteen", "x.x, sixteen"),
-        (
-            "jetson-orin", 9, "a[mt][k][half] = inputs.x, a[mt][k][half + 2]",
-            "a[mt][k][2 * half] = inputs.x, a[mt][k][2 * half + 1]",
-        ),
-        ("jetson-orin", 9, "words[lane % 4 * 4];\n    b[0] = first", "words[lane / 4 % 4 * 4];\n    b[0] = first"),
-        ("jetson-orin", 9, "sum[mt][i / 2];", "sum[mt][i % 2];"),
-        ("jetson-xavier", 9, "row = first_row + place[i] % 16;", "row = first_row + place[i] / 16;"),
+        ("jetson-orin", 9, "b[k + w / 2][i][w % 2] = words[w]", "b[k + w / 2][i][1 - w % 2] = words[w]"),
+        ("jetson-orin", 9, "a[j / 2][0][j % 2] = first", "a[j / 2][0][1 - j % 2] = first"),
+        ("jetson-orin", 9, "of_span % WORDS * 4 + eight / K_STEPS", "of_span % WORDS * 4 + 3 - eight / K_STEPS"),
+        ("jetson-orin", 9, "const int32_t extra = SHIFTED ? 128", "const int32_t extra = SHIFTED ? 127"),
+        ("jetson-xavier", 9, "{b[0][w], b[1][w]};", "{b[1][w], b[0][w]};"),
     ],
     ids=lambda v: v[:24] if isinstance(v, str) else None,
 )  # fmt: skip
