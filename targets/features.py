@@ -66,8 +66,9 @@ AARCH64_EXTRAS = {
     "bf16": "bf16",
     "i8mm": "i8mm",
 }
-# The kernel's "isa" line has letters, which cpuinfo readers split: rv64imafdcv -> i, m, a, ... (riscv/uabi.rst).
-RISCV64 = {letter: letter for letter in "mafdcv"}
+# The kernel's "isa" line has letters, which cpuinfo readers split, then names: rv64imafdcv_zfhmin -> i, m, a, ..., zfhmin
+# (riscv/uabi.rst).
+RISCV64 = {name: name for name in (*"mafdcv", "zfhmin")}
 CPUINFO_NAMES = {
     "riscv64": RISCV64,
     "x86_64": X86_64_V4 | X86_64_V3_EXTRAS | X86_64_V4_EXTRAS,

@@ -31,7 +31,7 @@ LIMIT_S = 3600  # of one run: the largest take minutes, and what takes longer ha
 DLPACK_CODES = {"i": 0, "u": 1, "f": 2}  # numpy's kind -> dlpack.h
 # What qemu 7.2 calls the CPUs it has; another one is stood for by `max`, which knows every extension.
 MODELS = ("cortex-a53", "cortex-a72", "cortex-a76")
-RISCV_MODEL = "rv64,v=true,vlen=128,vext_spec=v1.0"
+RISCV_MODEL = "rv64,v=true,vlen=128,vext_spec=v1.0,Zfhmin=true"
 FLAGS = ("-nostdlib", "-static", "-ffreestanding", "-fno-stack-protector", "-O2", "-Wl,--build-id=none")
 
 Tensors = Mapping[str, "np.ndarray | tuple[tuple[int, ...], str]"]  # an array, or shape and dtype of zeros

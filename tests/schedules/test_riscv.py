@@ -20,10 +20,14 @@ from tests.schedules.test_linear_int8_widening import arguments, here, request
 BOARD = targets.load("riscv64-v")
 
 
-@pytest.mark.parametrize("case", [("int4", 1, 16, 128, 64), ("int3", 2, 33, 64, 32), ("nf4", 3, 16, 172, 43)], ids=str)
-def test_linear_layers(case: Any) -> None:
+CASES = [("int4", 1, 16, 128, 64), ("int3", 2, 33, 64, 32), ("nf4", 3, 16, 172, 43)]
+
+
+@pytest.mark.parametrize(("case", "scale"), [(CASES[0], "float16"), *((case, "float32") for case in CASES)], ids=str)
+def test_linear_layers(case: Any, scale: str) -> None:
     grid, m, n, k, group = case
     w = weight(grid, False, n, k, group)
+    w = replace(w, scale=w.scale.astype(scale))
     x = np.random.default_rng(2).standard_normal((m, k)).astype(np.float32)
     args = arguments(x, w)
     call = replace(request(args, w, False), target=BOARD)
