@@ -66,8 +66,8 @@ AARCH64_EXTRAS = {
     "bf16": "bf16",
     "i8mm": "i8mm",
 }
-# The kernel's "isa" line has letters, which cpuinfo readers split, then names: rv64imafdcv_zfhmin -> i, m, a, ..., zfhmin
-# (riscv/uabi.rst).
+# The kernel's "isa" line has letters, which cpuinfo readers split, then names (riscv/uabi.rst): rv64imafdcv_zfhmin is
+# i, m, a, f, d, c, v, zfhmin.
 RISCV64 = {name: name for name in (*"mafdcv", "zfhmin")}
 CPUINFO_NAMES = {
     "riscv64": RISCV64,
