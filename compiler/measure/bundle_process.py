@@ -11,17 +11,19 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from compiler.measure.kernel_clock import KernelClock
 from runtime.bench import Timed
 from runtime.bundle import Bundle, open_bundle
 from runtime.device import peak_rss_mib
 from runtime.errors import UserError
 from runtime.session import Session
+
+if TYPE_CHECKING:
+    from compiler.measure.kernel_clock import KernelClock
 
 
 class Measured:
@@ -101,6 +103,8 @@ class Measured:
     def kernels_of(self, work: str, **amount: int) -> dict[str, Any]:
         """`decode` or `prefill` of that amount in a session whose kernels are timed one by one: see KernelClock."""
         if self._watched is None:
+            from compiler.measure.kernel_clock import KernelClock
+
             session = Session(self._bundle, self._session.threads, self._session.tiles)
             self._watched = Timed(session), KernelClock(session.machine.vm, session.machine.tensors)
             self._watched[0].decode(0, 1)
