@@ -264,12 +264,13 @@ def space(request: Request) -> Space:
         asks = knobs["prefetch_bytes"] > 0 or knobs["prefetch_level"] == default["prefetch_level"]
         return asks and knobs["row_blocks"] * knobs["tokens"] <= MOST_ACCUMULATORS
 
+    # Calls of few rows, which tuning does not time, need the prefetch of prompts.
     tried = {
         "row_blocks": dividing(blocks(n), 1, 2, 4, 8, 16),
         "tokens": dividing(m, 1, 2, 4, 8, 16) if m > 1 else (),
         "unroll": dividing(geometry.width // storage.inputs, 1, 2, 4, 8, 16),
-        "prefetch_bytes": (0, 512, 1024, 2048, 4096) if m == 1 else (0, 8192, 16384, 24576),
-        "prefetch_level": (1, 2),
+        "prefetch_bytes": (0, 512, 1024, 2048, 4096) if m == 1 else (),
+        "prefetch_level": (1, 2) if m == 1 else (),
     }
     kind = request.attrs.get("grid", affine)
     workload = {"m": m, "n": n, "k": k, "bits": int(request.attrs["bits"]), "group": group, "kind": str(kind)}
