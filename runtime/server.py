@@ -147,7 +147,7 @@ class _Connection(BaseHTTPRequestHandler):
 
     def _answer(self, method: str) -> None:
         quern, path = self.server.quern, self.path.partition("?")[0]
-        begun, told = time.perf_counter(), ""
+        begun = time.perf_counter()
         try:
             self._check(method, path)
             if path == "/health":

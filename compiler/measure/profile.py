@@ -15,9 +15,8 @@ from pathlib import Path
 from statistics import median
 
 from compiler.errors import UserError
-from compiler.measure import read_bandwidth
 from compiler.measure.compare import Workload
-from compiler.measure.speed import QuernSide, Spread, bytes_read, open_side
+from compiler.measure.speed import QuernSide, Spread, bytes_read, open_side, refuse_few_weights
 from runtime.bundle import open_bundle
 from runtime.manifest import Manifest
 from targets import Target
@@ -112,7 +111,12 @@ class Round:
 def measure(path: Path, target: Target, work: Workload, threads: int | None) -> Profile:
     """`work.rounds` rounds of decoding and of prompts, in turns."""
     bundle = open_bundle(path, verify_weights=False)
-    _refuse(path, bundle.manifest)
+    if bundle.manifest.target.gpu is not None:
+        raise UserError(
+            f"{path}: computes on a GPU, and --profile times the kernels of a CPU. Leave it out: bench then times a "
+            f"token's kernels together, by the GPU's clock."
+        )
+    refuse_few_weights(bundle)
     decode, prompt = [], []
     with open_side(path, threads) as side:
         side.load_readers(bundle, target)
@@ -126,17 +130,6 @@ def measure(path: Path, target: Target, work: Workload, threads: int | None) -> 
         )
         reads = Spread.of([one.read_gb_s for one in (*decode, *prompt)])
         return Profile(phases, reads, side.used, side.threads)
-
-
-def _refuse(path: Path, manifest: Manifest) -> None:
-    if manifest.target.gpu is not None:
-        raise UserError(
-            f"{path}: computes on a GPU, and --profile times the kernels of a CPU. Leave it out: bench then times a "
-            f"token's kernels together, by the GPU's clock."
-        )
-    size = manifest.files[manifest.weights.file].bytes
-    if read_bandwidth.usable(size) == 0:
-        raise UserError(f"{path}: its {size} bytes of weights are too few to time reading them.")
 
 
 def phase(name: str, rounds: Sequence[Round], manifest: Manifest, positions: float) -> Phase:

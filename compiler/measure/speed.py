@@ -110,6 +110,13 @@ class QuernSide(Timed):
             self.process.ask("reader", library=str(library), names=names, nbytes=nbytes)
 
 
+def refuse_few_weights(bundle: Bundle) -> None:
+    """Raise UserError where reading the weights takes too short to be timed."""
+    size = bundle.manifest.files[bundle.manifest.weights.file].bytes
+    if read_bandwidth.usable(size) == 0:
+        raise UserError(f"{bundle.path}: its {size} bytes of weights are too few to time reading them.")
+
+
 @contextmanager
 def open_side(path: Path, threads: int | None) -> Iterator[QuernSide]:
     """The bundle's process, warm: it has computed a token and a prompt. Gone at the end."""
@@ -128,9 +135,7 @@ def measure(
     The ratio is taken round by round, because the bandwidth of a shared machine drifts.
     """
     bundle = open_bundle(path, verify_weights=False)
-    size = (path / bundle.manifest.weights.file).stat().st_size
-    if read_bandwidth.usable(size) == 0:
-        raise UserError(f"{path}: its {size} bytes of weights are too few to time reading them.")
+    refuse_few_weights(bundle)
     prefill, without, decode, read, ratio = [], [], [], [], []
     with open_side(path, threads) as side:
         side.load_readers(bundle, target)

@@ -56,6 +56,5 @@ def test_one_tensor_a_place() -> None:
     tvm.ir.assert_structural_equal(share_tensors(Before), Expected)
 
 
-
 def test_nothing_to_share_stays() -> None:
     tvm.ir.assert_structural_equal(share_tensors(Expected), Expected)

@@ -8,26 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import targets
-from compiler import pipeline
 from compiler.errors import UserError
 from compiler.measure import perplexity
 from compiler.measure.process import Process
-from compiler.progress import Reporter
 from runtime.bundle import open_bundle
 from runtime.session import Session
+from tests.measure.conftest import CONTEXT
 
-REPO = Path(__file__).parents[2]
-CONTEXT = 32
 TEXT = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. " * 3
-
-
-@pytest.fixture(scope="module")
-def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    bundle = tmp_path_factory.mktemp("perplexity") / "bundle"
-    request = pipeline.Request(bundle, targets.load("native"), bits=8, context=CONTEXT, chunks=(16,))
-    pipeline.build(REPO / "tests" / "models" / "stories260k", request, Reporter(quiet=True))
-    return bundle
 
 
 def test_second_halves_are_scored(stories: Path, tmp_path: Path) -> None:
