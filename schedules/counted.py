@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import tvm
 from tvm import s_tir, tirx
+from tvm.script.ir_builder import tirx as T
 
 if TYPE_CHECKING:
     from schedules.kernel import Kernel
@@ -31,6 +32,18 @@ SPAN = "span"
 def marks(tile: int = 1, times: int = 1) -> dict[str, Any]:
     """Annotations of a loop over tiles of `tile` tokens that takes `times` turns for each."""
     return {TILE: tirx.IntImm("int32", tile), TIMES: tirx.IntImm("int32", times)}
+
+
+def real_tiles(m: int, tile: int) -> Any:
+    """How many tiles of `tile` tokens are real, in a function that is being built: a marked loop counts them.
+
+    LLVM makes a division of it.
+    """
+    count = T.alloc_buffer((1,), "int32", layout=None)
+    T.buffer_store(count, T.int32(0), [0])
+    with T.serial(m // tile, annotations=marks(tile)) as i:
+        T.buffer_store(count, i + 1, [0])
+    return count[0]
 
 
 def counted(kernel: Kernel, arguments: int) -> Kernel:
