@@ -2,8 +2,8 @@
 
 Operators, arguments, layout of weights, sums and their order are those of schedules.linear_int8; results are equal to
 the bit. A task is a block of 16 rows with all tokens, in tiles of TOKENS. Three bodies multiply a tile with the block:
-  first   the first of many tiles: unpacks each step of codes, multiplies, and leaves the codes (or levels) and the
-          scales in the task's own memory: 16 rows x k bytes, in the second-level cache
+  first   the first of many tiles: unpacks each step of codes, multiplies, and leaves the codes (or levels) and
+          scales in the task's own memory: 16 rows x k bytes and more, in the second-level cache
   rest    all other tiles of a call with many: they read 64 bytes for every quad in one stream. A quad of activations is
           the memory operand of its VPDPBUSD; beside the products there is a load a quad, and the scaling
   alone   every tile of a call with few: unpacks as it goes and leaves nothing, as what a task leaves costs as much as
@@ -61,6 +61,11 @@ class Layer:
         """Steps of a span."""
         return self.geometry.width // self.storage.inputs
 
+    @property
+    def lines(self) -> int:
+        """Lines that a span leaves: its quads, and the scales."""
+        return self.steps * self.storage.quads + 1
+
 
 @dataclass
 class _Task:
@@ -70,7 +75,6 @@ class _Task:
     buffers: dict[str, Any]
     block: Expr
     unpacked: Any = field(init=False)
-    scales: Any = field(init=False)
 
     def emit(self) -> None:
         """Either way, and the choice."""
@@ -81,9 +85,8 @@ class _Task:
             return T.serial(layer.m // TOKENS, annotations=marks(TOKENS))
 
         with T.If(tiles > FEW):
-            with T.Then():  # where the memory is asked for as well: few tokens do without
-                self.unpacked = T.alloc_buffer((spans, layer.steps, layer.storage.quads, BYTES), "uint8", layout=None)
-                self.scales = T.alloc_buffer((spans, LANES), "float32", layout=None)
+            with T.Then():
+                self.unpacked = T.alloc_buffer((spans, layer.lines, BYTES), "uint8", layout=None)
                 with loop() as tile, T.If(tile == 0):
                     with T.Then():
                         self._tile(tile, FIRST)
@@ -113,32 +116,46 @@ class _Task:
 
     def _multiply(self, tile: Expr, s: Expr, kind: str, totals: Sequence[Any]) -> None:
         """Integer sums of a span."""
-        layer, storage, place = self.layer, self.layer.storage, (0, T.ramp(0, 1, LANES))
+        layer, first = self.layer, tile * TOKENS
         if kind == REST:  # step `tile`, and those that no tile stands for, of this span in the next block
             for step in range(0, layer.steps, layer.m // TOKENS):
                 self._ask_codes(self.block + 1, s, T.min(tile + step, T.int32(layer.steps - 1)))
         for step in range(layer.steps):
+            if kind == FIRST:  # the task before has asked memory for them
+                self._ask_codes(self.block, s + 1, step, level=1)
             codes = self._kept(s, step) if kind == REST else self._unpacked(s, step)
-            for f, code in enumerate(codes):
-                if kind == ALONE:  # again: with few rows memory is what a call waits for, and not every wish is granted
-                    self._ask_codes(self.block, s, step, layer.ahead)
-                if kind == FIRST:
-                    T.buffer_store(self.unpacked, code, [s, step, f, T.ramp(0, 1, BYTES)])
-                start = step * storage.inputs + f * QUAD
+            if kind == FIRST:
+                self._keep(s, step, codes)
+            if kind == ALONE:  # as the template has it: few rows wait for memory, and not every wish is granted at once
                 for t, total in enumerate(totals):
-                    quad = self.buffers["q"].vload([tile * TOKENS + t, s, start], "int8x4")
-                    quad = T.reinterpret("int32", quad)
-                    T.buffer_store(total, avx512_vnni.step(ONE_BYTE, None, total[place], [code], [quad]), list(place))
+                    self._ask_codes(self.block, s, step, layer.ahead)
+                    for f, code in enumerate(codes):
+                        self._add(total, code, first + t, s, step, f)
+            else:
+                for f, code in enumerate(codes):
+                    for t, total in enumerate(totals):
+                        self._add(total, code, first + t, s, step, f)
+
+    def _add(self, total: Any, code: Expr, token: Expr, s: Expr, step: int, f: int) -> None:
+        """A token's products with quad f of a step."""
+        quad = self.buffers["q"].vload([token, s, step * self.layer.storage.inputs + f * QUAD], "int8x4")
+        place, a = (0, T.ramp(0, 1, LANES)), [T.reinterpret("int32", quad)]
+        T.buffer_store(total, avx512_vnni.step(ONE_BYTE, None, total[place], [code], a), list(place))
+
+    def _keep(self, s: Expr, step: int, codes: Sequence[Expr]) -> None:
+        """Codes or levels of a step, for the other tiles; the lines of the next span are asked for: no store misses."""
+        for f, code in enumerate(codes):
+            T.buffer_store(self.unpacked, code, [s, step * len(codes) + f, T.ramp(0, 1, BYTES)])
+            _ask(self.unpacked, ((s + 1) * self.layer.lines + step * len(codes) + f) * BYTES, level=1, write=True)
 
     def _kept(self, s: Expr, step: int) -> list[Expr]:
         """Codes or levels of a step's quads, as the first tile left them."""
         quads = range(self.layer.storage.quads)
-        return [vector.hold(self.unpacked[s, step, f, T.ramp(0, 1, BYTES)], BYTES, "uint8") for f in quads]
+        return [vector.hold(self.unpacked[s, step * self.layer.storage.quads + f, T.ramp(0, 1, BYTES)], BYTES, "uint8") for f in quads]
 
     def _unpacked(self, s: Expr, step: int) -> list[Expr]:
         """The same from the weight."""
         layer, table = self.layer, self.layer.table
-        self._ask_codes(self.block, s, step, layer.ahead)
         at = [self.block // layer.x, s, step, self.block % layer.x]
         vectors = range(layer.storage.vectors)
         w = [vector.hold(self.buffers["codes"].vload([*at, v, 0, 0], "uint8x64"), BYTES, "uint8") for v in vectors]
@@ -148,21 +165,24 @@ class _Task:
             codes = [T.reinterpret("uint8x64", T.call_llvm_pure_intrin("int8x64", name, levels, c)) for c in codes]
         return [vector.hold(code, BYTES, "uint8") for code in codes]
 
-    def _ask_codes(self, block: Expr, s: Expr, step: Expr, ahead: int = 0) -> None:
-        """Ask for a step of a block's codes, or for what lies so many bytes behind it, into the second-level cache."""
+    def _ask_codes(self, block: Expr, s: Expr, step: Expr, ahead: int = 0, level: int = 2) -> None:
+        """Ask for a step of a block's codes, or for what lies so many bytes behind it, into a cache."""
         layer, size = self.layer, self.layer.storage.vectors * BYTES
         index = ((block // layer.x * layer.geometry.spans + s) * layer.steps + step) * layer.x + block % layer.x
         for v in range(layer.storage.vectors):
-            _ask(self.buffers["codes"], index * size + (v * BYTES + ahead), level=2)
+            _ask(self.buffers["codes"], index * size + (v * BYTES + ahead), level)
 
     def _scale(self, first: Expr, s: Expr, kind: str, totals: Sequence[Any], sums: Sequence[Any]) -> None:
         """A span's sums to fp32, in the operations and the order of schedules.linear_int8."""
         layer, buffers, lanes = self.layer, self.buffers, LANES
         place = (self.block // layer.x, s, self.block % layer.x, 0)
-        source = (self.scales, s, 0) if kind == REST else (buffers["scale"], *place)
-        scale = vector.hold(vector.load(*source, lanes=lanes), lanes)
+        last = (s, layer.lines - 1, T.ramp(0, 1, BYTES))
+        if kind == REST:
+            scale = vector.hold(T.reinterpret("float32x16", self.unpacked[last]), lanes)
+        else:
+            scale = vector.hold(vector.load(buffers["scale"], *place, lanes=lanes), lanes)
         if kind == FIRST:
-            vector.store(self.scales, scale, s, 0, lanes=lanes)
+            T.buffer_store(self.unpacked, T.reinterpret("uint8x64", scale), list(last))
         for t, (total, cell) in enumerate(zip(totals, sums, strict=True)):
             centred, asum = total[0, T.ramp(0, 1, lanes)], buffers["asum"][first + t, s]
             by_token = buffers["ascale"][first + t, s]
