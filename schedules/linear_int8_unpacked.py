@@ -120,7 +120,7 @@ class _Task:
         if kind == REST:  # step `tile`, and those that no tile stands for, of this span in the next block
             for step in range(0, layer.steps, layer.m // TOKENS):
                 self._ask_codes(self.block + 1, s, T.min(tile + step, T.int32(layer.steps - 1)))
-        for step in range(layer.steps):
+        with T.unroll(layer.steps) as step:
             if kind == FIRST:  # the task before has asked memory for them
                 self._ask_codes(self.block, s + 1, step, level=1)
             codes = self._kept(s, step) if kind == REST else self._unpacked(s, step)
@@ -136,24 +136,24 @@ class _Task:
                     for t, total in enumerate(totals):
                         self._add(total, code, first + t, s, step, f)
 
-    def _add(self, total: Any, code: Expr, token: Expr, s: Expr, step: int, f: int) -> None:
+    def _add(self, total: Any, code: Expr, token: Expr, s: Expr, step: Expr, f: int) -> None:
         """A token's products with quad f of a step."""
         quad = self.buffers["q"].vload([token, s, step * self.layer.storage.inputs + f * QUAD], "int8x4")
         place, a = (0, T.ramp(0, 1, LANES)), [T.reinterpret("int32", quad)]
         T.buffer_store(total, avx512_vnni.step(ONE_BYTE, None, total[place], [code], a), list(place))
 
-    def _keep(self, s: Expr, step: int, codes: Sequence[Expr]) -> None:
+    def _keep(self, s: Expr, step: Expr, codes: Sequence[Expr]) -> None:
         """Codes or levels of a step, for the other tiles; the lines of the next span are asked for: no store misses."""
         for f, code in enumerate(codes):
             T.buffer_store(self.unpacked, code, [s, step * len(codes) + f, T.ramp(0, 1, BYTES)])
             _ask(self.unpacked, ((s + 1) * self.layer.lines + step * len(codes) + f) * BYTES, level=1, write=True)
 
-    def _kept(self, s: Expr, step: int) -> list[Expr]:
+    def _kept(self, s: Expr, step: Expr) -> list[Expr]:
         """Codes or levels of a step's quads, as the first tile left them."""
-        quads = range(self.layer.storage.quads)
-        return [vector.hold(self.unpacked[s, step * self.layer.storage.quads + f, T.ramp(0, 1, BYTES)], BYTES, "uint8") for f in quads]
+        place, quads = step * self.layer.storage.quads, range(self.layer.storage.quads)
+        return [vector.hold(self.unpacked[s, place + f, T.ramp(0, 1, BYTES)], BYTES, "uint8") for f in quads]
 
-    def _unpacked(self, s: Expr, step: int) -> list[Expr]:
+    def _unpacked(self, s: Expr, step: Expr) -> list[Expr]:
         """The same from the weight."""
         layer, table = self.layer, self.layer.table
         at = [self.block // layer.x, s, step, self.block % layer.x]
