@@ -44,6 +44,7 @@ MASKED = -1e30  # below any score of finite fp16 keys; 2^(MASKED - maximum) is e
 # Accumulators, in vectors of 16 lanes, by vector_bits. For scores: what fits in registers; what hides the latency of a
 # multiply-add. For values: with up to 3 rows, where reading whole lines of V beats a spill; with more, what fits.
 ACCUMULATORS = {512: (8, 8, 16, 16), 256: (5, 4, 8, 4), 128: (5, 2, 5, 4)}
+WIDEST = 512  # vector_bits with room for 16 rows of a prompt x 1 vector of V: a weight used once is a memory operand
 CACHE_LINE_BYTES = 64
 TASKS = 4  # threads that one token's attention shall fill evenly
 BLOCK_BYTES = 16384  # keys of a block: half of a small L1; values take the other half
@@ -97,10 +98,12 @@ def parts(m: int, kv_heads: int) -> int:
 def plan(request: Request, m: int, kv_heads: int, group: int, d: int, item_bytes: int) -> Plan:
     """Default plan for `group` query heads a kv head, with the request's knobs put over it."""
     scores, chains, few, many = ACCUMULATORS[request.target.vector_bits]
-    tile = max(t for t in range(1, m + 1) if m % t == 0 and (t == 1 or t * group <= 8))
+    prompt = m > 1 and request.target.vector_bits == WIDEST
+    most, together = (many, many) if prompt else (8, 4)
+    tile = max(t for t in range(1, m + 1) if m % t == 0 and (t == 1 or t * group <= most))
     rows = int(request.knobs.get("tile", tile)) * group
     key_rows = len(balanced(rows, scores)[0])
-    value_rows = len(balanced(rows, 4)[0])
+    value_rows = len(balanced(rows, together)[0])
     chosen = {
         "tile": tile,
         "block": min(max(BLOCK_BYTES // (d * item_bytes) // LANES * LANES, 32), 256),
