@@ -45,7 +45,7 @@ def test_the_bits_of_the_template(case: tuple[str, bool, bool, int, int, int, bo
     rng = np.random.default_rng(1)
     w = weight(grid, offset, n, k, group)
     x = rng.standard_normal((LEAST, k)).astype(np.float32)
-    args = [*quantize_activations(x, Geometry(k, group).source), *weight_arguments(w)]
+    args: list[np.ndarray] = [*quantize_activations(x, Geometry(k, group).source), *weight_arguments(w)]
     if one_zero:
         args[5] = np.full((1, 1), 8, np.int16)
     args += [rng.standard_normal((LEAST, n)).astype(np.float32)] if residual else []
