@@ -231,7 +231,7 @@ def _suited(request: Request) -> None:
     m = request.args[0].shape[0]
     width = Geometry(request.args[CODES].shape[1], int(request.attrs["group"])).width
     packed = storages.choose(int(request.attrs["bits"]), width).quads > 1
-    if isas.choose(request.target) is not avx512_vnni or m % TOKENS or m // TOKENS <= FEW or not packed:
+    if isas.choose(request.target).NAME != avx512_vnni.NAME or m % TOKENS or m // TOKENS <= FEW or not packed:
         raise NotSuited
 
 
