@@ -38,6 +38,7 @@ from schedules.vector import Expr
 
 RANK = 7  # below AMX
 TOKENS = 8  # accumulators and their fp32 sums: nothing is spilled
+SPAN = 64  # stored inputs: shorter spans are mostly scaling, and lose 3 % here (32)
 FEW = 8  # tiles; with more it pays to leave the codes unpacked
 BYTES = LANES * QUAD
 FIRST, REST, ALONE = "first", "rest", "alone"
@@ -227,11 +228,12 @@ def _ask(buffer: Any, element: Expr, level: int, write: bool = False) -> None:
 
 
 def _suited(request: Request) -> None:
-    """Raise NotSuited for other targets, too few tokens, and codes of a byte, which need no unpacking."""
+    """Raise NotSuited for other targets, too few tokens, short spans, and codes of a byte, which need no unpacking."""
     m = request.args[0].shape[0]
     width = Geometry(request.args[CODES].shape[1], int(request.attrs["group"])).width
     packed = storages.choose(int(request.attrs["bits"]), width).quads > 1
-    if isas.choose(request.target).NAME != avx512_vnni.NAME or m % TOKENS or m // TOKENS <= FEW or not packed:
+    pays = packed and width >= SPAN and m // TOKENS > FEW
+    if isas.choose(request.target).NAME != avx512_vnni.NAME or m % TOKENS or not pays:
         raise NotSuited
 
 

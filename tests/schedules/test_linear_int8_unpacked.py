@@ -24,18 +24,19 @@ ISA: Any = avx512_vnni
 VNNI = stand_in(ISA)
 LEAST = linear_int8_unpacked.TOKENS * (linear_int8_unpacked.FEW + 1)
 CASES = [  # grid, offset, one zero, n, k, group, residual
-    ("int4", False, False, 105, 172, 43, True),
+    ("int4", False, False, 105, 172, 86, True),
     ("int4", False, True, 48, 256, 128, False),
     ("int3", True, False, 96, 384, 128, True),
     ("nf4", False, False, 33, 128, 64, False),
 ]
 
 
-def call(m: int, bits: int, target: Target, n: int = 32, k: int = 64) -> Request:
-    rows = [TensorSpec((m, 2, 32), "int8"), TensorSpec((m, 2), "float32"), TensorSpec((m, 2), "int32")]
-    matrix = [TensorSpec((n, k), "uint8"), TensorSpec((n, 2), "float16"), TensorSpec((n, 2), "int16")]
-    out = TensorSpec((m, n), "float32")
-    return Request("quern.linear_int8", (*rows, *matrix), (out,), {"bits": bits, "group": 32}, target)
+def call(m: int, bits: int, target: Target, group: int = 64) -> Request:
+    """32 rows of two groups."""
+    rows = [TensorSpec((m, 2, group), "int8"), TensorSpec((m, 2), "float32"), TensorSpec((m, 2), "int32")]
+    matrix = [TensorSpec((32, 2 * group), "uint8"), TensorSpec((32, 2), "float16"), TensorSpec((32, 2), "int16")]
+    out = TensorSpec((m, 32), "float32")
+    return Request("quern.linear_int8", (*rows, *matrix), (out,), {"bits": bits, "group": group}, target)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)))
@@ -68,7 +69,8 @@ def test_the_bits_of_the_template(case: tuple[str, bool, bool, int, int, int, bo
 
 def test_who_is_asked_next() -> None:
     assert "_unpacked_" in linear_int8_unpacked.lower(call(LEAST, 4, VNNI)).name
-    for other in (call(LEAST, 4, AVX2), call(LEAST, 8, VNNI), call(LEAST - 8, 4, VNNI), call(LEAST + 1, 4, VNNI)):
+    others = [call(LEAST, 4, AVX2), call(LEAST, 8, VNNI), call(LEAST - 8, 4, VNNI), call(LEAST + 1, 4, VNNI)]
+    for other in (*others, call(LEAST, 4, VNNI, group=32)):
         with pytest.raises(NotSuited):
             linear_int8_unpacked.lower(other)
     assert linear_int8_unpacked.RANK < linear_int8_amx.RANK
