@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Callable, Optional
 
 from .sampler import Sampler
 from .session import Session
@@ -41,6 +41,7 @@ class Generation:
     """One reply while it grows. `stop_reason`: "eos", "stop", "length" (max_new_tokens) or "context" (no room left).
 
     `tokens` are all chosen ids without the end token; those in `pending` have not been taken in by the session yet.
+    between: as in Session.prefill.
     """
 
     session: Session
@@ -51,13 +52,14 @@ class Generation:
     tokens: list[int] = field(default_factory=list)
     pending: list[int] = field(default_factory=list)
     stop_reason: str = "length"
+    between: Callable[[], object] = lambda: None
 
     def run(self, ids: Sequence[int]) -> Iterator[int]:
         """Take in `ids`, then yield tokens. Closing the iterator early leaves `tokens` and `pending` right."""
         clock, statistics = time.perf_counter, self.statistics
         statistics.prompt_tokens, begun = len(ids), clock()
         self.sampler.observe(ids)
-        logits = self.session.prefill(ids)
+        logits = self.session.prefill(ids, self.between)
         statistics.prefill_s = clock() - begun
         while len(self.tokens) < self.max_new_tokens:
             token = self.sampler.sample(logits)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Optional, Sequence, Union
+from typing import Any, Callable, NamedTuple, Optional, Sequence, Union
 
 from . import arrays
 from .arrays import Array, np
@@ -130,9 +130,13 @@ class Session:
             raise ValueError(f"position {position} is outside 0..{self.position}")
         self.position = position
 
-    def prefill(self, ids: Ids) -> Array:
-        """Take in tokens; gives the logits float32[vocab] after the last one. Nothing changes when it refuses."""
-        chunk, rows = self._take(self.check_ids(ids))
+    def prefill(self, ids: Ids, between: Callable[[], object] = lambda: None) -> Array:
+        """Take in tokens; gives the logits float32[vocab] after the last one. Nothing changes when it refuses.
+
+        between: asked between two calls of a long prompt; what it raises ends the prefill there, and what was taken in
+        by then stays.
+        """
+        chunk, rows = self._take(self.check_ids(ids), between)
         row: Array = rows[0] if chunk.tokens == 1 else self._head(rows[chunk.valid - 1 : chunk.valid])[0]
         return row
 
@@ -140,10 +144,12 @@ class Session:
         """Take in tokens without asking what comes next: a prefill that leaves the output head out."""
         self._take(self.check_ids(ids))
 
-    def _take(self, ids: Array) -> tuple[Chunk, Array]:
+    def _take(self, ids: Array, between: Callable[[], object] = lambda: None) -> tuple[Chunk, Array]:
         """The last call of the plan and what it gave."""
         done = 0
         for chunk in self._planner.plan(len(ids)):
+            if done:
+                between()
             rows = self._run(chunk, ids[done : done + chunk.valid])
             done += chunk.valid
         return chunk, rows
