@@ -51,13 +51,15 @@ class KernelRow:
 class Phase:
     """A decoded token or a prompt: ms of one, without the clock; its kernels, slowest first.
 
-    other_ms: what kernels leave of it, round by round. clock_us: subtracted from every call.
+    other_ms: what kernels leave of it, round by round, and other_share the median of its shares: below 0 where it is
+    less than two runs next to each other differ by. clock_us: subtracted from every call.
     """
 
     name: str
     ms: Spread
     rows: tuple[KernelRow, ...]
     other_ms: Spread
+    other_share: float
     clock_us: float
 
 
@@ -142,8 +144,9 @@ def phase(name: str, rounds: Sequence[Round], manifest: Manifest, positions: flo
         rows.append(_row(kernel, rounds, nbytes, tokens, multiply_adds(kernel, positions)))
     rows.sort(key=lambda row: -row.ms)
     other = [1e3 * one.plain_s - sum(map(one.ms, one.ns)) for one in rounds]
+    share = median(ms / one.plain_s / 1e3 for ms, one in zip(other, rounds, strict=True))
     clock_us = median(one.clock_ns for one in rounds) / 1e3
-    return Phase(name, Spread.of([1e3 * one.plain_s for one in rounds]), tuple(rows), Spread.of(other), clock_us)
+    return Phase(name, Spread.of([1e3 * one.plain_s for one in rounds]), tuple(rows), Spread.of(other), share, clock_us)
 
 
 def _row(kernel: str, rounds: Sequence[Round], nbytes: int, tokens: int, macs: float) -> KernelRow:
