@@ -46,6 +46,20 @@ extern "C" __global__ void strided(const uint4* x, const int32_t* span, float* o
 """
 
 
+# One warp: fragments of fp16 hold everything twice, so a load of 16 x 16 of them is 1 KiB, as one of fp32.
+FRAGMENTS = """
+.visible .entry fragments(
+)
+{
+wmma.load.a.sync.aligned.row.m16n16k16.shared.f16 {%r1, %r2, %r3, %r4, %r5, %r6, %r7, %r8}, [%r9], %r10;
+wmma.load.b.sync.aligned.col.m16n16k16.shared.s8 {%r1, %r2}, [%r9], %r10;
+wmma.load.c.sync.aligned.row.m16n16k16.shared.f32 {%f1, %f2, %f3, %f4, %f5, %f6, %f7, %f8}, [%r9], %r10;
+wmma.store.d.sync.aligned.row.m16n16k16.shared.f32 [%r9], {%f1, %f2, %f3, %f4, %f5, %f6, %f7, %f8}, %r10;
+ret;
+}
+"""
+
+
 def walked(step: int, blocks: int, count: int) -> ptx_walk.Executed:
     gpu = targets.load("jetson-orin").gpu
     assert gpu is not None
@@ -66,6 +80,12 @@ def test_what_a_kernel_executes_follows_from_its_numbers() -> None:
     # Two threads of a warp meet in a bank at every second word; then one of a block reads one word.
     assert one.banks == 6 * 2 + 3
     assert many.rounds == one.rounds + 4
+
+
+def test_fragments_are_read_as_machine_code_reads_them() -> None:
+    code = ptx.functions(FRAGMENTS)["fragments"]
+    found = ptx_walk.walk(code, (1, 1, 1), (32, 1, 1), {}, 1)
+    assert found.banks == (1024 + 256 + 1024 + 1024) / 128
 
 
 def test_threads_that_are_far_apart_ask_for_a_line_each() -> None:
