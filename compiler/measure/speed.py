@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from compiler.errors import UserError
@@ -52,6 +52,14 @@ class Speed:
     peak_rss_mib: float
     kv_cache: str
     prefill_plain_tok_s: Spread | None = None
+
+    def record(self) -> dict[str, object]:
+        """Medians under their names, and min and max of each beside them."""
+        spreads = {name: value for name in vars(self) if isinstance(value := getattr(self, name), Spread)}
+        record: dict[str, object] = {name: spread.median for name, spread in spreads.items()}
+        record["spread"] = {name: asdict(spread) for name, spread in spreads.items()}
+        plain = ("weight_bytes_per_token", "threads", "peak_rss_mib", "kv_cache")
+        return {**record, **{name: getattr(self, name) for name in plain}}
 
 
 def weight_bytes_per_token(manifest: Manifest) -> int:

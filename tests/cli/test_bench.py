@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from compiler.__main__ import main
+from runtime import device
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,16 @@ from compiler.__main__ import main
          "--kv-cache goes with a --shape that is measured: a BUNDLE has its own, --cost model none."),
         (["story", "--profile", "--perplexity", "x.txt"],
          "--profile times kernels on this machine and nothing else: leave it or --perplexity out."),
+        (["--shape", "a72-count", "--target", "rpi4"],
+         "rpi4: bench builds a shape and measures it on this machine, which cannot run it: it is built for aarch64 "
+         f"(rpi4), but this machine is {device.arch()}. --cost model forecasts, and a BUNDLE with --host is measured "
+         "on its device."),
+        (["--growth", "bits", "--target", "rpi4"],
+         "rpi4: bench builds a shape and measures it on this machine, which cannot run it: it is built for aarch64 "
+         f"(rpi4), but this machine is {device.arch()}. --cost model forecasts, and a BUNDLE with --host is measured "
+         "on its device."),
+        (["story", "--record", f"{__file__}/x"], f"{__file__}: File exists."),
+        (["story", "--record", "/"], "/: Is a directory."),
         (["story", "--cost", "model"], "--cost model compiles a shape for its target: give a --shape, not a BUNDLE."),
         (["--shape", "a72-count", "--target", "rpi"],
          "There is no target 'rpi'. Did you mean 'rpi5'? Known targets: native, aarch64, cuda-sm53, cuda-sm72, "
