@@ -21,7 +21,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 
 from compiler.tune.search import MIN_GAIN, Outcome, Task, Tuner
 from targets import Target
@@ -34,9 +34,10 @@ def bar(quiet: bool) -> Iterator[Progress | None]:
     if quiet or not console.is_terminal:
         yield None
         return
-    counted = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), *counted)
-    with Progress(*columns, console=console, transient=True) as progress:
+    # What counts comes first: where the terminal is narrow, names of shapes are cut, and no number.
+    name = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
+    columns = (SpinnerColumn(), BarColumn(12), MofNCompleteColumn(), TimeElapsedColumn(), name)
+    with Progress(*columns, console=console, transient=True, expand=True) as progress:
         yield progress
 
 
@@ -76,8 +77,9 @@ def summary(
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     console.print(table)
     if noisy := [o for o in outcomes if o.noise is not None]:
+        left = "1 shape was" if len(noisy) == 1 else f"{len(noisy)} shapes were"
         console.print(
-            f"{len(noisy)} shapes were left: {noisy[-1].noise}. Nothing of such batches is recorded. Mend that and run "
+            f"{left} left: {noisy[-1].noise}. Nothing of such batches is recorded. Mend that and run "
             f"the same command again: it goes on where it stopped."
         )
     kept = len(complete) - sum(o in gained for o in complete)
