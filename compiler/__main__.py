@@ -7,8 +7,10 @@ import ast
 import importlib
 import os
 import pkgutil
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 
 CLI = Path(__file__).parent / "cli"
 INTERRUPTED = 130
@@ -24,7 +26,7 @@ def verbs() -> dict[str, str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb. 0 = done, 2 = the user's mistake, 130 = interrupted."""
+    """Run one verb. 0 = done, 2 = the user's mistake, 130 = interrupted (143: terminated)."""
     arguments = sys.argv[1:] if argv is None else argv
     table = verbs()
     parser = argparse.ArgumentParser(
@@ -69,5 +71,10 @@ def main(argv: list[str] | None = None) -> int:
         return INTERRUPTED
 
 
+def _terminate(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _terminate)  # so that `kill` cleans up as Ctrl-C does
     sys.exit(main())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -139,3 +141,16 @@ def test_as_a_program() -> None:
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: bench measures either a BUNDLE or a --shape: give one of the two.\n"
+
+
+def test_kill_cleans_up_as_an_interrupt_does(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "compiler", "bench", "--shape", "a72-count:1"]
+    settings = {**os.environ, "PYTHONPATH": str(REPO), "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, cwd=tmp_path, env=settings, stderr=subprocess.PIPE, text=True) as process:
+        end = time.monotonic() + 60
+        while not list(tmp_path.iterdir()):
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.01)
+        process.terminate()
+        _, said = process.communicate(timeout=60)
+    assert (process.returncode, "Traceback" in said, list(tmp_path.iterdir())) == (143, False, [])
