@@ -89,6 +89,7 @@ def parser() -> argparse.ArgumentParser:
     _sampling_options(serve, max_new_tokens=512)
     info = _verb(verbs, "info", "what is in a bundle, and whether it runs here", run_info)
     info.add_argument("--json", action="store_true", help="print one JSON object")
+    info.add_argument("--verify", action="store_true", help="read every file and check its digest, too")
     logits = _verb(verbs, "logits", "logits after every token of a list of ids", run_logits)
     logits.add_argument("--ids", required=True, type=Path, help=".npy file, integers [n]")
     logits.add_argument("--out", required=True, type=Path, help=".npy file to write, float32 [n, vocabulary]")
@@ -296,10 +297,10 @@ def run_info(options: argparse.Namespace) -> None:
     """Describe a bundle."""
     from . import info
 
-    print(
-        json.dumps(info.as_json(options.bundle)) if options.json else info.as_text(options.bundle),
-        end="\n" if options.json else "",
-    )
+    if options.json:
+        print(json.dumps(info.as_json(options.bundle, options.verify)))
+    else:
+        print(info.as_text(options.bundle, options.verify), end="")
 
 
 def run_logits(options: argparse.Namespace) -> None:

@@ -149,6 +149,22 @@ def test_info_about_half_a_bundle(bundle: Path, capsys: pytest.CaptureFixture[st
     assert json.loads(capsys.readouterr().out)["refusals"] == refusals
 
 
+def test_info_reads_every_byte_if_asked(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(bundle), "--verify"]) == 0
+    assert "digests:      right, of every file" in capsys.readouterr().out.splitlines()
+    assert main(["info", str(bundle), "--verify", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["verified"] is True
+    blob = bytearray((bundle / "weights.bin").read_bytes())
+    blob[-1] ^= 1
+    (bundle / "weights.bin").write_bytes(blob)
+    assert main(["info", str(bundle)]) == 0
+    assert capsys.readouterr().out.endswith("runs here:    yes\n")
+    assert main(["info", str(bundle), "--verify"]) == 2
+    assert capsys.readouterr() == (
+        "", f"error: {bundle}/weights.bin: is damaged: its SHA-256 is not the manifest's. Copy the bundle again or "
+        "rebuild it.\n")  # fmt: skip
+
+
 # --- logits ----------------------------------------------------------------------------------------------------------
 
 
