@@ -1,6 +1,6 @@
 """What a bundle is and whether it runs here, for people and as JSON. Any machine will do.
 
-Reads the manifest and the sizes of the files; what is in them only if asked to, for whoever runs the bundle checks that.
+Reads the manifest and the sizes of the files; what is in them only if asked to: whoever runs the bundle checks that.
 """
 
 from __future__ import annotations
