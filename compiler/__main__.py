@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
 import importlib
 import os
@@ -11,6 +10,8 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
+
+from runtime.arguments import Parser
 
 CLI = Path(__file__).parent / "cli"
 INTERRUPTED = 130
@@ -29,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one verb. 0 = done, 2 = the user's mistake, 130 = interrupted (143: terminated)."""
     arguments = sys.argv[1:] if argv is None else argv
     table = verbs()
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m compiler", description="quern: quantised checkpoints to device bundles."
     )
     commands = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         if name == asked:
             module = importlib.import_module(f"compiler.cli.{name}")
             module.arguments(sub)
-            sub.set_defaults(run=module.run)
+            sub.set_defaults(run=module.run, verb_parser=sub)
     options = parser.parse_args(arguments)
     from compiler.errors import UserError
     from runtime.errors import UNWRITABLE

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import TYPE_CHECKING, Optional, TypeVar  # noqa: E402
 
+from .arguments import Parser  # noqa: E402
 from .errors import UNWRITABLE, InputError, LibraryError, UserError  # noqa: E402
 
 if TYPE_CHECKING:
@@ -65,9 +66,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """All verbs and their options."""
-    top = argparse.ArgumentParser(prog="python -m runtime", description="Run a quern bundle.")
+    top = Parser(prog="python -m runtime", description="Run a quern bundle.")
     names = "generate | chat | serve | info | logits | bench | rpc-server"
     verbs = top.add_subparsers(dest="verb", required=True, metavar=names)
     generate = _verb(verbs, "generate", "continue a prompt", run_generate)
@@ -118,7 +119,7 @@ def _rpc_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--threads", type=int, help="kernel threads, when a client does not say (default: as generate)")
     verb.add_argument("--limit", type=float, default=1800, metavar="SECONDS", help="of a client's session (1800)")
     verb.add_argument("--tunnel", action="store_true", help=argparse.SUPPRESS)  # for `compiler tune --ssh`
-    verb.set_defaults(run=run_rpc_server)
+    verb.set_defaults(run=run_rpc_server, verb_parser=verb)
 
 
 def _address(text: str) -> object:
@@ -143,11 +144,11 @@ def _port(text: str) -> int:
 
 
 def _verb(
-    verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str, run: object, more: str = ""
-) -> argparse.ArgumentParser:
+    verbs: argparse._SubParsersAction[Parser], name: str, text: str, run: object, more: str = ""
+) -> Parser:
     verb = verbs.add_parser(name, help=text, description=more or text)
     verb.add_argument("bundle", type=Path, help="bundle directory")
-    verb.set_defaults(run=run)
+    verb.set_defaults(run=run, verb_parser=verb)
     return verb
 
 

@@ -22,7 +22,7 @@ LAW: dict[str, set[str]] = {
     "targets.files": {"targets", "tomli"},  # tomllib of Python 3.11, for 3.10
     "schedules": {"numpy", "targets", "tvm"},
     "compiler": set(),
-    "compiler.__main__": {"compiler.cli", "runtime.errors", "targets"},
+    "compiler.__main__": {"compiler.cli", "runtime.arguments", "runtime.errors", "targets"},
     "compiler.cli": ANYTHING,
     "compiler.pipeline": ANYTHING,
     "compiler.errors": set(),

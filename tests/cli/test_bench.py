@@ -82,4 +82,5 @@ def test_threads_that_are_no_numbers(capsys: pytest.CaptureFixture[str]) -> None
         with pytest.raises(SystemExit) as left:
             main(["bench", "story", "--threads", given])
         assert left.value.code == 2
-        assert capsys.readouterr().err.endswith(f"error: argument --threads: {said}\n")
+        help_ = "For what there is: python -m compiler bench --help"
+        assert capsys.readouterr().err == f"error: argument --threads: {said}. {help_}\n"

@@ -55,24 +55,24 @@ def test_help_of_a_verb(verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "said", "verb"),
     [
-        ([], "python -m compiler: error: the following arguments are required: VERB\n"),
-        (["grind"], f"invalid choice: 'grind' (choose from {', '.join(map(repr, VERBS))})\n"),
-        (["--verbose", "targets"], "python -m compiler: error: unrecognized arguments: --verbose\n"),
-        (["targets", "extra"], "python -m compiler: error: unrecognized arguments: extra\n"),
-        (["build"], "python -m compiler build: error: the following arguments are required: --out\n"),
-        (["build", "--out", "x", "--context", "0"], "error: argument --context: 0 is not a positive number\n"),
-        (["build", "--out", "x", "--context", "4k"], "error: argument --context: '4k' is not a whole number\n"),
+        ([], "the following arguments are required: VERB", ""),
+        (["grind"], f"argument VERB: invalid choice: 'grind' (choose from {', '.join(map(repr, VERBS))})", ""),
+        (["--verbose", "targets"], "unrecognized arguments: --verbose", " targets"),
+        (["targets", "extra"], "unrecognized arguments: extra", " targets"),
+        (["build"], "the following arguments are required: --out", " build"),
+        (["build", "--out", "x", "--context", "0"], "argument --context: 0 is not a positive number", " build"),
+        (["build", "--out", "x", "--context", "4k"], "argument --context: '4k' is not a whole number", " build"),
     ],
     ids=str,
 )
-def test_a_command_that_is_none(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_that_is_none(
+    arguments: list[str], said: str, verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert exits(*arguments) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("usage: ")
-    assert err.endswith(said)
+    help_ = f"For what there is: python -m compiler{verb} --help"
+    assert capsys.readouterr() == ("", f"error: {said}. {help_}\n")
 
 
 @pytest.mark.parametrize(

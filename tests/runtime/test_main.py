@@ -122,6 +122,24 @@ def test_chat_over_a_pipe(toy: Path) -> None:
     assert first == second
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["generate", "story"], "the following arguments are required: --prompt. For what there is: python -m runtime "
+         "generate --help"),
+        (["info", "story", "--fast"], "unrecognized arguments: --fast. For what there is: python -m runtime info "
+         "--help"),
+        (["bench", "story", "--threads", "x"], "argument --threads: invalid int value: 'x'. For what there is: python "
+         "-m runtime bench --help"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_command_that_is_none(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert (caught.value.code, capsys.readouterr()) == (2, ("", f"error: {said}\n"))
+
+
 def test_info(toy: Path, bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", str(toy), "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
