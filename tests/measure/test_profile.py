@@ -59,6 +59,16 @@ def test_a_table_by_hand(stories: Path) -> None:
     assert [found.ms.median, found.other_ms.median, found.clock_us] == pytest.approx([0.01, 0.002, 0.8])
 
 
+def test_a_prompt_function_computes_the_rows_that_are_real(stories: Path) -> None:
+    """25 tokens in calls of up to 16: 13 and 12 rows, which took 4 and 2 us."""
+    kernel, manifest = "linear_w4a8_isa_m16_n128_k64_g64_s16", read_manifest(stories)
+    assert profile.rows(manifest, Workload(25, 4, 1, 1)) == {16: 12.5}
+    assert profile.rows(manifest, Workload(1, 4, 1, 1)) == {}
+    calls = Round(1, 10e-6, 20.0, 700, {kernel: [4000, 2000]}, {kernel: []})
+    found = profile.phase("prefill", [calls], manifest, 1, {16: 12.5})
+    assert found.rows[0].gmac_s == pytest.approx(12.5 * 128 * 64 / 3e-6 / 1e9)
+
+
 def _shown(seconds: list[float], capsys: pytest.CaptureFixture[str]) -> list[str]:
     """The table of rounds in which one kernel took 8 us of so many in all."""
     made = [Round(1, plain, 20.0, 700, {"rms_norm_m1_d64": [8000]}, {"rms_norm_m1_d64": []}) for plain in seconds]
