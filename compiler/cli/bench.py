@@ -143,9 +143,9 @@ def run(options: argparse.Namespace) -> int:
                 found += _beside(options, path, setup, engines, threads)
             else:
                 found += _alone(options, path, target, setup.work, threads)
-    _record(options.record, found)
     if options.json:
         print("\n".join(json.dumps(record) for record in found))
+    _record(options.record, found)
     return 0
 
 
@@ -170,11 +170,11 @@ def _on_device(options: argparse.Namespace) -> int:
         with report.stage("Count"):
             made = on_device.model(options.bundle, work, None, report)
     record = {**on_device.record(options.bundle, work, found, made), **_made_with()}
-    _record(options.record, [record])
     if options.json:
         print(json.dumps(record))
     else:
         on_device.print_table(work, found, made)
+    _record(options.record, [record])
     return 0
 
 
@@ -226,16 +226,9 @@ def _check(options: argparse.Namespace) -> None:
             f"llama.cpp's llama-bench on the file itself."
         )
     if options.record is not None:
-        _refuse_unwritable(options.record)
+        from compiler.measure import record_file
 
-
-def _refuse_unwritable(file: Path) -> None:
-    """Raise OSError, which names the file, before anything has been measured; leaves no empty file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    new = not file.exists()
-    file.open("a", encoding="utf-8").close()
-    if new:
-        file.unlink()
+        record_file.require_writable(options.record)
 
 
 def _require(target: Target) -> None:
@@ -384,6 +377,6 @@ def _grow(options: argparse.Namespace, target: Target) -> int:
 
 def _record(file: Path | None, found: Sequence[dict[str, object]]) -> None:
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(record) + "\n" for record in found)
+        from compiler.measure import record_file
+
+        record_file.append(file, found)

@@ -40,7 +40,10 @@ class Growth:
         """Value, setup and rows of every point, one number of threads after the other."""
         with ExitStack() as stack:
             models = growth.shared([setup for _, setup in self.todo])
-            places = {model: stack.enter_context(built(model, target, quiet=True)) for model in dict.fromkeys(models)}
+            places: dict[Setup, Path] = {}
+            for model in dict.fromkeys(models):
+                _say(f"building {model.shape}, {model.bits} bits, groups of {model.group_size}")
+                places[model] = stack.enter_context(built(model, target, quiet=True))
             for count in threads:
                 rounds = self._rounds(models, places, count)
                 for (value, setup), runs in zip(self.todo, rounds, strict=True):

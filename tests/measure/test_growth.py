@@ -111,7 +111,8 @@ def test_an_engine_that_cannot_run_a_point_is_told_once_and_not_tried_again(
         (3, ["quern"]), (4, ["quern", "other"])] * 2  # fmt: skip
     assert log == ["plain 3", *["plain 4"] * 6]
     said = capsys.readouterr().err.splitlines()
-    assert said[:3] == ["round 1 of 3: bits 3", "left out at bits 3: has no 3 bits.", "round 1 of 3: bits 4"]
+    assert said[:2] == [f"building tinyllama-1.1b, {bits} bits, groups of 128" for bits in (3, 4)]
+    assert said[2:5] == ["round 1 of 3: bits 3", "left out at bits 3: has no 3 bits.", "round 1 of 3: bits 4"]
     assert sum("left out" in line for line in said) == 1
 
 

@@ -235,7 +235,7 @@ def test_a_database_without_records_leaves_nothing(tmp_path: Path) -> None:
 
 
 @contextmanager
-def _files_end_at(size: int) -> Iterator[None]:
+def files_end_at(size: int) -> Iterator[None]:
     """As on a full disk: a write that crosses this size is cut there, the next one fails."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
@@ -249,7 +249,7 @@ def test_a_full_disk_loses_one_record_and_no_other(tmp_path: Path) -> None:
     writer = Database.writing(tmp_path, "mill")
     writer.append(trial())
     size = writer.path.stat().st_size
-    with _files_end_at(size + 40), pytest.raises(DatabaseError) as caught:
+    with files_end_at(size + 40), pytest.raises(DatabaseError) as caught:
         writer.append(trial(knobs={"rows": 1, "ahead": 0}))
     assert str(caught.value) == (
         f"{writer.path}: cannot take another record: File too large. What it has is whole: make room and run the same "
