@@ -271,7 +271,8 @@ def run_chat(options: argparse.Namespace) -> None:
     conversation = Conversation(
         session, Tokenizer(bundle.tokenizer), sampler, options.max_new_tokens, options.stop, options.system
     )
-    converse(conversation, terminal_reader(), lambda piece: print(piece, end="", flush=True))
+    interactive = sys.stdin is not None and sys.stdin.isatty()
+    converse(conversation, terminal_reader(), lambda piece: print(piece, end="", flush=True), interactive)
 
 
 def run_serve(options: argparse.Namespace) -> None:
