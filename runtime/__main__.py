@@ -97,11 +97,12 @@ def parser() -> Parser:
     _running_options(logits)
     bench = _verb(verbs, "bench", "how fast a bundle is on this machine", run_bench)
     numbers = {
-        "prompt-tokens": (512, "tokens of a prefill"), "context": (128, "tokens before the decoded ones"),
-        "decode-tokens": (16, "tokens decoded a round"), "rounds": (5, "how often each is run"),
+        "prompt-tokens": "tokens of a prefill (default: 512, or what the context holds)",
+        "context": "tokens before the decoded ones (default: 128, or what the context holds)",
+        "decode-tokens": "tokens decoded a round (default: 16)", "rounds": "how often each is run (default: 5)",
     }  # fmt: skip
-    for name, (default, text) in numbers.items():
-        bench.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
+    for name, text in numbers.items():
+        bench.add_argument(f"--{name}", type=int, metavar="N", help=text)
     bench.add_argument("--json", action="store_true", help="print one JSON object at the end")
     _running_options(bench)
     _rpc_options(verbs.add_parser("rpc-server", help="offer this machine for tuning", description=RPC_SERVER))
@@ -333,8 +334,8 @@ def run_bench(options: argparse.Namespace) -> None:
     from . import bench
 
     tell = (lambda _: None) if options.json else lambda line: print(line, flush=True)
-    work = (options.prompt_tokens, options.context, options.decode_tokens, options.rounds)
-    found = bench.measure(session, *work, load_s, tell)
+    asked = (options.prompt_tokens, options.context, options.decode_tokens, options.rounds)
+    found = bench.measure(session, *bench.fitting(session.context, *asked), load_s, tell)
     if options.json:
         print(json.dumps(found))
         return
