@@ -352,10 +352,11 @@ def _beside(
 
 def _grow(options: argparse.Namespace, target: Target) -> int:
     """Every round goes through all points, so that what the machine drifts meanwhile does not look like growth."""
-    from compiler.measure import compare, growth, growth_report
+    from compiler.measure import compare, growth, growth_report, record_file
 
     if options.plot is not None:
         growth.require_plot(options.plot)
+        record_file.require_writable(options.plot)
     values = growth.values(options.growth, options.growth_values)
     todo = growth.setups(options.growth, _setup(options), values)
     grown = growth_report.Growth(options.growth, todo, _engines(options))

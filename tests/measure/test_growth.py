@@ -120,6 +120,7 @@ def test_an_engine_that_cannot_run_a_point_is_told_once_and_not_tried_again(
     ("name", "installed", "said"),
     [
         ("x.pdf", True, "--plot x.pdf: the name must end in .svg or .png."),
+        ("/proc/x.svg", True, "/proc/x.svg: No such file or directory."),
         ("x.svg", False, "--plot needs the package matplotlib. Install it: pip install 'quern[plot]'."),
     ],
 )
