@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
@@ -28,6 +29,7 @@ from compiler.tune.measure import EMULATED, RPC, Device, Setting
 from compiler.tune.records import DEFAULT_FOLDER, FILE_NAME, ID_DIGITS, Database
 from compiler.tune.search import Outcome, Task, Tuner
 from runtime import device, info, manifest
+from schedules.kernel import Request, Space
 from tests.end_to_end import commands
 from tests.end_to_end.places import DEMO
 from tests.tune.test_records import choice, database
@@ -111,6 +113,39 @@ def test_an_interrupt_tells_what_is_complete(
     out, err = capsys.readouterr()
     said = json.loads(out)
     assert (len(said["shapes"]), said["shapes"][0]["new"], said["complete"], err) == (1, 2, False, "interrupted\n")
+
+
+def test_a_summary_says_what_gained_and_what_did_not(capsys: pytest.CaptureFixture[str]) -> None:
+    space = Space.around({"rows": 2}, {"rows": (1, 2, 4)}, schedule="mill.stone", workload={"m": 1, "n": 8})
+    task = Task(Request("quern.linear_int8", (), (), {}, NATIVE), space)
+    spread = {"median": 1.25, "min": 0.875, "max": 1.5}
+    seconds = {"median": 2e-6, "min": 1e-6, "max": 4e-6}
+    better = choice(
+        workload={"m": 1, "n": 8}, default={"rows": 2}, best={"rows": 4}, knobs={"rows": 4}, speedup=spread,
+        seconds=seconds, default_seconds={**seconds, "median": 2.5e-6}, gb_s=5.0, read_gb_s=30.0,
+    )  # fmt: skip
+    outcomes = [
+        Outcome(task, 2, 1, 0, 2, better),
+        Outcome(task, 2, 1, 1, 2, {**better, "gained": False}),
+        Outcome(task, 2, 1, 0, 2, {**better, "gained": False, "speedup": {**spread, "median": 0.9}}),
+        Outcome(task, 0, 0, 0, 2, None, "other processes take 50% of the processors"),
+        Outcome(task, 1, 1, 0, 2, None),
+    ]
+    options = argparse.Namespace(json=False, cost="time", trials=2)
+    report.summary(options, NATIVE, 2, Path("tune.jsonl"), outcomes, 6)
+    both = "2.5 us 4.0 of 30.0 GB/s -> 2 us 5.0 of 30.0 GB/s"
+    assert capsys.readouterr().out.splitlines() == [
+        "mill.stone m=1 n=8", f"  2 of 2 tried: {both}, 1.25x (0.88 to 1.50): rows=4",
+        "mill.stone m=1 n=8",
+        f"  2 of 2 tried, 1 failed: {both}, 1.25x (0.88 to 1.50): default stays: the gain is inside the noise",
+        "mill.stone m=1 n=8", f"  2 of 2 tried: {both}, 0.90x (0.88 to 1.50): default stays: nothing was faster",
+        "mill.stone m=1 n=8", "  0 of 2 tried: nothing measured",
+        "mill.stone m=1 n=8", "  1 of 2 tried: not decided yet",
+        "1 shape was left: other processes take 50% of the processors. Nothing of such batches is recorded. Mend that "
+        "and run the same command again: it goes on where it stopped.",
+        "tune.jsonl: 1 of 6 shapes gained, 2 keep the default because nothing beat it beyond the noise, 3 are not "
+        "complete. 2 threads, 4 new trials.",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("width", [80, 200])
