@@ -119,7 +119,8 @@ def run(options: argparse.Namespace) -> int:
     if options.cost == "model":
         from compiler.measure import forecast_report, gpu_forecast_report
 
-        (forecast_report if target.gpu is None else gpu_forecast_report).show(options, target)
+        made = (forecast_report if target.gpu is None else gpu_forecast_report).show(options, target)
+        _record(options.record, [{**made, **_made_with()}])
         return 0
     if options.bundle is None:
         _require(target)
@@ -196,6 +197,13 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("--growth builds models of its own: give a --shape, or nothing, instead of a BUNDLE.")
     if options.cost == "model" and options.shape is None:
         raise UserError("--cost model compiles a shape for its target: give a --shape, not a BUNDLE.")
+    if options.cost == "model":
+        measured = {
+            "--against": options.against, "--growth": options.growth, "--perplexity": options.perplexity,
+            "--threads": options.threads != [None],
+        }  # fmt: skip
+        if wrong := [other for other, value in measured.items() if value]:
+            raise UserError(f"--cost model measures nothing and runs no engine: leave it or {wrong[0]} out.")
     if options.profile:
         others = {
             "--against": options.against, "--growth": options.growth, "--perplexity": options.perplexity,

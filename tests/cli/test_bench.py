@@ -57,6 +57,10 @@ from runtime import device
          "on its device."),
         (["story", "--record", f"{__file__}/x"], f"{__file__}: File exists."),
         (["story", "--record", "/"], "/: Is a directory."),
+        (["--shape", "a72-count", "--target", "rpi4", "--cost", "model", "--against", "openvino"],
+         "--cost model measures nothing and runs no engine: leave it or --against out."),
+        (["--shape", "a72-count", "--target", "rpi4", "--cost", "model", "--threads", "2"],
+         "--cost model measures nothing and runs no engine: leave it or --threads out."),
         (["story", "--cost", "model"], "--cost model compiles a shape for its target: give a --shape, not a BUNDLE."),
         (["--shape", "a72-count", "--target", "rpi"],
          "There is no target 'rpi'. Did you mean 'rpi5'? Known targets: native, aarch64, cuda-sm53, cuda-sm72, "

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ import pytest
 import targets
 from compiler.__main__ import main
 from compiler.codegen import nvrtc
-from compiler.measure import gpu_forecast, gpu_forecast_report, gpu_issue, ptx, ptx_walk
+from compiler.measure import gpu_forecast, gpu_issue, ptx, ptx_walk
 from compiler.measure.forecast import Spread
 from compiler.measure.gpu_forecast import (
     BOARDS,
@@ -154,14 +154,19 @@ def test_clocks_of_a_multiprocessor_by_hand() -> None:
     assert gpu_issue.resident(256, 40 << 10, used, CHIPS[53]) == 1
 
 
-def test_a_table_says_that_it_is_a_model(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_and_a_record_say_that_it_is_a_model(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     speeds = Spread(10, 20, 123.4), Spread(100.4, 200, 300)
     board = Forecast("Jetson Nano 4 GB", *speeds, Parts(0.04, 0.01, 0.001, 0.001), Parts(0, 1, 0, 0), False)
     made = Report(223, 541_800_000, 1, 2, 2.82e9, 3.0, 704, (), (), (board,))
     assert asdict(made)["boards"][0]["decode_s"]["memory"] == 0.04
     monkeypatch.setattr(gpu_forecast, "report", lambda *args: made)
-    options = argparse.Namespace(shape="x", bits=4, group_size=128, head_bits=None, context=128, json=False)
-    gpu_forecast_report.show(options, targets.load("jetson-nano"))
+    command = ["bench", "--shape", "llama-0.1b", "--cost", "model", "--target", "jetson-nano"]
+    assert main([*command, "--record", str(tmp_path / "r.jsonl")]) == 0
+    record = json.loads((tmp_path / "r.jsonl").read_text())
+    named = (record["cost"], record["target"], record["launches_per_token"], record["boards"][0]["fits"])
+    assert named == ("model", "jetson-nano", 223, False) and "commit" in record and "cpu" not in record
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert [" ".join(line.split()) for line in lines] == [
         "a model, not a measurement expected low high waits for",
