@@ -333,9 +333,12 @@ def _alone_on_gpu(options: argparse.Namespace, path: Path, work: Workload) -> li
 def _where(options: argparse.Namespace) -> dict[str, object]:
     """What was measured and where, for a record."""
     from compiler.measure import machine
+    from runtime.bundle import read_manifest
 
-    named = {"shape": options.shape, "bundle": None if options.bundle is None else str(options.bundle)}
-    return {**named, "target": options.target, **machine.describe()}
+    if options.bundle is None:
+        return {"shape": options.shape, "bundle": None, "target": options.target, **machine.describe()}
+    target = read_manifest(options.bundle).target.name
+    return {"shape": None, "bundle": str(options.bundle), "target": target, **machine.describe()}
 
 
 def _beside(

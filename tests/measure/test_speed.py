@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 import targets
 from compiler.__main__ import main
+from compiler.cli import bench
 from compiler.errors import UserError
 from compiler.measure import bundle_process, speed
 from compiler.measure.speed import Spread
@@ -91,6 +93,13 @@ def test_weights_too_few_to_time(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         speed.measure(tmp_path / "toy", NATIVE, 4, 1, 1, 1, 4)
     assert str(caught.value) == f"{tmp_path / 'toy'}: its 1536 bytes of weights are too few to time reading them."
+
+
+def test_a_record_names_the_bundles_own_target(tmp_path: Path) -> None:
+    made = tiny.build(tmp_path / "toy")
+    tiny.edit_manifest(tmp_path / "toy", target={**vars(made.target), "name": "x86-64"})
+    found = bench._where(argparse.Namespace(bundle=tmp_path / "toy", shape=None, target="native"))
+    assert (found["target"], found["bundle"]) == ("x86-64", str(tmp_path / "toy"))
 
 
 def test_the_verb_prints_a_record(stories: Path, capsys: pytest.CaptureFixture[str]) -> None:
