@@ -363,13 +363,15 @@ def _beside(
 
 def _grow(options: argparse.Namespace, target: Target) -> int:
     """Every round goes through all points, so that what the machine drifts meanwhile does not look like growth."""
-    from compiler.measure import compare, growth, growth_report, record_file
+    from compiler.measure import compare, growth, growth_report, record_file, shapes
 
     if options.plot is not None:
         growth.require_plot(options.plot)
         record_file.require_writable(options.plot)
     values = growth.values(options.growth, options.growth_values)
     todo = growth.setups(options.growth, _setup(options), values)
+    for _, setup in todo:
+        shapes.settings(setup.shape)  # a wrong name is told before the first minutes have passed
     grown = growth_report.Growth(options.growth, todo, _engines(options))
     found: list[dict[str, object]] = []
     for value, setup, rows in grown.run(target, options.threads):

@@ -33,8 +33,6 @@ class Growth:
 
     def __post_init__(self) -> None:
         self.left_out = [{} for _ in self.todo]
-        for _, setup in self.todo:
-            shapes.settings(setup.shape)  # a wrong name is told before the first minutes have passed
 
     def run(self, target: Target, threads: Sequence[int | None]) -> Iterator[tuple[Any, Setup, list[Row]]]:
         """Value, setup and rows of every point, one number of threads after the other."""
