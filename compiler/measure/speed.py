@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -39,10 +40,13 @@ class Spread:
 class Speed:
     """tokens/s, GB/s (10^9 bytes), and bytes of weights that one decoded token reads.
 
+    start_s: seconds from starting a process to the logits after the prompt, weights in the page cache: Python, digests,
+    library and prefill, which a tokenizer of some 10 ms would join. planned_mib: weights, caches and activations.
     kv_cache: the element type of keys and values.
     prefill_plain_tok_s: prefill without AMX tiles, beside one that used them; None where the session has none.
     """
 
+    start_s: Spread
     prefill_tok_s: Spread
     decode_tok_s: Spread
     read_gb_s: Spread
@@ -50,6 +54,7 @@ class Speed:
     decode_bandwidth_ratio: Spread
     threads: int
     peak_rss_mib: float
+    planned_mib: float
     kv_cache: str
     prefill_plain_tok_s: Spread | None = None
 
@@ -58,7 +63,7 @@ class Speed:
         spreads = {name: value for name in vars(self) if isinstance(value := getattr(self, name), Spread)}
         record: dict[str, object] = {name: spread.median for name, spread in spreads.items()}
         record["spread"] = {name: asdict(spread) for name, spread in spreads.items()}
-        plain = ("weight_bytes_per_token", "threads", "peak_rss_mib", "kv_cache")
+        plain = ("weight_bytes_per_token", "threads", "peak_rss_mib", "planned_mib", "kv_cache")
         return {**record, **{name: getattr(self, name) for name in plain}}
 
 
@@ -129,21 +134,35 @@ def refuse_few_weights(bundle: Bundle) -> None:
 def open_side(path: Path, threads: int | None) -> Iterator[QuernSide]:
     """The bundle's process, warm: it has computed a token and a prompt. Gone at the end."""
     bundle = open_bundle(path, verify_weights=False)  # the process verifies them
-    with Process(sys.executable, "compiler.measure.bundle_process", [str(path), str(threads or 0)]) as process:
+    with _process(path, threads) as process:
         side = QuernSide(process, bundle)
         side.decode(1, 1)
         yield side
 
 
+def _process(path: Path, threads: int | None) -> Process:
+    return Process(sys.executable, "compiler.measure.bundle_process", [str(path), str(threads or 0)])
+
+
+def start_seconds(path: Path, threads: int | None, prompt: int) -> float:
+    """From starting a process to its logits after `prompt` tokens."""
+    started = time.perf_counter()
+    with _process(path, threads) as process:
+        process.ask("prefill", tokens=prompt)
+        return time.perf_counter() - started
+
+
 def measure(
     path: Path, target: Target, prompt: int, steps: int, rounds: int, threads: int | None, context: int
 ) -> Speed:
-    """`rounds` times: prefill `prompt` tokens, decode `steps` from position `context` on, read the same bytes.
+    """`rounds` starts; then so often: prefill `prompt` tokens, decode `steps` after `context`, read the same bytes.
 
     The ratio is taken round by round, because the bandwidth of a shared machine drifts.
     """
     bundle = open_bundle(path, verify_weights=False)
     refuse_few_weights(bundle)
+    start_seconds(path, threads, prompt)  # brings the weights into memory
+    start = [start_seconds(path, threads, prompt) for _ in range(rounds)]
     prefill, without, decode, read, ratio = [], [], [], [], []
     with open_side(path, threads) as side:
         side.load_readers(bundle, target)
@@ -156,6 +175,6 @@ def measure(
             read.append((before + side.read()) / 2)
             ratio.append(side.used * decode[-1] / 1e9 / read[-1])
         return Speed(
-            Spread.of(prefill), Spread.of(decode), Spread.of(read), side.used, Spread.of(ratio), side.threads,
-            side.peak_rss_mib(), str(side.about["kv_cache"]), Spread.of(without) if without else None,
+            Spread.of(start), Spread.of(prefill), Spread.of(decode), Spread.of(read), side.used, Spread.of(ratio),
+            side.threads, side.peak_rss_mib(), bundle.manifest.memory.planned_peak_bytes / (1 << 20), str(side.about["kv_cache"]), Spread.of(without) if without else None,
         )  # fmt: skip

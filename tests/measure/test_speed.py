@@ -108,9 +108,11 @@ def test_the_verb_prints_a_record(stories: Path, capsys: pytest.CaptureFixture[s
     out, err = capsys.readouterr()
     assert err == f"{stories} has a context of 32 tokens: a prompt of 32 is measured, and 2 decoded after 30\n"
     record = json.loads(out)
-    medians = ("prefill_tok_s", "decode_tok_s", "read_gb_s", "decode_bandwidth_ratio")
+    medians = ("start_s", "prefill_tok_s", "decode_tok_s", "read_gb_s", "decode_bandwidth_ratio")
     assert all(record[name] > 0 for name in medians)
     assert sorted(record["spread"]) == sorted(medians)
+    assert record["start_s"] > 1 / record["prefill_tok_s"]
+    assert 0 < record["planned_mib"] < record["peak_rss_mib"]
     assert (record["prompt_tokens"], record["context"], record["rounds"], record["threads"]) == (CONTEXT, 30, 1, 1)
     assert (record["bundle"], record["shape"], record["target"]) == (str(stories), None, "native")
 
@@ -122,10 +124,11 @@ def test_the_verb_prints_a_table(stories: Path, capsys: pytest.CaptureFixture[st
     header, *lines = out.splitlines()
     assert header.split() == ["median", "min", "max"]
     starts = (
+        "start to logits after 16 tokens (s)",
         "prefill, 16 tokens (tokens/s)",
         "decode after 4 (tokens/s)",
         "read ceiling (GB/s)",
         "decode / ceiling",
         "0.2 MB",
     )
-    assert [line.startswith(start) for line, start in zip(lines, starts, strict=True)] == [True] * 5
+    assert [line.startswith(start) for line, start in zip(lines, starts, strict=True)] == [True] * 6
