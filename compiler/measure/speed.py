@@ -41,7 +41,8 @@ class Speed:
     """tokens/s, GB/s (10^9 bytes), and bytes of weights that one decoded token reads.
 
     start_s: seconds from starting a process to the logits after the prompt, weights in the page cache: Python, digests,
-    library and prefill, which a tokenizer of some 10 ms would join. planned_mib: weights, caches and activations.
+    library and prefill, which a tokenizer of some 10 ms would join.
+    peak_rss_mib: of these processes. planned_mib: weights, caches and activations.
     kv_cache: the element type of keys and values.
     prefill_plain_tok_s: prefill without AMX tiles, beside one that used them; None where the session has none.
     """
@@ -110,10 +111,6 @@ class QuernSide(Timed):
         """Of windows of ids, the second half of each scored."""
         return perplexity.perplexity(self.process, windows)
 
-    def peak_rss_mib(self) -> float:
-        """The most memory that the process ever held, mapped weights included."""
-        return float(self.process.ask("memory")["peak_rss_mib"])
-
     def load_readers(self, bundle: Bundle, target: Target) -> None:
         """Compile the reading kernels here, and have the process load them."""
         nbytes = read_bandwidth.usable((bundle.path / bundle.manifest.weights.file).stat().st_size)
@@ -144,12 +141,14 @@ def _process(path: Path, threads: int | None) -> Process:
     return Process(sys.executable, "compiler.measure.bundle_process", [str(path), str(threads or 0)])
 
 
-def start_seconds(path: Path, threads: int | None, prompt: int) -> float:
-    """From starting a process to its logits after `prompt` tokens."""
-    started = time.perf_counter()
+def started(path: Path, threads: int | None, prompt: int) -> tuple[float, float]:
+    """Seconds from starting a process to its logits after `prompt` tokens; the MiB it held at most, one token later."""
+    began = time.perf_counter()
     with _process(path, threads) as process:
         process.ask("prefill", tokens=prompt)
-        return time.perf_counter() - started
+        seconds = time.perf_counter() - began
+        process.ask("decode", context=0, tokens=1)
+        return seconds, float(process.ask("memory")["peak_rss_mib"])
 
 
 def measure(
@@ -161,8 +160,8 @@ def measure(
     """
     bundle = open_bundle(path, verify_weights=False)
     refuse_few_weights(bundle)
-    start_seconds(path, threads, prompt)  # brings the weights into memory
-    start = [start_seconds(path, threads, prompt) for _ in range(rounds)]
+    started(path, threads, prompt)  # brings the weights into memory
+    starts, peaks = zip(*(started(path, threads, prompt) for _ in range(rounds)), strict=True)
     prefill, without, decode, read, ratio = [], [], [], [], []
     with open_side(path, threads) as side:
         side.load_readers(bundle, target)
@@ -175,6 +174,15 @@ def measure(
             read.append((before + side.read()) / 2)
             ratio.append(side.used * decode[-1] / 1e9 / read[-1])
         return Speed(
-            Spread.of(start), Spread.of(prefill), Spread.of(decode), Spread.of(read), side.used, Spread.of(ratio),
-            side.threads, side.peak_rss_mib(), bundle.manifest.memory.planned_peak_bytes / (1 << 20), str(side.about["kv_cache"]), Spread.of(without) if without else None,
-        )  # fmt: skip
+            start_s=Spread.of(list(starts)),
+            prefill_tok_s=Spread.of(prefill),
+            decode_tok_s=Spread.of(decode),
+            read_gb_s=Spread.of(read),
+            weight_bytes_per_token=side.used,
+            decode_bandwidth_ratio=Spread.of(ratio),
+            threads=side.threads,
+            peak_rss_mib=max(peaks),
+            planned_mib=bundle.manifest.memory.planned_peak_bytes / (1 << 20),
+            kv_cache=str(side.about["kv_cache"]),
+            prefill_plain_tok_s=Spread.of(without) if without else None,
+        )
