@@ -37,7 +37,9 @@ def test_rows_and_rest_make_the_whole(stories: Path) -> None:
     assert sum(row.calls for row in prefill.rows) == sum(row.calls for row in decode.rows)
     for phase in found.phases:
         assert 0 < phase.clock_us < 50
-        assert all(row.us.min <= row.us.median <= row.us.max and row.ms > 0 for row in phase.rows)
+        assert all(row.us.min <= row.us.median <= row.us.max for row in phase.rows)
+        # Not of every row: a kernel that is called once may be as quick as the clock, whose cost is subtracted.
+        assert min(row.ms for row in phase.rows) >= 0 < sum(row.ms for row in phase.rows)
 
 
 def test_a_table_by_hand(stories: Path) -> None:
