@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
 import importlib
 import os
 import pkgutil
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
+
+from runtime.arguments import Parser
 
 CLI = Path(__file__).parent / "cli"
 INTERRUPTED = 130
@@ -24,10 +27,10 @@ def verbs() -> dict[str, str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb. 0 = done, 2 = the user's mistake, 130 = interrupted."""
+    """Run one verb. 0 = done, 2 = the user's mistake, 130 = interrupted (143: terminated)."""
     arguments = sys.argv[1:] if argv is None else argv
     table = verbs()
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m compiler", description="quern: quantised checkpoints to device bundles."
     )
     commands = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
@@ -37,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         if name == asked:
             module = importlib.import_module(f"compiler.cli.{name}")
             module.arguments(sub)
-            sub.set_defaults(run=module.run)
+            sub.set_defaults(run=module.run, verb_parser=sub)
     options = parser.parse_args(arguments)
     from compiler.errors import UserError
     from runtime.errors import UNWRITABLE
@@ -69,5 +72,10 @@ def main(argv: list[str] | None = None) -> int:
         return INTERRUPTED
 
 
+def _terminate(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _terminate)  # so that `kill` cleans up as Ctrl-C does
     sys.exit(main())

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import TYPE_CHECKING, Optional, TypeVar  # noqa: E402
 
+from .arguments import Parser  # noqa: E402
 from .errors import UNWRITABLE, InputError, LibraryError, UserError  # noqa: E402
 
 if TYPE_CHECKING:
@@ -65,9 +66,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """All verbs and their options."""
-    top = argparse.ArgumentParser(prog="python -m runtime", description="Run a quern bundle.")
+    top = Parser(prog="python -m runtime", description="Run a quern bundle.")
     names = "generate | chat | serve | info | logits | bench | rpc-server"
     verbs = top.add_subparsers(dest="verb", required=True, metavar=names)
     generate = _verb(verbs, "generate", "continue a prompt", run_generate)
@@ -89,17 +90,19 @@ def parser() -> argparse.ArgumentParser:
     _sampling_options(serve, max_new_tokens=512)
     info = _verb(verbs, "info", "what is in a bundle, and whether it runs here", run_info)
     info.add_argument("--json", action="store_true", help="print one JSON object")
+    info.add_argument("--verify", action="store_true", help="read every file and check its digest, too")
     logits = _verb(verbs, "logits", "logits after every token of a list of ids", run_logits)
     logits.add_argument("--ids", required=True, type=Path, help=".npy file, integers [n]")
     logits.add_argument("--out", required=True, type=Path, help=".npy file to write, float32 [n, vocabulary]")
     _running_options(logits)
     bench = _verb(verbs, "bench", "how fast a bundle is on this machine", run_bench)
     numbers = {
-        "prompt-tokens": (512, "tokens of a prefill"), "context": (128, "tokens before the decoded ones"),
-        "decode-tokens": (16, "tokens decoded a round"), "rounds": (5, "how often each is run"),
+        "prompt-tokens": "tokens of a prefill (default: 512, or what the context holds)",
+        "context": "tokens before the decoded ones (default: 128, or what the context holds)",
+        "decode-tokens": "tokens decoded a round (default: 16)", "rounds": "how often each is run (default: 5)",
     }  # fmt: skip
-    for name, (default, text) in numbers.items():
-        bench.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
+    for name, text in numbers.items():
+        bench.add_argument(f"--{name}", type=int, metavar="N", help=text)
     bench.add_argument("--json", action="store_true", help="print one JSON object at the end")
     _running_options(bench)
     _rpc_options(verbs.add_parser("rpc-server", help="offer this machine for tuning", description=RPC_SERVER))
@@ -117,7 +120,7 @@ def _rpc_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--threads", type=int, help="kernel threads, when a client does not say (default: as generate)")
     verb.add_argument("--limit", type=float, default=1800, metavar="SECONDS", help="of a client's session (1800)")
     verb.add_argument("--tunnel", action="store_true", help=argparse.SUPPRESS)  # for `compiler tune --ssh`
-    verb.set_defaults(run=run_rpc_server)
+    verb.set_defaults(run=run_rpc_server, verb_parser=verb)
 
 
 def _address(text: str) -> object:
@@ -142,11 +145,11 @@ def _port(text: str) -> int:
 
 
 def _verb(
-    verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str, run: object, more: str = ""
-) -> argparse.ArgumentParser:
+    verbs: argparse._SubParsersAction[Parser], name: str, text: str, run: object, more: str = ""
+) -> Parser:
     verb = verbs.add_parser(name, help=text, description=more or text)
     verb.add_argument("bundle", type=Path, help="bundle directory")
-    verb.set_defaults(run=run)
+    verb.set_defaults(run=run, verb_parser=verb)
     return verb
 
 
@@ -269,7 +272,8 @@ def run_chat(options: argparse.Namespace) -> None:
     conversation = Conversation(
         session, Tokenizer(bundle.tokenizer), sampler, options.max_new_tokens, options.stop, options.system
     )
-    converse(conversation, terminal_reader(), lambda piece: print(piece, end="", flush=True))
+    interactive = sys.stdin is not None and sys.stdin.isatty()
+    converse(conversation, terminal_reader(), lambda piece: print(piece, end="", flush=True), interactive)
 
 
 def run_serve(options: argparse.Namespace) -> None:
@@ -296,10 +300,10 @@ def run_info(options: argparse.Namespace) -> None:
     """Describe a bundle."""
     from . import info
 
-    print(
-        json.dumps(info.as_json(options.bundle)) if options.json else info.as_text(options.bundle),
-        end="\n" if options.json else "",
-    )
+    if options.json:
+        print(json.dumps(info.as_json(options.bundle, options.verify)))
+    else:
+        print(info.as_text(options.bundle, options.verify), end="")
 
 
 def run_logits(options: argparse.Namespace) -> None:
@@ -330,8 +334,8 @@ def run_bench(options: argparse.Namespace) -> None:
     from . import bench
 
     tell = (lambda _: None) if options.json else lambda line: print(line, flush=True)
-    work = (options.prompt_tokens, options.context, options.decode_tokens, options.rounds)
-    found = bench.measure(session, *work, load_s, tell)
+    asked = (options.prompt_tokens, options.context, options.decode_tokens, options.rounds)
+    found = bench.measure(session, *bench.fitting(session.context, *asked), load_s, tell)
     if options.json:
         print(json.dumps(found))
         return

@@ -58,6 +58,15 @@ class Timed:
         return seconds
 
 
+def fitting(
+    limit: int, prompt: Optional[int], context: Optional[int], steps: Optional[int], rounds: Optional[int]
+) -> tuple[int, int, int, int]:
+    """The same numbers for `measure`, with what a context of `limit` positions has room for where None is given."""
+    steps = min(16, max(1, limit // 2)) if steps is None else steps
+    context = max(0, min(128, limit - steps)) if context is None else context
+    return min(512, limit) if prompt is None else prompt, context, steps, 5 if rounds is None else rounds
+
+
 def measure(
     session: Session, prompt: int, context: int, steps: int, rounds: int, load_s: float, told: Callable[[str], object]
 ) -> dict[str, Any]:

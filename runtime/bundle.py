@@ -100,6 +100,14 @@ def missing(path: Path, found: Manifest) -> list[str]:
     return problems
 
 
+def require_whole(path: Path, found: Manifest) -> None:
+    """Read every file, on whichever machine, and raise BundleError for the first that is not what its digest says."""
+    for name, digest in sorted(found.files.items()):
+        _check_size(path / name, digest)
+    for name, digest in sorted(found.files.items()):
+        _check_digest(path / name, digest)
+
+
 def _check_size(path: Path, digest: FileDigest) -> None:
     try:
         status = path.stat()

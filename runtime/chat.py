@@ -7,7 +7,8 @@ the plain form: what you type continues the text.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from typing import Literal, NamedTuple, Optional
 
 from .errors import ContextFullError, InputError
@@ -18,7 +19,7 @@ from .session import Session
 from .tokenizer import StopStrings, TextStream, Tokenizer
 
 Role = Literal["system", "user", "assistant"]
-HELP = "/reset starts over, /exit (or end of input) leaves."
+HELP = "/reset starts over, Ctrl-C ends a reply, /exit (or end of input) leaves."
 
 
 class Part(NamedTuple):
@@ -102,8 +103,11 @@ class Conversation:
         self._sampler.forget()
         self._pending, self._first = [], True
 
-    def say(self, text: str) -> Iterator[str]:
-        """Take in the user's turn and yield the reply as it grows. Raises ContextFullError before anything changes."""
+    def say(self, text: str) -> Generator[str, None, None]:
+        """Take in the user's turn and yield the reply as it grows. Raises ContextFullError before anything changes.
+
+        An interrupt in the middle of the turn leaves everything as it was; later, what was said of the reply stays.
+        """
         ids = encode(
             self._tokenizer,
             turn(self._chat, text, self._first, self._system),
@@ -112,15 +116,22 @@ class Conversation:
         bos = self._session.manifest.tokens.bos
         ids = self._pending + ids or ([] if bos is None else [bos])
         self._session.check_ids(ids)
+        start = self._session.position
         reply = Generation(self._session, self._sampler, self._max_new_tokens, Statistics(0.0), self._end_ids)
         try:
             yield from reply.text(ids, TextStream(self._tokenizer.decode, ids), StopStrings(self._stops))
         finally:
-            self._pending, self._first = reply.pending, False
+            said = self._session.position - start - len(ids)
+            if said < 0:
+                self._session.rewind(start)
+            else:
+                self._pending, self._first = reply.tokens[said:], False
 
 
-def converse(conversation: Conversation, read: Callable[[], str], write: Callable[[str], None]) -> None:
-    """Read lines until /exit or EOFError, write replies."""
+def converse(
+    conversation: Conversation, read: Callable[[], str], write: Callable[[str], None], interactive: bool = False
+) -> None:
+    """Read lines until /exit or EOFError, write replies. interactive: an interrupt ends a reply, not everything."""
     while True:
         try:
             line = read()
@@ -136,11 +147,16 @@ def converse(conversation: Conversation, read: Callable[[], str], write: Callabl
             write(f"(unknown command {command.split()[0]}: {HELP})\n")
         elif command:
             try:
-                for piece in conversation.say(line):
-                    write(piece)
+                with closing(conversation.say(line)) as reply:
+                    for piece in reply:
+                        write(piece)
                 write("\n")
             except ContextFullError as error:
                 write(f"({error} {HELP})\n")
+            except KeyboardInterrupt:
+                if not interactive:
+                    raise
+                write("\n(interrupted; /exit leaves)\n")
 
 
 def terminal_reader() -> Callable[[], str]:

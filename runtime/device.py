@@ -136,14 +136,13 @@ def version(text: str) -> tuple[int, ...]:
 
 
 def memory_bytes() -> Optional[int]:
-    """Memory this process may use: installed, or the cgroup's limit when that is lower. None when unknown."""
+    """Memory this process may use: installed, or the tightest limit of its cgroups (v2 or v1). None when unknown."""
     limits = []
     with contextlib.suppress(ValueError, OSError):
         limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        text = read_text(CGROUP / name)
-        if text.isdigit():
-            limits.append(int(text))
+    for place in cgroups("memory"):
+        texts = (read_text(place / name) for name in ("memory.max", "memory.limit_in_bytes"))
+        limits += [int(text) for text in texts if text.isdigit()]
     return min(limits) if limits else None
 
 
@@ -208,20 +207,25 @@ def physical_cores(cpus: Iterable[int]) -> int:
 
 def cpu_quota() -> Optional[float]:
     """CPUs of time that cgroup v2 (cpu.max) or v1 (cfs quota) grants, the tightest up the tree. None: no limit."""
-    quotas = []
+    return min(filter(None, map(_quota_of, cgroups("cpu"))), default=None)
+
+
+def cgroups(controller: str) -> list[Path]:
+    """Folders of this process's cgroups that may limit it, v2 and v1, each with all above it.
+
+    The mounts' own folders are among them: in a container they are the process's, whatever /proc says its path is.
+    """
+    found = [CGROUP, CGROUP / controller]
     for line in read_text(Path("/proc/self/cgroup")).splitlines():
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
-        if controllers not in ("", "cpu", "cpu,cpuacct", "cpuacct,cpu"):
+        if controllers and controller not in controllers.split(","):
             continue
-        root = CGROUP if not controllers else CGROUP / controllers
+        root = CGROUP / controllers
         folder = root / path.lstrip("/")
-        for place in (folder, *folder.parents):
-            quotas.append(_quota_of(place))
-            if place == root:
-                break
-    limits = [q for q in (*quotas, _quota_of(CGROUP), _quota_of(CGROUP / "cpu")) if q]
-    return min(limits) if limits else None
+        inside = (place for place in (folder, *folder.parents) if root in (place, *place.parents))
+        found += [place for place in inside if place not in found]
+    return found
 
 
 def _quota_of(folder: Path) -> Optional[float]:

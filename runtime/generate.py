@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Callable, Optional
 
 from .sampler import Sampler
 from .session import Session
@@ -40,7 +40,8 @@ class Statistics:
 class Generation:
     """One reply while it grows. `stop_reason`: "eos", "stop", "length" (max_new_tokens) or "context" (no room left).
 
-    `tokens` are all chosen ids without the end token; those in `pending` have not been taken in by the session yet.
+    `tokens` are all chosen ids without the end token; the session may not have taken in the last one yet.
+    between: as in Session.prefill.
     """
 
     session: Session
@@ -49,15 +50,15 @@ class Generation:
     statistics: Statistics
     end_ids: frozenset[int] = frozenset()
     tokens: list[int] = field(default_factory=list)
-    pending: list[int] = field(default_factory=list)
     stop_reason: str = "length"
+    between: Callable[[], object] = lambda: None
 
     def run(self, ids: Sequence[int]) -> Iterator[int]:
-        """Take in `ids`, then yield tokens. Closing the iterator early leaves `tokens` and `pending` right."""
+        """Take in `ids`, then yield tokens. Closing the iterator early leaves `tokens` right."""
         clock, statistics = time.perf_counter, self.statistics
         statistics.prompt_tokens, begun = len(ids), clock()
         self.sampler.observe(ids)
-        logits = self.session.prefill(ids)
+        logits = self.session.prefill(ids, self.between)
         statistics.prefill_s = clock() - begun
         while len(self.tokens) < self.max_new_tokens:
             token = self.sampler.sample(logits)
@@ -67,7 +68,6 @@ class Generation:
                 self.stop_reason = "eos"
                 return
             self.tokens.append(token)
-            self.pending = [token]
             yield token
             if len(self.tokens) == self.max_new_tokens:
                 return
@@ -76,7 +76,6 @@ class Generation:
                 return
             begun = clock()
             logits = self.session.step(token)
-            self.pending = []
             statistics.decode_s += clock() - begun
             statistics.decode_steps += 1
 

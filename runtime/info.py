@@ -1,6 +1,6 @@
 """What a bundle is and whether it runs here, for people and as JSON. Any machine will do.
 
-Reads the manifest and the sizes of the files, not what is in them: whoever runs the bundle checks that.
+Reads the manifest and the sizes of the files; what is in them only if asked to: whoever runs the bundle checks that.
 """
 
 from __future__ import annotations
@@ -10,22 +10,29 @@ from pathlib import Path
 from typing import Any
 
 from . import device
-from .bundle import missing, read_manifest
+from .bundle import missing, read_manifest, require_whole
 from .manifest import Gpu, Manifest
 
 
-def as_json(path: Path) -> dict[str, Any]:
-    """The manifest's keys (chunk digests left out) and `refusals`: why it cannot run here; empty if it can."""
+def as_json(path: Path, verify: bool = False) -> dict[str, Any]:
+    """The manifest's keys (chunk digests left out) and `refusals`: why it cannot run here; empty if it can.
+
+    verify: check every digest first, which reads all of the bundle; BundleError for a file that is damaged.
+    """
     manifest = read_manifest(path)
+    if verify:
+        require_whole(path, manifest)
     data = asdict(manifest)
     for digest in data["files"].values():
         del digest["chunks"]
-    return {**data, "refusals": _refusals(path, manifest)}
+    return {**data, "refusals": _refusals(path, manifest), **({"verified": True} if verify else {})}
 
 
-def as_text(path: Path) -> str:
+def as_text(path: Path, verify: bool = False) -> str:
     """The same in a dozen lines."""
     manifest = read_manifest(path)
+    if verify:
+        require_whole(path, manifest)
     model, target, refusals = manifest.model, manifest.target, _refusals(path, manifest)
     rows = {
         "model": f"{model.name} ({model.type}), {model.parameters:,} parameters, {model.layers} layers, "
@@ -41,6 +48,7 @@ def as_text(path: Path) -> str:
         "functions": " ".join(manifest.functions),
         "chat": "turns" if manifest.chat else "none (plain text)",
         "files": ", ".join(f"{name} {digest.bytes:,} B" for name, digest in sorted(manifest.files.items())),
+        **({"digests": "right, of every file"} if verify else {}),
         "runs here": "no: " + "; ".join(refusals) if refusals else "yes",
     }
     return "".join(f"{name + ':':<14}{value}\n" for name, value in rows.items())

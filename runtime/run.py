@@ -18,7 +18,7 @@ from typing import List
 USAGE = """usage: python3 {name} PROMPT [options of generate]  continue a text
        python3 {name} --chat [options of chat]        talk; /reset starts over, /exit leaves
        python3 {name} --serve [options of serve]      answer OpenAI's requests over HTTP
-       python3 {name} --info                          what this bundle is, and whether it runs here
+       python3 {name} --info [--verify]               what this bundle is, whether it runs here, and if it is whole
        python3 {name} --bench [options of bench]      how fast it is here
        python3 {name} --rpc-server [its options]      offer this machine for tuning
        python3 {name} PROMPT --help                   the options

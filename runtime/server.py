@@ -1,7 +1,7 @@
 """A server for one bundle: OpenAI's chat completions and completions over HTTP, whole or as server-sent events.
 
 One thread computes (worker.py); each connection has a thread that reads, waits and writes. Who goes away stops what is
-computed for him at the next token.
+computed for him at the next token, or between two calls of a long prompt.
 
 By default only this machine may ask. A web page that the user looks at may do that too, by form or by a name that
 resolves to this machine; hence requests must be of the type application/json, which browsers do not send elsewhere

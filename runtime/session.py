@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Optional, Sequence, Union
+from typing import Any, Callable, NamedTuple, Optional, Sequence, Union
 
 from . import arrays
 from .arrays import Array, np
 from .bundle import Bundle
 from .errors import ContextFullError, InputError
+from .manifest import Manifest
 
 Ids = Union[Sequence[int], Array]
 
@@ -35,6 +36,12 @@ class Planner:
     def __init__(self, sizes: Sequence[int], call_cost: int = CALL_COST_TOKENS, counted: int = 0) -> None:
         self.sizes, self.call_cost, self.counted = sorted({1, *sizes}), call_cost, counted
         self._best: list[tuple[int, int]] = [(0, 0)]  # for each length: (cost, size of a call in a best plan)
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Planner:
+        """For the functions of a bundle."""
+        counted = [f.tokens for f in manifest.functions.values() if f.counted]
+        return cls(_sizes(manifest, "prefill_"), counted=max(counted, default=0))
 
     def plan(self, tokens: int) -> list[Chunk]:
         """Calls for `tokens` prompt tokens, largest first, so that only the last one is padded."""
@@ -67,6 +74,11 @@ class Planner:
         return [Chunk(self.counted, count) for count in (*valid, left)]
 
 
+def _sizes(manifest: Manifest, prefix: str) -> list[int]:
+    """Tokens of the functions whose names begin so."""
+    return [f.tokens for name, f in manifest.functions.items() if name.startswith(prefix)]
+
+
 class Session:
     """A model that is being run. Not for several threads at once: use it from the thread that made it.
 
@@ -97,13 +109,9 @@ class Session:
         self.tiles: bool = self.machine.tiles  # whether prompts go through AMX
         self._span, self._calls = self.machine.span, self.machine.calls
         self._decode = self._calls["decode"]
-        counted = [f.tokens for f in self.manifest.functions.values() if f.counted]
-        self._planner = Planner(self._sizes("prefill_"), counted=max(counted, default=0))
-        self._heads = sorted(self._sizes("head_"))
+        self._planner = Planner.of(self.manifest)
+        self._heads = sorted(_sizes(self.manifest, "head_"))
         self.position = 0
-
-    def _sizes(self, prefix: str) -> list[int]:
-        return [f.tokens for name, f in self.manifest.functions.items() if name.startswith(prefix)]
 
     @property
     def threads(self) -> int:
@@ -130,9 +138,13 @@ class Session:
             raise ValueError(f"position {position} is outside 0..{self.position}")
         self.position = position
 
-    def prefill(self, ids: Ids) -> Array:
-        """Take in tokens; gives the logits float32[vocab] after the last one. Nothing changes when it refuses."""
-        chunk, rows = self._take(self.check_ids(ids))
+    def prefill(self, ids: Ids, between: Callable[[], object] = lambda: None) -> Array:
+        """Take in tokens; gives the logits float32[vocab] after the last one. Nothing changes when it refuses.
+
+        between: asked between two calls of a long prompt; what it raises ends the prefill there, and what was taken in
+        by then stays.
+        """
+        chunk, rows = self._take(self.check_ids(ids), between)
         row: Array = rows[0] if chunk.tokens == 1 else self._head(rows[chunk.valid - 1 : chunk.valid])[0]
         return row
 
@@ -140,10 +152,12 @@ class Session:
         """Take in tokens without asking what comes next: a prefill that leaves the output head out."""
         self._take(self.check_ids(ids))
 
-    def _take(self, ids: Array) -> tuple[Chunk, Array]:
+    def _take(self, ids: Array, between: Callable[[], object] = lambda: None) -> tuple[Chunk, Array]:
         """The last call of the plan and what it gave."""
         done = 0
         for chunk in self._planner.plan(len(ids)):
+            if done:
+                between()
             rows = self._run(chunk, ids[done : done + chunk.valid])
             done += chunk.valid
         return chunk, rows

@@ -30,6 +30,10 @@ class End(NamedTuple):
 Event = Union[str, End, BaseException]  # a piece of text, the end, or what went wrong
 
 
+class Left(Exception):
+    """Nobody waits for this job any more."""
+
+
 class Job:
     """A request on its way. `events` come from the thread that computes; `gone` is set when nobody waits any more."""
 
@@ -37,6 +41,11 @@ class Job:
         self.asked = asked
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.gone = threading.Event()
+
+    def go_on(self) -> None:
+        """Raise Left when nobody waits any more."""
+        if self.gone.is_set():
+            raise Left
 
 
 class Worker:
@@ -48,9 +57,11 @@ class Worker:
         self._held: list[int] = []  # the ids that the cache holds, by position
 
     def work(self, job: Job) -> None:
-        """All of a job, into its events. Whatever goes wrong with it goes there, too."""
+        """All of a job while somebody waits, into its events. Whatever goes wrong with it goes there, too."""
         try:
             self._work(job)
+        except Left:
+            return
         except (UserError, MemoryError) as error:
             job.events.put(error)
 
@@ -62,13 +73,13 @@ class Worker:
         del self._held[shared:]
         session.check_ids(ids[shared:])
         sampler.observe(ids[:shared])
-        reply = Generation(session, sampler, job.asked.max_new_tokens, Statistics(time.perf_counter()), self._ends)
+        clock = Statistics(time.perf_counter())
+        reply = Generation(session, sampler, job.asked.max_new_tokens, clock, self._ends, between=job.go_on)
         stream, stops = TextStream(self._tokenizer.decode, ids), StopStrings(job.asked.stops)
         try:
             for piece in reply.text(ids[shared:], stream, stops):
                 job.events.put(piece)
-                if job.gone.is_set():
-                    return
+                job.go_on()
         finally:
             self._held = [*ids, *reply.tokens][: session.position]
         usage = Usage(len(ids), shared, len(reply.tokens))

@@ -212,4 +212,4 @@ def first_suited(families: list[Callable[[Request], Lowered]]) -> Callable[[Requ
                 continue
         raise Unsupported(f"{request.op}: no kernel is meant for {request.args} on {request.target.name}")
 
-    return lower if families[1:] else families[0]
+    return lower

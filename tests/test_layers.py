@@ -22,7 +22,7 @@ LAW: dict[str, set[str]] = {
     "targets.files": {"targets", "tomli"},  # tomllib of Python 3.11, for 3.10
     "schedules": {"numpy", "targets", "tvm"},
     "compiler": set(),
-    "compiler.__main__": {"compiler.cli", "runtime.errors", "targets"},
+    "compiler.__main__": {"compiler.cli", "runtime.arguments", "runtime.errors", "targets"},
     "compiler.cli": ANYTHING,
     "compiler.pipeline": ANYTHING,
     "compiler.errors": set(),
@@ -73,6 +73,8 @@ LAW: dict[str, set[str]] = {
     "compiler.measure.process": set(),
     "compiler.measure.gguf_model": {"compiler.checkpoint", "compiler.quant", "gguf", "numpy"},
     "compiler.measure.growth": {"compiler.measure", "matplotlib"},
+    "compiler.measure.growth_report": {"compiler.measure", "targets"},
+    "compiler.measure.engines": {"compiler.checkpoint", "compiler.measure", "runtime"},
     "compiler.measure.peers": {"compiler.measure.process"},
     "compiler.measure.peers.openvino": {"compiler.measure.peers", "compiler.measure.process", "numpy", "openvino"},
     "compiler.measure.peers.onnxruntime_genai": {

@@ -5,19 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from compiler.cli.build import KV_CACHES, gpu_size_argument
 from compiler.cli.deploy import connection_arguments, require_asyncssh
 
 if TYPE_CHECKING:
-    from compiler.measure.compare import Runs, Workload
-    from compiler.measure.growth import Point, Setup
-    from compiler.measure.peers import Peer, PeerModel, Side
+    from compiler.measure.compare import Workload
+    from compiler.measure.engines import Engines
+    from compiler.measure.growth import Setup
     from targets import Target
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -119,8 +119,11 @@ def run(options: argparse.Namespace) -> int:
     if options.cost == "model":
         from compiler.measure import forecast_report, gpu_forecast_report
 
-        (forecast_report if target.gpu is None else gpu_forecast_report).show(options, target)
+        made = (forecast_report if target.gpu is None else gpu_forecast_report).show(options, target)
+        _record(options.record, [{**made, **_made_with()}])
         return 0
+    if options.bundle is None:
+        _require(target)
     if options.growth is not None:
         return _grow(options, target)
     from compiler.measure import shapes
@@ -128,7 +131,7 @@ def run(options: argparse.Namespace) -> int:
 
     if options.shape is not None:
         shapes.settings(options.shape)
-    peers = _peers(options)
+    engines = _engines(options)
     setup = _setup(options)
     with ExitStack() as stack:
         path = options.bundle or stack.enter_context(built(setup, target, options.json))
@@ -137,13 +140,13 @@ def run(options: argparse.Namespace) -> int:
         for threads in options.threads:
             if options.profile:
                 found += _profile(options, path, target, setup.work, threads)
-            elif peers or options.perplexity:
-                found += _beside(options, path, setup, peers, threads)
+            elif engines.others or options.perplexity:
+                found += _beside(options, path, setup, engines, threads)
             else:
                 found += _alone(options, path, target, setup.work, threads)
-    _record(options.record, found)
     if options.json:
         print("\n".join(json.dumps(record) for record in found))
+    _record(options.record, found)
     return 0
 
 
@@ -168,11 +171,11 @@ def _on_device(options: argparse.Namespace) -> int:
         with report.stage("Count"):
             made = on_device.model(options.bundle, work, None, report)
     record = {**on_device.record(options.bundle, work, found, made), **_made_with()}
-    _record(options.record, [record])
     if options.json:
         print(json.dumps(record))
     else:
         on_device.print_table(work, found, made)
+    _record(options.record, [record])
     return 0
 
 
@@ -194,6 +197,13 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("--growth builds models of its own: give a --shape, or nothing, instead of a BUNDLE.")
     if options.cost == "model" and options.shape is None:
         raise UserError("--cost model compiles a shape for its target: give a --shape, not a BUNDLE.")
+    if options.cost == "model":
+        measured = {
+            "--against": options.against, "--growth": options.growth, "--perplexity": options.perplexity,
+            "--threads": options.threads != [None],
+        }  # fmt: skip
+        if wrong := [other for other, value in measured.items() if value]:
+            raise UserError(f"--cost model measures nothing and runs no engine: leave it or {wrong[0]} out.")
     if options.profile:
         others = {
             "--against": options.against, "--growth": options.growth, "--perplexity": options.perplexity,
@@ -223,18 +233,33 @@ def _check(options: argparse.Namespace) -> None:
             f"{options.model}: --against writes the peer's file from a checkpoint folder. For a GGUF file, run "
             f"llama.cpp's llama-bench on the file itself."
         )
+    if options.record is not None:
+        from compiler.measure import record_file
+
+        record_file.require_writable(options.record)
 
 
-def _peers(options: argparse.Namespace) -> list[tuple[Peer, str]]:
-    """Those asked for, installed."""
+def _require(target: Target) -> None:
+    """Raise UserError where this machine cannot run what would be built."""
+    from compiler import pipeline
+    from compiler.errors import UserError
+    from runtime import device
+
+    if refusals := device.refusals(pipeline.manifest_target(target)):
+        raise UserError(
+            f"{target.name}: bench builds a shape and measures it on this machine, which cannot run it: "
+            f"{'; '.join(refusals)}. --cost model forecasts, and a BUNDLE with --host is measured on its device."
+        )
+
+
+def _engines(options: argparse.Namespace) -> Engines:
+    """Those asked for beside quern, installed."""
     from compiler.measure import peers
+    from compiler.measure.engines import Engines
     from compiler.progress import Reporter
 
-    found = [peers.find(text) for text in options.against]
-    report = Reporter(quiet=options.json)
-    for peer, variant in found:
-        peers.require(peer, peers.place(options.peers_dir), variant, options.install_peers, report.line)
-    return found
+    say, folder = Reporter(quiet=options.json).line, peers.place(options.peers_dir)
+    return Engines.installed(options.against, folder, options.model, options.install_peers, say)
 
 
 def _setup(options: argparse.Namespace) -> Setup:
@@ -252,10 +277,18 @@ def _workload(options: argparse.Namespace) -> Workload:
 
 
 def _fitting(path: Path, work: Workload) -> Workload:
-    """The workload, cut to what the bundle's context holds."""
+    """The workload, cut to what the bundle's context holds, which is told."""
     from runtime.bundle import read_manifest
 
-    return work.within(read_manifest(path).model.context)
+    positions = read_manifest(path).model.context
+    cut = work.within(positions)
+    if cut != work:
+        print(
+            f"{path} has a context of {positions} tokens: a prompt of {cut.prompt_tokens} is measured, and "
+            f"{cut.decode_tokens} decoded after {cut.context}",
+            file=sys.stderr,
+        )
+    return cut
 
 
 def _alone(
@@ -265,18 +298,10 @@ def _alone(
 
     if _on_gpu(path):
         return _alone_on_gpu(options, path, work)
-    measured = speed.measure(
-        path, target, work.prompt_tokens, work.decode_tokens, work.rounds, threads, work.context
-    )  # fmt: skip
-    spreads = ["prefill_tok_s", "decode_tok_s", "read_gb_s", "decode_bandwidth_ratio"]
-    spreads += ["prefill_plain_tok_s"] if measured.prefill_plain_tok_s is not None else []
-    record: dict[str, object] = {name: getattr(measured, name).median for name in spreads}
-    record["spread"] = {name: asdict(getattr(measured, name)) for name in spreads}
-    record |= {"weight_bytes_per_token": measured.weight_bytes_per_token, "threads": measured.threads}
-    record |= {**asdict(work), "peak_rss_mib": measured.peak_rss_mib, "kv_cache": measured.kv_cache, **_where(options)}
+    measured = speed.measure(path, target, work.prompt_tokens, work.decode_tokens, work.rounds, threads, work.context)
     if not options.json:
         speed_report.alone(measured, work)
-    return [record]
+    return [{**measured.record(), **asdict(work), **_where(options)}]
 
 
 def _profile(
@@ -308,125 +333,64 @@ def _alone_on_gpu(options: argparse.Namespace, path: Path, work: Workload) -> li
 def _where(options: argparse.Namespace) -> dict[str, object]:
     """What was measured and where, for a record."""
     from compiler.measure import machine
-
-    named = {"shape": options.shape, "bundle": None if options.bundle is None else str(options.bundle)}
-    return {**named, "target": options.target, **machine.describe()}
-
-
-def _peer_model(options: argparse.Namespace, path: Path, setup: Setup) -> PeerModel:
-    from compiler.checkpoint import open_checkpoint
-    from compiler.measure import shapes
-    from compiler.measure.peers import PeerModel
     from runtime.bundle import read_manifest
 
     if options.bundle is None:
-        config = shapes.settings(setup.shape, setup.positions)
-        return PeerModel(config, setup.bits, setup.group_size, setup.head_bits)
-    made = read_manifest(path).quantization
-    bits, group, head = (int(str(made[name])) for name in ("bits", "group_size", "head_bits"))
-    return PeerModel(open_checkpoint(options.model).config.data, bits, group, head, options.model)
+        return {"shape": options.shape, "bundle": None, "target": options.target, **machine.describe()}
+    target = read_manifest(options.bundle).target.name
+    return {"shape": None, "bundle": str(options.bundle), "target": target, **machine.describe()}
 
 
 def _beside(
-    options: argparse.Namespace, path: Path, setup: Setup, peers: Sequence[tuple[Peer, str]], threads: int | None
+    options: argparse.Namespace, path: Path, setup: Setup, engines: Engines, threads: int | None
 ) -> list[dict[str, object]]:
     """One run of quern and the peers in turns, and perplexity where it is asked for."""
-    from compiler.measure import compare, speed_report
+    from compiler.measure import compare, perplexity, speed_report
     from runtime.bundle import open_bundle
 
+    parts: list[list[int]] | None = None
+    if options.perplexity:
+        parts = perplexity.windows(open_bundle(path, verify_weights=False), options.perplexity, options.windows)
     with ExitStack() as stack:
-        sides = _sides(options, stack, path, setup, peers, threads)
+        sides = engines.opened(stack, path, setup, threads)
         rows = compare.compare(sides, setup.work)
-        perplexities: list[float | None] = [None] * len(rows)
-        if options.perplexity:
-            from compiler.measure import perplexity
-
-            parts = perplexity.windows(open_bundle(path, verify_weights=False), options.perplexity, options.windows)
-            perplexities = [side.perplexity(parts) for side in sides]
+        perplexities = [None] * len(rows) if parts is None else perplexity.beside(sides, parts)
     if not options.json:
         speed_report.beside(rows, setup.work, perplexities)
     found = compare.records(rows, setup.work, _where(options))
     return [{**record, "perplexity": value} for record, value in zip(found, perplexities, strict=True)]
 
 
-def _sides(
-    options: argparse.Namespace, stack: ExitStack, path: Path, setup: Setup, peers: Sequence[tuple[Peer, str]],
-    threads: int | None,
-) -> list[Side]:  # fmt: skip
-    from compiler.errors import UserError
-    from compiler.measure import speed
-    from compiler.measure.peers import place
-
-    quern = stack.enter_context(speed.open_side(path, threads))
-    sides: list[Side] = [quern]
-    if not peers:
-        return sides
-    model, folder = _peer_model(options, path, setup), place(options.peers_dir)
-    for peer, variant in peers:
-        try:
-            sides.append(stack.enter_context(peer.opened(folder, variant, model, quern.threads)))
-        except UserError as error:  # noqa: PERF203 an engine takes seconds to start
-            if options.growth is None:
-                raise
-            print(f"left out: {error}", file=sys.stderr)  # the other points and engines are worth having
-    return sides
-
-
 def _grow(options: argparse.Namespace, target: Target) -> int:
     """Every round goes through all points, so that what the machine drifts meanwhile does not look like growth."""
-    from compiler.measure import compare, growth, shapes, speed_report
-    from compiler.measure.shape_bundle import built
+    from compiler.measure import compare, growth, growth_report, record_file, shapes
 
-    points: list[Point] = []
-    found: list[dict[str, object]] = []
-    peers = _peers(options)
-    todo = growth.setups(options.growth, _setup(options), growth.values(options.growth, options.growth_values))
+    if options.plot is not None:
+        growth.require_plot(options.plot)
+        record_file.require_writable(options.plot)
+    values = growth.values(options.growth, options.growth_values)
+    todo = growth.setups(options.growth, _setup(options), values)
     for _, setup in todo:
         shapes.settings(setup.shape)  # a wrong name is told before the first minutes have passed
-    with ExitStack() as stack:
-        models = growth.shared([setup for _, setup in todo])
-        places = {model: stack.enter_context(built(model, target, quiet=True)) for model in dict.fromkeys(models)}
-        for threads in options.threads:
-            runs_of = _rounds(options, todo, models, places, peers, threads)
-            for (value, setup), runs in zip(todo, runs_of, strict=True):
-                rows = compare.rows(compare.joined(runs))
-                at = shapes.parameters(setup.shape) if options.growth == "size" else value
-                points += [growth.Point(value, at, row) for row in rows]
-                more = {**_where(options), "shape": setup.shape, "growth": options.growth, "value": value}
-                latest = compare.records(rows, setup.work, more)
-                _record(options.record, latest)
-                found += latest
-                if not options.json:
-                    print(f"{options.growth} {value}")
-                    speed_report.beside(rows, setup.work, [None] * len(rows))
+    grown = growth_report.Growth(options.growth, todo, _engines(options))
+    found: list[dict[str, object]] = []
+    for value, setup, rows in grown.run(target, options.threads):
+        more = {**_where(options), "shape": setup.shape, "growth": options.growth, "value": value}
+        latest = compare.records(rows, setup.work, more)
+        _record(options.record, latest)
+        found += latest
+        if not options.json:
+            growth_report.show(options.growth, value, setup, rows)
     if options.json:
         print("\n".join(json.dumps(record) for record in found))
     if options.plot is not None:
-        growth.plot(options.growth, points, f"{options.shape or DEFAULT_SHAPE}, {options.bits} bits", options.plot)
+        title = f"{options.shape or DEFAULT_SHAPE}, {options.bits} bits"
+        growth.plot(options.growth, grown.points, title, options.plot)
     return 0
-
-
-def _rounds(
-    options: argparse.Namespace, todo: Sequence[tuple[Any, Setup]], models: Sequence[Setup],
-    places: Mapping[Setup, Path], peers: Sequence[tuple[Peer, str]], threads: int | None,
-) -> list[list[list[Runs]]]:  # fmt: skip
-    """What the engines of each point did, round by round. Only one point's processes exist at a time: on a machine
-    the first one binds its threads. Its first run does not count, for it brings the weights into memory."""
-    from compiler.measure import compare
-
-    found: list[list[list[Runs]]] = [[] for _ in todo]
-    for turn in range(options.rounds):
-        for (value, setup), model, rounds in zip(todo, models, found, strict=True):
-            print(f"round {turn + 1} of {options.rounds}: {options.growth} {value}", file=sys.stderr)
-            with ExitStack() as stack:
-                sides = _sides(options, stack, places[model], model, peers, threads)
-                compare.runs(sides, replace(setup.work, rounds=1))
-                rounds.append(compare.runs(sides, replace(setup.work, rounds=1)))
-    return found
 
 
 def _record(file: Path | None, found: Sequence[dict[str, object]]) -> None:
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(record) + "\n" for record in found)
+        from compiler.measure import record_file
+
+        record_file.append(file, found)

@@ -5,10 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
-import sys
 from pathlib import Path
-from types import FrameType
 
 DEFAULT_MODEL = Path(__file__).parents[2] / "tests" / "models" / "storyteller-5m-gptq-4bit-g128"
 
@@ -126,7 +123,6 @@ def run(options: argparse.Namespace) -> int:
         self_contained=options.self_contained,
         offline=options.offline,
     )
-    signal.signal(signal.SIGTERM, _terminate)  # so that `kill` cleans up as Ctrl-C does
     made = pipeline.build(hub.resolve(options.model), request, report)
     if options.json:
         stages = [{"stage": s.title, "seconds": round(s.seconds, 3), "bytes": s.bytes} for s in report.stages]
@@ -157,7 +153,3 @@ def _check_folders(options: argparse.Namespace) -> None:
         )
     if options.dump_ir is not None and options.dump_ir.exists() and not options.dump_ir.is_dir():
         raise UserError(f"--dump-ir {options.dump_ir}: is a file, but a folder is needed. Give another name.")
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    sys.exit(128 + number)

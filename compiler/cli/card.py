@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
     """Exit code 0 when something was checked, no part failed, and all numerics are within their bounds."""
     from compiler.codegen import nvrtc
     from compiler.errors import UserError
-    from compiler.measure import gpu_clocks, machine, shapes
+    from compiler.measure import gpu_clocks, machine, record_file, shapes
     from compiler.measure.gpu_checks import Checks
     from runtime import cuda_driver
     from runtime.errors import DeviceError
@@ -67,6 +67,8 @@ def run(options: argparse.Namespace) -> int:
             f"{options.model}: is not there, and card compares the logits of a model. Give --model a checkpoint "
             f"folder; a clone of quern brings one."
         )
+    if options.record is not None:
+        record_file.require_writable(options.record)
     found = cuda_driver.find()
     if isinstance(found, str):
         raise DeviceError(f"card: {found}. Run it on a machine with an NVIDIA GPU and its driver.")
@@ -181,9 +183,8 @@ def _still(what: str, seconds_so_far: float) -> None:
 
 
 def _write(file: Path | None, record: Record) -> None:
-    line = json.dumps(record)
-    print(line, flush=True)
+    print(json.dumps(record), flush=True)
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a", encoding="utf-8") as stream:
-            stream.write(line + "\n")
+        from compiler.measure import record_file
+
+        record_file.append(file, [record])

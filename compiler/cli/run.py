@@ -25,10 +25,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """What the runtime there prints is this terminal's; gives its exit code."""
     from compiler.board import qemu
+    from compiler.errors import UserError
     from runtime.bundle import read_manifest
 
     bundle = options.bundle.resolve()
-    read_manifest(bundle)  # a missing or damaged one is told before a board is made
+    target = read_manifest(bundle).target  # what cannot run is told before a board is made
+    if target.arch != "aarch64":
+        raise UserError(
+            f"{bundle}: is built for {target.arch} ({target.name}), but the board is arm64. Build it with --target "
+            f"rpi4; here, `python -m runtime generate` runs what is built for this machine."
+        )
     qemu.root(lambda line: print(line, file=sys.stderr))
     more = ["--max-new-tokens", str(options.max_new_tokens)]
     more += [] if options.threads is None else ["--threads", str(options.threads)]

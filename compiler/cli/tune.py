@@ -19,7 +19,7 @@ from compiler.cli.build import gpu_size_argument, positive
 if TYPE_CHECKING:
     from compiler.tune.measure import Setting
     from compiler.tune.records import Database
-    from compiler.tune.search import Outcome
+    from compiler.tune.search import Outcome, Task
     from targets import Target
 
 UNITS = {"s": 1, "m": 60, "h": 3600}
@@ -97,10 +97,16 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run_here(options: argparse.Namespace, target: Target) -> int:
-    """On this machine, one task after the other."""
+    """On this machine, one task after the other. An interrupt ends it, with a summary of what is complete."""
+    from compiler.errors import UserError
     from runtime import device
 
-    threads = options.threads or device.default_threads()
+    threads, cpus = options.threads or device.default_threads(), len(device.affinity())
+    if threads > cpus:
+        raise UserError(
+            f"--threads is {threads}, but this process has {cpus} processors: threads that wait for each other say "
+            f"nothing about kernels. Give at most {cpus}."
+        )
     os.environ["TVM_NUM_THREADS"] = str(threads)  # before TVM is loaded
     from compiler.tune import records, report, search, tasks
     from compiler.tune.local import LocalMeasurer
@@ -110,12 +116,18 @@ def _run_here(options: argparse.Namespace, target: Target) -> int:
     database = records.Database.writing(options.tuning_logs or records.DEFAULT_FOLDER, target.tuning_key)
     measurer = LocalMeasurer(Setting.here(threads), most_drift=_drift(options))
     outcomes: list[Outcome] = []
+    found: list[Task] = []
     try:
         database.admit(LOCAL)
         measurer.start()  # loads TVM while we do
         found = tasks.of(options, target)
         tuner = search.Tuner(database, measurer, options.trials, stop)
-        outcomes.extend(tuner.tune(task) for task in report.shown(tuner, found, quiet=options.json))
+        for task in report.shown(tuner, found, quiet=options.json):
+            outcomes.append(tuner.tune(task))  # noqa: PERF401 those before an interrupt count
+    except KeyboardInterrupt:
+        if outcomes:
+            report.summary(options, target, threads, database.path, outcomes, len(found))
+        raise
     finally:
         measurer.close()
         database.close()

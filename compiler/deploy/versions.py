@@ -282,7 +282,7 @@ async def _damaged(remote: Remote, place: str, files: dict[str, FileDigest], rep
 
 async def _intact(remote: Remote, path: str, digest: FileDigest, stage: Stage) -> bool:
     """Whether size and SHA-256, or those of all chunks, are right there."""
-    expected = digest.chunks if digest.chunks is not None else (digest.sha256,)
+    expected = digest.pieces
     lines: list[str] = []
     arguments = (f"{remote.folder}/{path}", str(digest.chunk_bytes or 0), str(len(expected)))
     async with remote.process(_DIGESTS, *arguments, stdin=asyncssh.DEVNULL) as process:

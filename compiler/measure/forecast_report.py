@@ -14,14 +14,16 @@ from targets import Target
 LABEL = "model"  # what every line and record says of itself
 
 
-def show(options: argparse.Namespace, target: Target) -> None:
-    """What `bench --cost model` prints for these options."""
+def show(options: argparse.Namespace, target: Target) -> dict[str, object]:
+    """Print what `bench --cost model` says for these options; gives the record."""
     head = options.head_bits or options.bits
     made = shape_forecast.report(options.shape, options.bits, options.group_size, head, options.context, target)
+    found = record(options, made)
     if options.json:
-        print(json.dumps(record(options, made)))  # noqa: T201
+        print(json.dumps(found))  # noqa: T201
     else:
         _table(options, made, target)
+    return found
 
 
 def record(options: argparse.Namespace, made: Report) -> dict[str, object]:

@@ -8,19 +8,24 @@ from dataclasses import asdict
 
 from compiler.measure import gpu_forecast
 from compiler.measure.forecast import Spread
-from compiler.measure.gpu_forecast import Parts
+from compiler.measure.gpu_forecast import Parts, Report
 from targets import Target
 
 
-def show(options: argparse.Namespace, target: Target) -> None:
-    """What `bench --cost model` prints for a target with a GPU."""
+def show(options: argparse.Namespace, target: Target) -> dict[str, object]:
+    """Print what `bench --cost model` says for a target with a GPU; gives the record."""
     head = options.head_bits or options.bits
     made = gpu_forecast.report(options.shape, options.bits, options.group_size, head, options.context, target)
+    asked = {"cost": "model", "shape": options.shape, "target": options.target, "bits": options.bits}
+    record = {**asked, "group_size": options.group_size, "context": options.context, **asdict(made)}
     if options.json:
-        asked = {"cost": "model", "shape": options.shape, "target": options.target, "bits": options.bits}
-        asked |= {"group_size": options.group_size, "context": options.context}
-        print(json.dumps({**asked, **asdict(made)}))  # noqa: T201
-        return
+        print(json.dumps(record))  # noqa: T201
+    else:
+        _table(options, made)
+    return record
+
+
+def _table(options: argparse.Namespace, made: Report) -> None:
     from rich.console import Console
     from rich.table import Table
 

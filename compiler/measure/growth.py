@@ -6,6 +6,7 @@ a point are left out there, with the reason.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -91,12 +92,18 @@ def values(kind: str, given: str | None) -> list[Any]:
     return numbers
 
 
+def require_plot(out: Path) -> None:
+    """Raise UserError where `plot` could not draw, before hours have been measured."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--plot needs the package matplotlib. Install it: pip install 'quern[plot]'.")
+    if out.suffix not in (".svg", ".png"):
+        raise UserError(f"--plot {out}: the name must end in .svg or .png.")
+
+
 def plot(kind: str, points: Sequence[Point], title: str, out: Path) -> None:
     """Lines of tokens/s over the axis, one a engine and phase, with min and max as a band. SVG or PNG by the name."""
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        raise UserError("--plot needs the package matplotlib. Install it: pip install 'quern[plot]'.") from None
+    import matplotlib as mpl
+
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 

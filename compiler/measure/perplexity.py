@@ -8,12 +8,18 @@ that its model file names so (gguf_model.py).
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from compiler.errors import UserError
+from compiler.errors import UnsupportedError, UserError
 from compiler.measure.process import Process
 from runtime.bundle import Bundle
 from runtime.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from compiler.measure.peers import Side
 
 WINDOW = 256  # tokens
 FEWEST_WINDOWS = 2  # llama-perplexity refuses less
@@ -33,6 +39,18 @@ def windows(bundle: Bundle, text: Path, most: int | None = None) -> list[list[in
             f"Take a longer text."
         )
     return parts[:most]
+
+
+def beside(sides: Sequence[Side], parts: list[list[int]]) -> list[float | None]:
+    """Of every engine; None where one cannot say, and its reason on stderr: the others' figures are worth having."""
+    found: list[float | None] = []
+    for side in sides:
+        try:
+            found.append(side.perplexity(parts))
+        except UnsupportedError as error:  # noqa: PERF203 an engine takes seconds
+            found.append(None)
+            print(f"no perplexity of {error}", file=sys.stderr)  # noqa: T201
+    return found
 
 
 def perplexity(process: Process, parts: list[list[int]]) -> float:

@@ -12,13 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 from compiler.errors import UserError
 from compiler.measure.compare import Workload
 from compiler.measure.speed import QuernSide, Spread, bytes_read, open_side, refuse_few_weights
 from runtime.bundle import open_bundle
 from runtime.manifest import Manifest
+from runtime.session import Planner
 from targets import Target
 
 TOKENS = re.compile(r"_m(\d+)_")  # of a call
@@ -51,13 +52,15 @@ class KernelRow:
 class Phase:
     """A decoded token or a prompt: ms of one, without the clock; its kernels, slowest first.
 
-    other_ms: what kernels leave of it, round by round. clock_us: subtracted from every call.
+    other_ms: what kernels leave of it, round by round, and other_share the median of its shares: below 0 where it is
+    less than two runs next to each other differ by. clock_us: subtracted from every call.
     """
 
     name: str
     ms: Spread
     rows: tuple[KernelRow, ...]
     other_ms: Spread
+    other_share: float
     clock_us: float
 
 
@@ -126,28 +129,48 @@ def measure(path: Path, target: Target, work: Workload, threads: int | None) -> 
             prompt.append(Round.of(side, "prefill", 1, tokens=work.prompt_tokens))
         phases = (
             phase("decode", decode, bundle.manifest, work.context + (work.decode_tokens + 1) / 2),
-            phase("prefill", prompt, bundle.manifest, (work.prompt_tokens + 1) / 2),
+            phase("prefill", prompt, bundle.manifest, (work.prompt_tokens + 1) / 2, rows(bundle.manifest, work)),
         )
         reads = Spread.of([one.read_gb_s for one in (*decode, *prompt)])
         return Profile(phases, reads, side.used, side.threads)
 
 
-def phase(name: str, rounds: Sequence[Round], manifest: Manifest, positions: float) -> Phase:
-    """The table of these rounds, in which the same kernels ran; positions: that a token attends to, in the mean."""
-    rows = []
+def rows(manifest: Manifest, work: Workload) -> dict[int, float]:
+    """Tokens that a prompt function computes in a call, in the mean over a prompt's calls, by what it has room for.
+
+    Functions of other bundles than counted ones compute their padding, too.
+    """
+    chunks = Planner.of(manifest).plan(work.prompt_tokens)
+    counted = {f.tokens for f in manifest.functions.values() if f.counted}
+    return {size: mean(c.valid for c in chunks if c.tokens == size) for c in chunks if (size := c.tokens) in counted}
+
+
+def phase(
+    name: str, rounds: Sequence[Round], manifest: Manifest, positions: float, real: Mapping[int, float] | None = None
+) -> Phase:
+    """The table of these rounds, in which the same kernels ran.
+
+    positions: that a token attends to, in the mean; real: as `rows` gives it.
+    """
+    found = []
     for kernel, arguments in rounds[0].arguments.items():
-        tokens = int(found[1]) if (found := TOKENS.search(kernel)) else 1
-        sizes = bytes_read(manifest, tokens)
+        room = int(named[1]) if (named := TOKENS.search(kernel)) else 1
+        tokens = (real or {}).get(room, room)
+        sizes = bytes_read(manifest, round(tokens))
         nbytes = sum(sizes.get(argument, 0) for argument in arguments)
-        rows.append(_row(kernel, rounds, nbytes, tokens, multiply_adds(kernel, positions)))
-    rows.sort(key=lambda row: -row.ms)
+        found.append(_row(kernel, rounds, nbytes, room, multiply_adds(kernel, positions) * tokens / room))
+    found.sort(key=lambda row: -row.ms)
     other = [1e3 * one.plain_s - sum(map(one.ms, one.ns)) for one in rounds]
+    share = median(ms / one.plain_s / 1e3 for ms, one in zip(other, rounds, strict=True))
     clock_us = median(one.clock_ns for one in rounds) / 1e3
-    return Phase(name, Spread.of([1e3 * one.plain_s for one in rounds]), tuple(rows), Spread.of(other), clock_us)
+    whole = Spread.of([1e3 * one.plain_s for one in rounds])
+    return Phase(name, whole, tuple(found), Spread.of(other), share, clock_us)
 
 
 def _row(kernel: str, rounds: Sequence[Round], nbytes: int, tokens: int, macs: float) -> KernelRow:
-    seconds = [median(one.ns[kernel]) / 1e9 for one in rounds]
+    # A prompt's calls differ in their rows, of which macs and bytes are the mean.
+    middle = median if tokens == 1 else mean
+    seconds = [middle(one.ns[kernel]) / 1e9 for one in rounds]
     us = Spread.of([taken / 1e3 for one in rounds for taken in one.ns[kernel]])
     timed = min(seconds) > 0
     ratio = [nbytes / s / 1e9 / one.read_gb_s for s, one in zip(seconds, rounds, strict=True)] if timed else [0.0]
@@ -166,7 +189,7 @@ def _row(kernel: str, rounds: Sequence[Round], nbytes: int, tokens: int, macs: f
 
 
 def multiply_adds(kernel: str, positions: float) -> float:
-    """Of one call, by the kernel's name, padded rows included; 0 for what is neither a linear layer nor attention."""
+    """Of a call with all the tokens that it has room for, by the kernel's name; 0 for what is no layer or attention."""
     if found := LINEAR.match(kernel):
         return prod(map(int, found.groups()))
     if found := ATTENTION.match(kernel):

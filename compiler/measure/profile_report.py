@@ -20,6 +20,11 @@ def show(profile: Profile, work: Workload) -> None:
         ms = phase.ms
         console.print(f"{titles[phase.name]}: {ms.median:.3g} ms ({ms.min:.3g}-{ms.max:.3g})")
         console.print(_table(phase))
+        if phase.other_ms.median <= 0:
+            console.print(
+                f"timed one by one, kernels take {-phase.other_share:.1%} more than the whole does without that: what "
+                f"is between them is too little to see beside how rounds differ"
+            )
         console.print()
     read = profile.read_gb_s
     console.print(
@@ -37,8 +42,8 @@ def _table(phase: Phase) -> Table:
     for row in phase.rows:
         table.add_row(*_cells(row))
     left = phase.other_ms.median
-    share = f"{left / phase.ms.median:.1%}"
-    table.add_row("virtual machine, Python, between kernels", "", "", "", f"{left:.3f}", share)
+    ms, share = (f"{left:.3f}", f"{phase.other_share:.1%}") if left > 0 else ("-", "-")
+    table.add_row("virtual machine, Python, between kernels", "", "", "", ms, share)
     return table
 
 

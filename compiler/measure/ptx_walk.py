@@ -278,7 +278,7 @@ def _access_bytes(code: Instruction) -> int:
     if op[0] == "ldmatrix":
         return 4 * int(next(p for p in op if p in ("x1", "x2", "x4"))[1:])
     if op[0] == "wmma":
-        return 32 if op[-1] in ("f32", "s32") else 16
+        return 4 * len(code.writes or code.reads[1:-1])  # a register each; fp16 fragments hold everything twice
     if op[0] == "cp":
         return next(int(name) for name in code.reads if name.isdigit())
     parts = {"v2": 2, "v4": 4}

@@ -8,9 +8,10 @@ from __future__ import annotations
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from compiler.errors import UserError
@@ -39,10 +40,14 @@ class Spread:
 class Speed:
     """tokens/s, GB/s (10^9 bytes), and bytes of weights that one decoded token reads.
 
+    start_s: seconds from starting a process to the logits after the prompt, weights in the page cache: Python, digests,
+    library and prefill, which a tokenizer of some 10 ms would join.
+    peak_rss_mib: of these processes. planned_mib: weights, caches and activations.
     kv_cache: the element type of keys and values.
     prefill_plain_tok_s: prefill without AMX tiles, beside one that used them; None where the session has none.
     """
 
+    start_s: Spread
     prefill_tok_s: Spread
     decode_tok_s: Spread
     read_gb_s: Spread
@@ -50,8 +55,17 @@ class Speed:
     decode_bandwidth_ratio: Spread
     threads: int
     peak_rss_mib: float
+    planned_mib: float
     kv_cache: str
     prefill_plain_tok_s: Spread | None = None
+
+    def record(self) -> dict[str, object]:
+        """Medians under their names, and min and max of each beside them."""
+        spreads = {name: value for name in vars(self) if isinstance(value := getattr(self, name), Spread)}
+        record: dict[str, object] = {name: spread.median for name, spread in spreads.items()}
+        record["spread"] = {name: asdict(spread) for name, spread in spreads.items()}
+        plain = ("weight_bytes_per_token", "threads", "peak_rss_mib", "planned_mib", "kv_cache")
+        return {**record, **{name: getattr(self, name) for name in plain}}
 
 
 def weight_bytes_per_token(manifest: Manifest) -> int:
@@ -97,10 +111,6 @@ class QuernSide(Timed):
         """Of windows of ids, the second half of each scored."""
         return perplexity.perplexity(self.process, windows)
 
-    def peak_rss_mib(self) -> float:
-        """The most memory that the process ever held, mapped weights included."""
-        return float(self.process.ask("memory")["peak_rss_mib"])
-
     def load_readers(self, bundle: Bundle, target: Target) -> None:
         """Compile the reading kernels here, and have the process load them."""
         nbytes = read_bandwidth.usable((bundle.path / bundle.manifest.weights.file).stat().st_size)
@@ -121,21 +131,37 @@ def refuse_few_weights(bundle: Bundle) -> None:
 def open_side(path: Path, threads: int | None) -> Iterator[QuernSide]:
     """The bundle's process, warm: it has computed a token and a prompt. Gone at the end."""
     bundle = open_bundle(path, verify_weights=False)  # the process verifies them
-    with Process(sys.executable, "compiler.measure.bundle_process", [str(path), str(threads or 0)]) as process:
+    with _process(path, threads) as process:
         side = QuernSide(process, bundle)
         side.decode(1, 1)
         yield side
 
 
+def _process(path: Path, threads: int | None) -> Process:
+    return Process(sys.executable, "compiler.measure.bundle_process", [str(path), str(threads or 0)])
+
+
+def started(path: Path, threads: int | None, prompt: int) -> tuple[float, float]:
+    """Seconds from starting a process to its logits after `prompt` tokens; the MiB it held at most, one token later."""
+    began = time.perf_counter()
+    with _process(path, threads) as process:
+        process.ask("prefill", tokens=prompt)
+        seconds = time.perf_counter() - began
+        process.ask("decode", context=0, tokens=1)
+        return seconds, float(process.ask("memory")["peak_rss_mib"])
+
+
 def measure(
     path: Path, target: Target, prompt: int, steps: int, rounds: int, threads: int | None, context: int
 ) -> Speed:
-    """`rounds` times: prefill `prompt` tokens, decode `steps` from position `context` on, read the same bytes.
+    """`rounds` starts; then so often: prefill `prompt` tokens, decode `steps` after `context`, read the same bytes.
 
     The ratio is taken round by round, because the bandwidth of a shared machine drifts.
     """
     bundle = open_bundle(path, verify_weights=False)
     refuse_few_weights(bundle)
+    started(path, threads, prompt)  # brings the weights into memory
+    starts, peaks = zip(*(started(path, threads, prompt) for _ in range(rounds)), strict=True)
     prefill, without, decode, read, ratio = [], [], [], [], []
     with open_side(path, threads) as side:
         side.load_readers(bundle, target)
@@ -148,6 +174,15 @@ def measure(
             read.append((before + side.read()) / 2)
             ratio.append(side.used * decode[-1] / 1e9 / read[-1])
         return Speed(
-            Spread.of(prefill), Spread.of(decode), Spread.of(read), side.used, Spread.of(ratio), side.threads,
-            side.peak_rss_mib(), str(side.about["kv_cache"]), Spread.of(without) if without else None,
-        )  # fmt: skip
+            start_s=Spread.of(list(starts)),
+            prefill_tok_s=Spread.of(prefill),
+            decode_tok_s=Spread.of(decode),
+            read_gb_s=Spread.of(read),
+            weight_bytes_per_token=side.used,
+            decode_bandwidth_ratio=Spread.of(ratio),
+            threads=side.threads,
+            peak_rss_mib=max(peaks),
+            planned_mib=bundle.manifest.memory.planned_peak_bytes / (1 << 20),
+            kv_cache=str(side.about["kv_cache"]),
+            prefill_plain_tok_s=Spread.of(without) if without else None,
+        )

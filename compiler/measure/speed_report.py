@@ -15,15 +15,16 @@ from compiler.measure.speed import Speed, Spread
 SHOWN = 5  # kernels of a function
 
 
-def _cells(spread: Spread | None) -> list[str]:
+def _cells(spread: Spread | None, digits: int = 1) -> list[str]:
     if spread is None:
         return ["", "", ""]
-    return [f"{v:.3g}" if v < 1 else f"{v:.1f}" for v in (spread.median, spread.min, spread.max)]
+    return [f"{v:.3g}" if v < 1 else f"{v:.{digits}f}" for v in (spread.median, spread.min, spread.max)]
 
 
 def alone(speed: Speed, work: Workload) -> None:
     """Print the speed of a bundle on this CPU."""
     table = Table("", "median", "min", "max", box=None, pad_edge=False)
+    table.add_row(f"start to logits after {work.prompt_tokens} tokens (s)", *_cells(speed.start_s, 2))
     table.add_row(f"prefill, {work.prompt_tokens} tokens (tokens/s)", *_cells(speed.prefill_tok_s))
     if speed.prefill_plain_tok_s is not None:
         table.add_row("the same without AMX", *_cells(speed.prefill_plain_tok_s))
@@ -34,7 +35,7 @@ def alone(speed: Speed, work: Workload) -> None:
     console.print(table)
     console.print(
         f"{speed.weight_bytes_per_token / 1e6:.1f} MB of weights a token, {speed.threads} threads, "
-        f"at most {speed.peak_rss_mib:.0f} MiB"
+        f"at most {speed.peak_rss_mib:.0f} MiB ({speed.planned_mib:.0f} planned)"
     )
 
 

@@ -21,6 +21,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -93,6 +94,7 @@ class Database:
     names: list[str] = field(default_factory=list)
     gpu: Device | None = None  # whose trials and verdicts count while tuning
     _file: IO[bytes] | None = None
+    _made: tuple[Path, ...] = ()  # folders that were not there before
 
     @classmethod
     def read(cls, folder: Path, key: str, name: str = FILE_NAME) -> Database:
@@ -108,13 +110,19 @@ class Database:
     def writing(cls, folder: Path, key: str, name: str = FILE_NAME) -> Database:
         """The same, ready for `append`: a half-written last line is cut off. One process at a time."""
         found = cls(folder / key / name, key)
+        found._made = tuple(place for place in (folder / key, folder) if not place.exists())
         found.path.parent.mkdir(parents=True, exist_ok=True)
         file = found.path.open("a+b", buffering=0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.close()
             raise DatabaseError(f"{found.path}: another process is tuning into it. Wait for its end.") from None
+        except OSError as error:  # a network file system without locks
+            file.close()
+            raise DatabaseError(
+                f"{found.path}: cannot be locked: {error.strerror}. Give --tuning-logs a folder on a local disk."
+            ) from None
         found._file = file
         try:
             file.seek(0)
@@ -152,18 +160,32 @@ class Database:
             "it has times of real boards, this one is emulated")  # fmt: skip
 
     def append(self, record: Record) -> None:
-        """Write one record and wait until it is on the disk."""
+        """Write one record and wait until it is on the disk. Raises DatabaseError where there is no room for it."""
         assert self._file is not None
         line = json.dumps({"target": self.key, **record}, allow_nan=False).encode()
         self._add(line, len(self.records) + 1)
-        self._file.write(line + b"\n")  # one write at the file's end
-        os.fsync(self._file.fileno())
+        size = self.path.stat().st_size
+        try:
+            rest = memoryview(line + b"\n")
+            while rest:  # one write, unless the disk is full in its middle
+                rest = rest[self._file.write(rest) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            del self.records[-1], self.names[-1]
+            self._file.truncate(size)
+            raise DatabaseError(
+                f"{self.path}: cannot take another record: {error.strerror}. What it has is whole: make room and run "
+                f"the same command again, it goes on from there."
+            ) from None
 
     def close(self) -> None:
         """Let other processes write."""
         if self._file is not None:
             if not self.records and not self.path.stat().st_size:
                 self.path.unlink()  # nothing came of it
+                for place in self._made:
+                    with suppress(OSError):  # somebody else has put something there
+                        place.rmdir()
             self._file.close()
             self._file = None
 

@@ -21,7 +21,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
-from rich.table import Table
+from rich.table import Column
 
 from compiler.tune.search import MIN_GAIN, Outcome, Task, Tuner
 from targets import Target
@@ -34,9 +34,10 @@ def bar(quiet: bool) -> Iterator[Progress | None]:
     if quiet or not console.is_terminal:
         yield None
         return
-    counted = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), *counted)
-    with Progress(*columns, console=console, transient=True) as progress:
+    # What counts comes first: where the terminal is narrow, names of shapes are cut, and no number.
+    name = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
+    columns = (SpinnerColumn(), BarColumn(12), MofNCompleteColumn(), TimeElapsedColumn(), name)
+    with Progress(*columns, console=console, transient=True, expand=True) as progress:
         yield progress
 
 
@@ -60,7 +61,7 @@ def shown(tuner: Tuner, tasks: list[Task], quiet: bool) -> Iterator[Task]:
 def summary(
     options: argparse.Namespace, target: Target, threads: int, path: Path, outcomes: list[Outcome], asked: int
 ) -> None:
-    """Print what was found for `asked` shapes, as a table or as one JSON object."""
+    """Print what was found for `asked` shapes, two lines each, or as one JSON object."""
     gained = [o for o in outcomes if o.choice is not None and o.choice["gained"]]
     complete = [o for o in outcomes if o.choice is not None and o.trials >= min(options.trials, o.points)]
     if options.json:
@@ -69,15 +70,13 @@ def summary(
         print(json.dumps(record | {"shapes": [_as_json(outcome) for outcome in outcomes]}))  # noqa: T201
         return
     modelled = options.cost == "model"
-    gain = "gain (of cycles, modelled)" if modelled else "gain (min to max)"
-    table = Table("shape", "tried", "default", "best", gain, "verdict", box=None, pad_edge=False)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     for outcome in outcomes:
-        table.add_row(*_row(outcome))
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-    console.print(table)
+        console.print(f"{outcome.task.name}\n  {_verdict(outcome)}")
     if noisy := [o for o in outcomes if o.noise is not None]:
+        left = "1 shape was" if len(noisy) == 1 else f"{len(noisy)} shapes were"
         console.print(
-            f"{len(noisy)} shapes were left: {noisy[-1].noise}. Nothing of such batches is recorded. Mend that and run "
+            f"{left} left: {noisy[-1].noise}. Nothing of such batches is recorded. Mend that and run "
             f"the same command again: it goes on where it stopped."
         )
     kept = len(complete) - sum(o in gained for o in complete)
@@ -103,12 +102,12 @@ def _as_json(outcome: Outcome) -> dict[str, Any]:
     return about | {"choice": None if choice is None else {key: choice[key] for key in keys if key in choice}}
 
 
-def _row(outcome: Outcome) -> list[str]:
-    """One line of the summary."""
-    tried = f"{outcome.trials}/{outcome.points}" + (f" ({outcome.failed} failed)" if outcome.failed else "")
+def _verdict(outcome: Outcome) -> str:
+    """What came of a shape: points tried, default and best, the gain from min to max, the knobs of what won."""
+    tried = f"{outcome.trials} of {outcome.points} tried" + (f", {outcome.failed} failed" if outcome.failed else "")
     choice = outcome.choice
     if choice is None:
-        return [outcome.task.name, tried, "", "", "", "nothing measured"]
+        return f"{tried}: nothing measured" if outcome.trials == outcome.failed else f"{tried}: not decided yet"
     speedup, modelled = choice["speedup"], "cycles" in choice
     verdict = f"default stays: the gain is {'too small' if modelled else 'inside the noise'}"
     if choice["gained"]:
@@ -117,11 +116,12 @@ def _row(outcome: Outcome) -> list[str]:
     elif speedup["median"] <= 1:
         verdict = "default stays: nothing was faster"
     if modelled:
-        figures = (_cost(choice, "default_"), _cost(choice, ""))
-        return [outcome.task.name, tried, *figures, f"{speedup['median']:.3f}x", verdict]
-    best, default = choice["seconds"], choice["default_seconds"]
-    gain = f"{speedup['median']:.2f}x ({speedup['min']:.2f} to {speedup['max']:.2f})"
-    return [outcome.task.name, tried, _speed(choice, default["median"]), _speed(choice, best["median"]), gain, verdict]
+        default, best = _cost(choice, "default_"), _cost(choice, "")
+        gain = f"{speedup['median']:.3f}x of the cycles, modelled"
+    else:
+        default, best = (_speed(choice, choice[name]["median"]) for name in ("default_seconds", "seconds"))
+        gain = f"{speedup['median']:.2f}x ({speedup['min']:.2f} to {speedup['max']:.2f})"
+    return f"{tried}: {default} -> {best}, {gain}: {verdict}"
 
 
 def _cost(choice: dict[str, Any], whose: str) -> str:
@@ -135,4 +135,5 @@ def _speed(choice: dict[str, Any], seconds: float) -> str:
         rate = f"{choice['gb_s'] * scale:.1f} of {choice['read_gb_s']:.1f} GB/s"
     else:
         rate = f"{choice['gmac_s'] * scale:.0f} GMAC/s" if choice["gmac_s"] else ""
-    return f"{seconds * 1e6:.0f} us {rate}"
+    us = seconds * 1e6
+    return f"{us:.3g} us {rate}".rstrip() if us < 100 else f"{us:.0f} us {rate}".rstrip()

@@ -33,20 +33,26 @@ def of(options: argparse.Namespace, target: Target) -> list[Task]:
         made.append(models.build(shapes.config(name), source.describe, pipeline.model_options(request)))
     wanted = {"decode" if m == 1 else f"prefill_{m}" for m in options.tokens}
     found: dict[Any, Task] = {}
+    tunable: dict[str, str] = {}  # operators with knobs: the schedule that lowers each
     for model in made:
         asked = requests(pipeline.fuse(model.graph.module(), request), target)
         for function in sorted(wanted & asked.keys()):
             for call in asked[function]:
-                room = space(call)
-                if room is not None and _wanted(options.operators, call.op, room.schedule):
+                if (room := space(call)) is None:
+                    continue
+                own = call.op.removeprefix("quern.")
+                tunable[own] = room.schedule
+                if options.operators is None or any(_names(name, own, room.schedule) for name in options.operators):
                     found.setdefault((room.schedule, tuple(room.workload.items())), Task(call, room))
-    if not found:
-        raise UserError("Nothing to tune: no kernel of this model, with these --tokens and --operators, has knobs.")
+    if not tunable:
+        raise UserError("Nothing to tune: no kernel of this model, with these --tokens, has knobs.")
+    for name in options.operators or ():
+        if not any(_names(name, *pair) for pair in tunable.items()):
+            there = ", ".join(sorted(tunable))
+            raise UserError(f"--operators {name}: no kernel of that name is there to tune. There are {there}.")
     return list(found.values())
 
 
-def _wanted(names: list[str] | None, operator: str, schedule: str) -> bool:
-    """Whether --operators names an operator, with or without its variants, or the schedule that lowers it."""
-    own = operator.removeprefix("quern.")
-    named = (own == name or own.startswith(f"{name}_") or schedule.split(".")[0] == name for name in names or ())
-    return names is None or any(named)
+def _names(name: str, operator: str, schedule: str) -> bool:
+    """Whether --operators means an operator by `name`, with or without its variants, or the schedule that lowers it."""
+    return operator == name or operator.startswith(f"{name}_") or schedule.split(".")[0] == name

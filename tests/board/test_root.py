@@ -8,6 +8,7 @@ import pytest
 
 from compiler.__main__ import main
 from compiler.board import root
+from runtime import manifest
 from tests.runtime import tiny
 
 
@@ -38,7 +39,19 @@ def program(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
+def test_a_bundle_for_another_machine_than_the_board(
+    programs: Path, toy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.edit_manifest(toy, target={**vars(manifest.load(toy / manifest.FILE_NAME).target), "arch": "x86_64"})
+    assert main(["run", str(toy), "One day", "--board", "qemu"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {toy}: is built for x86_64 (native), but the board is arm64. Build it with --target rpi4; here, "
+        "`python -m runtime generate` runs what is built for this machine.\n"
+    )
+
+
 def test_without_apt(programs: Path, toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.edit_manifest(toy, target={**vars(manifest.load(toy / manifest.FILE_NAME).target), "arch": "aarch64"})
     assert main(["run", str(toy), "One day", "--board", "qemu"]) == 2
     assert capsys.readouterr().err == (
         "error: --board qemu needs apt-get, which this machine lacks: it fetches Debian's arm64 packages with apt-get, "

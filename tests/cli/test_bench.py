@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from compiler.__main__ import main
+from runtime import device
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,20 @@ from compiler.__main__ import main
          "--kv-cache goes with a --shape that is measured: a BUNDLE has its own, --cost model none."),
         (["story", "--profile", "--perplexity", "x.txt"],
          "--profile times kernels on this machine and nothing else: leave it or --perplexity out."),
+        (["--shape", "a72-count", "--target", "rpi4"],
+         "rpi4: bench builds a shape and measures it on this machine, which cannot run it: it is built for aarch64 "
+         f"(rpi4), but this machine is {device.arch()}. --cost model forecasts, and a BUNDLE with --host is measured "
+         "on its device."),
+        (["--growth", "bits", "--target", "rpi4"],
+         "rpi4: bench builds a shape and measures it on this machine, which cannot run it: it is built for aarch64 "
+         f"(rpi4), but this machine is {device.arch()}. --cost model forecasts, and a BUNDLE with --host is measured "
+         "on its device."),
+        (["story", "--record", f"{__file__}/x"], f"{__file__}: File exists."),
+        (["story", "--record", "/"], "/: Is a directory."),
+        (["--shape", "a72-count", "--target", "rpi4", "--cost", "model", "--against", "openvino"],
+         "--cost model measures nothing and runs no engine: leave it or --against out."),
+        (["--shape", "a72-count", "--target", "rpi4", "--cost", "model", "--threads", "2"],
+         "--cost model measures nothing and runs no engine: leave it or --threads out."),
         (["story", "--cost", "model"], "--cost model compiles a shape for its target: give a --shape, not a BUNDLE."),
         (["--shape", "a72-count", "--target", "rpi"],
          "There is no target 'rpi'. Did you mean 'rpi5'? Known targets: native, aarch64, cuda-sm53, cuda-sm72, "
@@ -71,4 +86,5 @@ def test_threads_that_are_no_numbers(capsys: pytest.CaptureFixture[str]) -> None
         with pytest.raises(SystemExit) as left:
             main(["bench", "story", "--threads", given])
         assert left.value.code == 2
-        assert capsys.readouterr().err.endswith(f"error: argument --threads: {said}\n")
+        help_ = "For what there is: python -m compiler bench --help"
+        assert capsys.readouterr().err == f"error: argument --threads: {said}. {help_}\n"

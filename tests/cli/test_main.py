@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -53,24 +55,24 @@ def test_help_of_a_verb(verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "said", "verb"),
     [
-        ([], "python -m compiler: error: the following arguments are required: VERB\n"),
-        (["grind"], f"invalid choice: 'grind' (choose from {', '.join(map(repr, VERBS))})\n"),
-        (["--verbose", "targets"], "python -m compiler: error: unrecognized arguments: --verbose\n"),
-        (["targets", "extra"], "python -m compiler: error: unrecognized arguments: extra\n"),
-        (["build"], "python -m compiler build: error: the following arguments are required: --out\n"),
-        (["build", "--out", "x", "--context", "0"], "error: argument --context: 0 is not a positive number\n"),
-        (["build", "--out", "x", "--context", "4k"], "error: argument --context: '4k' is not a whole number\n"),
+        ([], "the following arguments are required: VERB", ""),
+        (["grind"], f"argument VERB: invalid choice: 'grind' (choose from {', '.join(map(repr, VERBS))})", ""),
+        (["--verbose", "targets"], "unrecognized arguments: --verbose", " targets"),
+        (["targets", "extra"], "unrecognized arguments: extra", " targets"),
+        (["build"], "the following arguments are required: --out", " build"),
+        (["build", "--out", "x", "--context", "0"], "argument --context: 0 is not a positive number", " build"),
+        (["build", "--out", "x", "--context", "4k"], "argument --context: '4k' is not a whole number", " build"),
     ],
     ids=str,
 )
-def test_a_command_that_is_none(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_that_is_none(
+    arguments: list[str], said: str, verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert exits(*arguments) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("usage: ")
-    assert err.endswith(said)
+    help_ = f"For what there is: python -m compiler{verb} --help"
+    assert capsys.readouterr() == ("", f"error: {said}. {help_}\n")
 
 
 @pytest.mark.parametrize(
@@ -139,3 +141,16 @@ def test_as_a_program() -> None:
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: bench measures either a BUNDLE or a --shape: give one of the two.\n"
+
+
+def test_kill_cleans_up_as_an_interrupt_does(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "compiler", "bench", "--shape", "a72-count:1"]
+    settings = {**os.environ, "PYTHONPATH": str(REPO), "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, cwd=tmp_path, env=settings, stderr=subprocess.PIPE, text=True) as process:
+        end = time.monotonic() + 60
+        while not list(tmp_path.iterdir()):
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.01)
+        process.terminate()
+        _, said = process.communicate(timeout=60)
+    assert (process.returncode, "Traceback" in said, list(tmp_path.iterdir())) == (143, False, [])

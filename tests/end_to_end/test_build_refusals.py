@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,12 @@ HEADS = "num_attention_heads,num_key_value_heads,head_dim,hidden_size"
 
 
 @pytest.fixture(autouse=True)
-def _where_leftovers_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Temporary files and the current folder lie in tmp_path, too. SIGTERM gets back the handler that `build` took."""
+def _where_leftovers_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Temporary files and the current folder lie in tmp_path, too."""
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))
     monkeypatch.chdir(tmp_path)
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture

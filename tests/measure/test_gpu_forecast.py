@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ import pytest
 import targets
 from compiler.__main__ import main
 from compiler.codegen import nvrtc
-from compiler.measure import gpu_forecast, gpu_forecast_report, gpu_issue, ptx, ptx_walk
+from compiler.measure import gpu_forecast, gpu_issue, ptx, ptx_walk
 from compiler.measure.forecast import Spread
 from compiler.measure.gpu_forecast import (
     BOARDS,
@@ -46,6 +46,20 @@ extern "C" __global__ void strided(const uint4* x, const int32_t* span, float* o
 """
 
 
+# One warp: fragments of fp16 hold everything twice, so a load of 16 x 16 of them is 1 KiB, as one of fp32.
+FRAGMENTS = """
+.visible .entry fragments(
+)
+{
+wmma.load.a.sync.aligned.row.m16n16k16.shared.f16 {%r1, %r2, %r3, %r4, %r5, %r6, %r7, %r8}, [%r9], %r10;
+wmma.load.b.sync.aligned.col.m16n16k16.shared.s8 {%r1, %r2}, [%r9], %r10;
+wmma.load.c.sync.aligned.row.m16n16k16.shared.f32 {%f1, %f2, %f3, %f4, %f5, %f6, %f7, %f8}, [%r9], %r10;
+wmma.store.d.sync.aligned.row.m16n16k16.shared.f32 [%r9], {%f1, %f2, %f3, %f4, %f5, %f6, %f7, %f8}, %r10;
+ret;
+}
+"""
+
+
 def walked(step: int, blocks: int, count: int) -> ptx_walk.Executed:
     gpu = targets.load("jetson-orin").gpu
     assert gpu is not None
@@ -66,6 +80,12 @@ def test_what_a_kernel_executes_follows_from_its_numbers() -> None:
     # Two threads of a warp meet in a bank at every second word; then one of a block reads one word.
     assert one.banks == 6 * 2 + 3
     assert many.rounds == one.rounds + 4
+
+
+def test_fragments_are_read_as_machine_code_reads_them() -> None:
+    code = ptx.functions(FRAGMENTS)["fragments"]
+    found = ptx_walk.walk(code, (1, 1, 1), (32, 1, 1), {}, 1)
+    assert found.banks == (1024 + 256 + 1024 + 1024) / 128
 
 
 def test_threads_that_are_far_apart_ask_for_a_line_each() -> None:
@@ -134,14 +154,19 @@ def test_clocks_of_a_multiprocessor_by_hand() -> None:
     assert gpu_issue.resident(256, 40 << 10, used, CHIPS[53]) == 1
 
 
-def test_a_table_says_that_it_is_a_model(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_and_a_record_say_that_it_is_a_model(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     speeds = Spread(10, 20, 123.4), Spread(100.4, 200, 300)
     board = Forecast("Jetson Nano 4 GB", *speeds, Parts(0.04, 0.01, 0.001, 0.001), Parts(0, 1, 0, 0), False)
     made = Report(223, 541_800_000, 1, 2, 2.82e9, 3.0, 704, (), (), (board,))
     assert asdict(made)["boards"][0]["decode_s"]["memory"] == 0.04
     monkeypatch.setattr(gpu_forecast, "report", lambda *args: made)
-    options = argparse.Namespace(shape="x", bits=4, group_size=128, head_bits=None, context=128, json=False)
-    gpu_forecast_report.show(options, targets.load("jetson-nano"))
+    command = ["bench", "--shape", "llama-0.1b", "--cost", "model", "--target", "jetson-nano"]
+    assert main([*command, "--record", str(tmp_path / "r.jsonl")]) == 0
+    record = json.loads((tmp_path / "r.jsonl").read_text())
+    named = (record["cost"], record["target"], record["launches_per_token"], record["boards"][0]["fits"])
+    assert named == ("model", "jetson-nano", 223, False) and "commit" in record and "cpu" not in record
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert [" ".join(line.split()) for line in lines] == [
         "a model, not a measurement expected low high waits for",

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 
+import targets
 from compiler.__main__ import main
 from compiler.errors import UserError
-from compiler.measure import growth, shapes
+from compiler.measure import growth, growth_report, peers, shapes, speed
 from compiler.measure.compare import Row, Workload
+from compiler.measure.engines import Engines
 from compiler.measure.growth import Point, Setup
+from compiler.measure.peers import PeerModel
 from compiler.measure.speed import Spread
+from tests.measure.test_compare import Scripted
 
 BASE = Setup("tinyllama-1.1b", 4, 128, 4, Workload(512, 128, 16, 5))
 
@@ -74,6 +83,56 @@ def test_a_plot_is_drawn_and_repeats(tmp_path: Path) -> None:
     assert "<!-- prefill -->" not in drawn
 
 
+def test_an_engine_that_cannot_run_a_point_is_told_once_and_not_tried_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three rounds of two points in one and in two threads: 3 bits are refused, 4 bits go on."""
+    log: list[str] = []
+
+    @contextmanager
+    def quern(path: Path, threads: int | None) -> Iterator[Scripted]:
+        yield Scripted("quern", [2.0, 2.0], [2.0, 2.0], [], threads or 2)
+
+    class Peer:
+        @staticmethod
+        @contextmanager
+        def opened(place: Path, variant: str, model: PeerModel, threads: int) -> Iterator[Scripted]:
+            log.append(f"{variant} {model.bits}")
+            if model.bits == 3:
+                raise UserError("has no 3 bits.")
+            yield Scripted("other", [1.0, 1.0], [1.0, 1.0], [], threads)
+
+    monkeypatch.setattr(speed, "open_side", quern)
+    monkeypatch.setattr(growth_report, "built", lambda setup, target, quiet: nullcontext(Path()))
+    todo = growth.setups("bits", replace(BASE, work=Workload(512, 128, 16, 3)), [3, 4])
+    engines = Engines({"other:plain": (cast(peers.Peer, Peer), "plain")}, Path())
+    rows = list(growth_report.Growth("bits", todo, engines).run(targets.load("native"), [1, 2]))
+    assert [(value, [row.name for row in found]) for value, _, found in rows] == [
+        (3, ["quern"]), (4, ["quern", "other"])] * 2  # fmt: skip
+    assert log == ["plain 3", *["plain 4"] * 6]
+    said = capsys.readouterr().err.splitlines()
+    assert said[:2] == [f"building tinyllama-1.1b, {bits} bits, groups of 128" for bits in (3, 4)]
+    assert said[2:5] == ["round 1 of 3: bits 3", "left out at bits 3: has no 3 bits.", "round 1 of 3: bits 4"]
+    assert sum("left out" in line for line in said) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "installed", "said"),
+    [
+        ("x.pdf", True, "--plot x.pdf: the name must end in .svg or .png."),
+        ("/proc/x.svg", True, "/proc/x.svg: No such file or directory."),
+        ("x.svg", False, "--plot needs the package matplotlib. Install it: pip install 'quern[plot]'."),
+    ],
+)
+def test_what_cannot_be_drawn_is_told_before_it_is_measured(
+    name: str, installed: bool, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not installed:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["bench", "--growth", "bits", "--plot", name]) == 2
+    assert capsys.readouterr() == ("", f"error: {said}\n")
+
+
 @pytest.mark.slow
 def test_the_verb_grows_over_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -90,6 +149,6 @@ def test_the_verb_grows_over_bits(
     assert [(r["growth"], r["value"], r["about"]["bits"], r["name"]) for r in printed] == [
         ("bits", 3, 3, "quern"), ("bits", 8, 8, "quern")]  # fmt: skip
     for record in printed:
-        for speed in (record["prefill_tok_s"], record["decode_tok_s"]):
-            assert 0 < speed["min"] <= speed["median"] <= speed["max"]
+        for spread in (record["prefill_tok_s"], record["decode_tok_s"]):
+            assert 0 < spread["min"] <= spread["median"] <= spread["max"]
         assert (record["shape"], record["rounds"], record["context"], record["threads"]) == ("small", 2, 0, 1)

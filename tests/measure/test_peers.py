@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,14 @@ from compiler import pipeline
 from compiler.__main__ import main
 from compiler.errors import UnsupportedError, UserError
 from compiler.measure import peers, shapes
+from compiler.measure.compare import Workload
+from compiler.measure.engines import Engines
+from compiler.measure.growth import Setup
 from compiler.measure.peers import PeerModel, llama_cpp, onnxruntime_genai, openvino
 from compiler.progress import Reporter
+from runtime import manifest as mf
 from targets import load
+from tests.runtime import tiny
 
 REPO = Path(__file__).parents[2]
 STORY = REPO / "tests" / "models" / "storyteller-5m-gptq-4bit-g128"
@@ -113,6 +119,28 @@ def test_what_a_peer_cannot_run(peer: peers.Peer, model: PeerModel, said: str, t
     with pytest.raises(UnsupportedError) as caught, peer.opened(tmp_path, variant, model, 1):
         pass
     assert str(caught.value) == said
+
+
+def test_other_engines_are_compared_with_quantised_weights(tmp_path: Path) -> None:
+    found = tiny.build(tmp_path / "toy")
+    quantization: dict[str, mf.Scalar] = {"format": "none", "bits": 16, "group_size": None, "head_bits": 16}
+    mf.dump(replace(found, quantization=quantization), tmp_path / "toy" / mf.FILE_NAME)
+    setup = Setup("tinyllama-1.1b", 4, 128, 4, Workload(1, 1, 1, 1))
+    with pytest.raises(UserError) as caught:
+        Engines({}, tmp_path, STORY)._model(tmp_path / "toy", setup)
+    assert str(caught.value) == (
+        f"{tmp_path}/toy: its linear layers are not quantised, and other engines are compared with quantised ones. "
+        "Build it with --bits 4 or --bits 8."
+    )
+
+
+def test_a_wrong_checkpoint_is_told_before_anything_is_installed(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        Engines.installed(["openvino"], tmp_path, tmp_path / "gone", True, print)
+    assert str(caught.value) == (
+        f"{tmp_path}/gone is not a folder. Give the folder that holds config.json and the .safetensors files, or a "
+        ".gguf file."
+    )
 
 
 def _installed(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 import targets
 from compiler.__main__ import main
+from compiler.cli import bench
 from compiler.errors import UserError
 from compiler.measure import bundle_process, speed
 from compiler.measure.speed import Spread
@@ -93,15 +95,24 @@ def test_weights_too_few_to_time(tmp_path: Path) -> None:
     assert str(caught.value) == f"{tmp_path / 'toy'}: its 1536 bytes of weights are too few to time reading them."
 
 
+def test_a_record_names_the_bundles_own_target(tmp_path: Path) -> None:
+    made = tiny.build(tmp_path / "toy")
+    tiny.edit_manifest(tmp_path / "toy", target={**vars(made.target), "name": "x86-64"})
+    found = bench._where(argparse.Namespace(bundle=tmp_path / "toy", shape=None, target="native"))
+    assert (found["target"], found["bundle"]) == ("x86-64", str(tmp_path / "toy"))
+
+
 def test_the_verb_prints_a_record(stories: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--rounds", "1", "--prompt-tokens", "999", "--decode-tokens", "2", "--threads", "1", "--json"]
     assert main(["bench", str(stories), *options]) == 0
     out, err = capsys.readouterr()
-    assert err == ""
+    assert err == f"{stories} has a context of 32 tokens: a prompt of 32 is measured, and 2 decoded after 30\n"
     record = json.loads(out)
-    medians = ("prefill_tok_s", "decode_tok_s", "read_gb_s", "decode_bandwidth_ratio")
+    medians = ("start_s", "prefill_tok_s", "decode_tok_s", "read_gb_s", "decode_bandwidth_ratio")
     assert all(record[name] > 0 for name in medians)
     assert sorted(record["spread"]) == sorted(medians)
+    assert record["start_s"] > 1 / record["prefill_tok_s"]
+    assert 0 < record["planned_mib"] < record["peak_rss_mib"]
     assert (record["prompt_tokens"], record["context"], record["rounds"], record["threads"]) == (CONTEXT, 30, 1, 1)
     assert (record["bundle"], record["shape"], record["target"]) == (str(stories), None, "native")
 
@@ -113,10 +124,11 @@ def test_the_verb_prints_a_table(stories: Path, capsys: pytest.CaptureFixture[st
     header, *lines = out.splitlines()
     assert header.split() == ["median", "min", "max"]
     starts = (
+        "start to logits after 16 tokens (s)",
         "prefill, 16 tokens (tokens/s)",
         "decode after 4 (tokens/s)",
         "read ceiling (GB/s)",
         "decode / ceiling",
         "0.2 MB",
     )
-    assert [line.startswith(start) for line, start in zip(lines, starts, strict=True)] == [True] * 5
+    assert [line.startswith(start) for line, start in zip(lines, starts, strict=True)] == [True] * 6

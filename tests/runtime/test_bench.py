@@ -41,6 +41,14 @@ def test_the_past_of_decoded_tokens_is_filled_once(session: Session, monkeypatch
     assert np.array_equal(session.step(3), tiny.reference([*timed.ids[:18], 3])[-1])
 
 
+def test_defaults_fit_into_any_context() -> None:
+    none = (None, None, None, None)
+    assert bench.fitting(4096, *none) == (512, 128, 16, 5)
+    assert bench.fitting(48, *none) == (48, 32, 16, 5)
+    assert bench.fitting(2, *none) == (2, 1, 1, 5)
+    assert bench.fitting(48, 64, None, None, 1) == (64, 32, 16, 1)  # what was asked for is measured or refused
+
+
 def test_what_is_measured(session: Session, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     texts = {"model": "Raspberry Pi 4 Model B Rev 1.4\0", "heat": "48312\n"}
     texts |= {f"cpu0/cpufreq/{name}": f"{khz}\n" for name, khz in

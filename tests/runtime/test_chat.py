@@ -4,7 +4,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from runtime.chat import Conversation, Part, converse, encode, turn
 from runtime.errors import ContextFullError, InputError
 from runtime.manifest import ChatFormat
 from runtime.sampler import Sampler, Sampling
-from runtime.session import Session
+from runtime.session import Chunk, Session
 from runtime.tokenizer import Tokenizer
 from tests.runtime import tiny
 
@@ -136,6 +136,53 @@ def test_a_turn_that_does_not_fit_changes_nothing(session: Session, tokenizer: T
     state(session, ids("u.aba.xx!u.ca.y"))
 
 
+class Interrupted(Fixed):
+    """Ctrl-C comes where a token is None."""
+
+    def sample(self, logits: Any) -> int:
+        token = super().sample(logits)
+        if token is None:
+            raise KeyboardInterrupt
+        return token
+
+
+def test_an_interrupt_ends_a_reply_and_not_the_conversation(session: Session, tokenizer: Tokenizer) -> None:
+    ids, none = tokenizer.encode, cast(int, None)
+    chat = Conversation(session, tokenizer, Interrupted(*ids("xy"), none, *ids("q"), tiny.EOS, none), 9)
+    lines, written = iter(["ab", "c", "d"]), list[str]()
+    with pytest.raises(StopIteration):
+        converse(chat, lambda: next(lines), written.append, interactive=True)
+    said = "\n(interrupted; /exit leaves)\n"
+    assert "".join(written) == f"xy{said}q\n{said}"
+    state(session, ids("u.aba.xy!u.ca.q!u.da."))
+    with pytest.raises(KeyboardInterrupt):
+        converse(Conversation(session, tokenizer, Interrupted(none), 9), lambda: "ab", written.append)
+
+
+def test_an_interrupted_turn_was_not_said(
+    session: Session, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = tokenizer.encode
+    chat = Conversation(session, tokenizer, Fixed(*ids("xx"), *ids("y"), tiny.EOS), 2)
+    "".join(chat.say("ab"))
+    run, calls = session._run, list[int]()
+
+    def second(chunk: Chunk, taken: Any) -> Any:
+        calls.append(chunk.valid)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return run(chunk, taken)
+
+    monkeypatch.setattr(session, "_run", second)
+    with pytest.raises(KeyboardInterrupt):
+        "".join(chat.say("c" * 20))
+    assert len(calls) == 2
+    state(session, ids("u.aba.x"))
+    monkeypatch.undo()
+    assert "".join(chat.say("c")) == "y"
+    state(session, ids("u.aba.xx!u.ca.y"))
+
+
 def test_the_loop(session: Session, tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode
     chat = Conversation(session, tokenizer, Fixed(*ids("x"), tiny.EOS, *ids("y"), tiny.EOS), 9)
@@ -144,10 +191,10 @@ def test_the_loop(session: Session, tokenizer: Tokenizer) -> None:
     converse(chat, lambda: next(lines), written.append)
     assert "".join(written) == (
         "x\n"
-        "(unknown command /help: /reset starts over, /exit (or end of input) leaves.)\n"
+        "(unknown command /help: /reset starts over, Ctrl-C ends a reply, /exit (or end of input) leaves.)\n"
         "(55 tokens do not fit into the context of 48, which holds 7 already. Use a shorter prompt, or rebuild the "
         "bundle with a longer context (python -m compiler build --context). "
-        "/reset starts over, /exit (or end of input) leaves.)\n"
+        "/reset starts over, Ctrl-C ends a reply, /exit (or end of input) leaves.)\n"
         "(new conversation)\n"
         "y\n"
     )

@@ -46,12 +46,18 @@ def test_capability_names_sit_at_the_kernel_bits() -> None:  # Linux v6.1 arch/a
     assert len(device._HWCAP) == 32
 
 
+# Of cgroup v2, and of v1 in the mounts "cpu,cpuset" and "memory".
+MINE = "0::/box\n3:memory:/pod/inner\n2:cpu,cpuset:/job\n1:name=systemd:/box"
+
+
 @pytest.mark.parametrize(("files", "quota"), [
     ({"cpu.max": "max 100000"}, None),
     ({"cpu.max": "150000 100000"}, 1.5),
     ({"box/cpu.max": "max 100000", "cpu.max": "300000 100000"}, 3.0),
     ({"box/cpu.max": "200000 100000", "cpu.max": "300000 100000"}, 2.0),
     ({"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "100000"}, 0.5),
+    ({"cpu,cpuset/job/cpu.cfs_quota_us": "50000", "cpu,cpuset/job/cpu.cfs_period_us": "100000"}, 0.5),
+    ({"cpu,cpuset/cpu.cfs_quota_us": "250000", "cpu,cpuset/cpu.cfs_period_us": "100000"}, 2.5),
     ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
     ({}, None),
 ])  # fmt: skip
@@ -62,8 +68,26 @@ def test_cpu_quota(
         write(tmp_path / name, text)
     real = device.read_text
     monkeypatch.setattr(device, "CGROUP", tmp_path)
-    monkeypatch.setattr(device, "read_text", lambda p: "0::/box" if p == Path("/proc/self/cgroup") else real(p))
+    monkeypatch.setattr(device, "read_text", lambda p: MINE if p == Path("/proc/self/cgroup") else real(p))
     assert device.cpu_quota() == quota
+
+
+@pytest.mark.parametrize(("files", "limit"), [
+    ({"memory.max": "max"}, None),
+    ({"box/memory.max": "1000", "memory.max": "max"}, 1000),
+    ({"memory/pod/memory.limit_in_bytes": "3000", "memory/memory.limit_in_bytes": "2000"}, 2000),
+    ({"memory/pod/inner/memory.limit_in_bytes": "3000", "memory/memory.limit_in_bytes": "9223372036854771712"}, 3000),
+])  # fmt: skip
+def test_memory_of_nested_groups(
+    files: dict[str, str], limit: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in files.items():
+        write(tmp_path / name, text)
+    real, installed = device.read_text, device.memory_bytes()
+    monkeypatch.setattr(device, "CGROUP", tmp_path)
+    monkeypatch.setattr(device, "read_text", lambda p: MINE if p == Path("/proc/self/cgroup") else real(p))
+    found = device.memory_bytes()
+    assert found == limit if limit else (found or 0) >= (installed or 0)
 
 
 def test_hyper_threads_count_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,6 +122,24 @@ def test_chat_over_a_pipe(toy: Path) -> None:
     assert first == second
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["generate", "story"], "the following arguments are required: --prompt. For what there is: python -m runtime "
+         "generate --help"),
+        (["info", "story", "--fast"], "unrecognized arguments: --fast. For what there is: python -m runtime info "
+         "--help"),
+        (["bench", "story", "--threads", "x"], "argument --threads: invalid int value: 'x'. For what there is: python "
+         "-m runtime bench --help"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_command_that_is_none(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert (caught.value.code, capsys.readouterr()) == (2, ("", f"error: {said}\n"))
+
+
 def test_info(toy: Path, bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", str(toy), "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
@@ -147,6 +165,22 @@ def test_info_about_half_a_bundle(bundle: Path, capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().out.splitlines()[-1] == f"runs here:    no: {'; '.join(refusals)}"
     assert main(["info", str(bundle), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["refusals"] == refusals
+
+
+def test_info_reads_every_byte_if_asked(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(bundle), "--verify"]) == 0
+    assert "digests:      right, of every file" in capsys.readouterr().out.splitlines()
+    assert main(["info", str(bundle), "--verify", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["verified"] is True
+    blob = bytearray((bundle / "weights.bin").read_bytes())
+    blob[-1] ^= 1
+    (bundle / "weights.bin").write_bytes(blob)
+    assert main(["info", str(bundle)]) == 0
+    assert capsys.readouterr().out.endswith("runs here:    yes\n")
+    assert main(["info", str(bundle), "--verify"]) == 2
+    assert capsys.readouterr() == (
+        "", f"error: {bundle}/weights.bin: is damaged: its SHA-256 is not the manifest's. Copy the bundle again or "
+        "rebuild it.\n")  # fmt: skip
 
 
 # --- logits ----------------------------------------------------------------------------------------------------------

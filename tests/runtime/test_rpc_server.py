@@ -321,7 +321,8 @@ def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
 def test_options_that_are_none(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["rpc-server", *options])
-    assert capsys.readouterr().err.endswith(f"error: {said}\n")
+    help_ = "For what there is: python -m runtime rpc-server --help"
+    assert capsys.readouterr().err == f"error: {said}. {help_}\n"
 
 
 def test_an_address_with_colons() -> None:

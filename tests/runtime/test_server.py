@@ -25,7 +25,7 @@ from runtime.chat import Part
 from runtime.completions import Asked, Defaults, Usage
 from runtime.errors import ContextFullError
 from runtime.sampler import Sampling
-from runtime.session import Session
+from runtime.session import Chunk, Session
 from runtime.tokenizer import Tokenizer
 from runtime.worker import End, Job, Worker
 from tests.runtime import tiny
@@ -78,6 +78,27 @@ def test_the_cache_is_what_the_worker_believes(worker: Worker, session: Session)
         assert session.position == len(held)
         assert np.array_equal(session.step(9), tiny.reference([*held, 9])[-1])
         session.rewind(len(held))
+
+
+def test_who_leaves_during_a_long_prompt_ends_it_between_two_calls(
+    worker: Worker, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, job, run = tuple(range(2, 12)) * 4, Job(ASKED), session._run
+    calls = []
+
+    def leave_in_the_second(chunk: Chunk, ids: Any) -> Any:
+        calls.append(chunk.valid)
+        if len(calls) == 2:
+            job.gone.set()
+        return run(chunk, ids)
+
+    job.asked = replace(ASKED, ids=ids)
+    monkeypatch.setattr(session, "_run", leave_in_the_second)
+    worker.work(job)
+    assert (calls, session.position, job.events.qsize()) == ([16, 16], 32, 0)
+    monkeypatch.undo()
+    assert events(worker, replace(ASKED, ids=ids))[-1] == End("length", Usage(40, 32, 6))  # what it had is kept
+    assert np.array_equal(session.step(9), tiny.reference([*worker._held, 9])[-1])
 
 
 def test_a_penalty_counts_what_was_cached(worker: Worker) -> None:

@@ -11,7 +11,7 @@ from tvm import tirx
 
 import schedules
 import targets
-from schedules.kernel import Kernel, NotSuited, Request, lowerings
+from schedules.kernel import Kernel, NotSuited, Request, Unsupported, lowerings
 
 EMPTY = tirx.PrimFunc([], tirx.Evaluate(0))
 REQUEST = Request("quern.invented", (), (), {}, targets.load("x86-64"))
@@ -45,6 +45,14 @@ def test_the_highest_rank_that_is_suited_gets_the_request(monkeypatch: pytest.Mo
 def test_the_general_family_takes_what_no_other_wants(monkeypatch: pytest.MonkeyPatch) -> None:
     offer(monkeypatch, idle=9, general=None)
     assert lowerings()["quern.invented"](REQUEST).name == "general"
+
+
+@pytest.mark.parametrize("ranks", [{"idle": None}, {"idle": 9, "idle_too": None}], ids=["one", "two"])
+def test_what_no_family_is_meant_for_is_told(monkeypatch: pytest.MonkeyPatch, ranks: dict[str, int | None]) -> None:
+    offer(monkeypatch, **ranks)
+    with pytest.raises(Unsupported) as caught:
+        lowerings()["quern.invented"](REQUEST)
+    assert str(caught.value) == "quern.invented: no kernel is meant for () on x86-64"
 
 
 def test_two_files_of_equal_rank_are_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -222,7 +227,48 @@ def test_an_emulators_times_stand_alone(tmp_path: Path) -> None:
     writer.close()
 
 
-def test_a_database_without_records_leaves_no_file(tmp_path: Path) -> None:
+def test_a_database_without_records_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for folder in ("there", "new"):
+        Database.writing(tmp_path / folder, "mill").close()
+    assert list(tmp_path.rglob("*")) == [tmp_path / "there"]
+
+
+@contextmanager
+def files_end_at(size: int) -> Iterator[None]:
+    """As on a full disk: a write that crosses this size is cut there, the next one fails."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_loses_one_record_and_no_other(tmp_path: Path) -> None:
     writer = Database.writing(tmp_path, "mill")
+    writer.append(trial())
+    size = writer.path.stat().st_size
+    with files_end_at(size + 40), pytest.raises(DatabaseError) as caught:
+        writer.append(trial(knobs={"rows": 1, "ahead": 0}))
+    assert str(caught.value) == (
+        f"{writer.path}: cannot take another record: File too large. What it has is whole: make room and run the same "
+        "command again, it goes on from there."
+    )
+    assert writer.path.stat().st_size == size and len(writer.records) == len(writer.names) == 1
+    writer.append(trial(knobs={"rows": 2, "ahead": 0}))
     writer.close()
-    assert not writer.path.exists()
+    assert [r["knobs"]["rows"] for r in Database.read(tmp_path, "mill").records] == [4, 2]
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(DatabaseError) as caught:
+        Database.writing(tmp_path, "mill")
+    assert str(caught.value) == (
+        f"{tmp_path}/mill/tune.jsonl: cannot be locked: No locks available. Give --tuning-logs a folder on a local "
+        "disk."
+    )

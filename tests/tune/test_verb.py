@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+import argparse
+import io
 import json
 import os
 import signal
 import subprocess
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import targets
 from compiler import pipeline
 from compiler.__main__ import main
 from compiler.cli import tune
 from compiler.progress import Reporter
+from compiler.tune import report
 from compiler.tune.boards import BoardError
+from compiler.tune.local import LocalMeasurer
 from compiler.tune.measure import EMULATED, RPC, Device, Setting
 from compiler.tune.records import DEFAULT_FOLDER, FILE_NAME, ID_DIGITS, Database
-from runtime import info, manifest
+from compiler.tune.search import Outcome, Task, Tuner
+from runtime import device, info, manifest
+from schedules.kernel import Request, Space
 from tests.end_to_end import commands
 from tests.end_to_end.places import DEMO
 from tests.tune.test_records import choice, database
 
 NATIVE = targets.load("native")
+CPUS = len(device.affinity())
 PATIENCE_S = 240
 TRIALS = 2
 TUNE = ("compiler", "tune", "--model", DEMO, "--tokens", 1, "--operators", "linear_int8", "--trials", TRIALS)
@@ -48,7 +57,14 @@ def _restore_threads(monkeypatch: pytest.MonkeyPatch) -> None:
          "There is no shape 'gpt-9'. Known shapes: tinyllama-1.1b, llama-0.1b, llama-0.5b, qwen2.5-0.5b, llama-3.2-1b, "
          "llama-3.2-3b, llama-2-7b, llama-3-8b, qwen2.5-1.5b, a72-count."),
         (["--shapes", "a72-count", "--operators", "softmax", "--tuning-logs", "logs"],
-         "Nothing to tune: no kernel of this model, with these --tokens and --operators, has knobs."),
+         "--operators softmax: no kernel of that name is there to tune. There are attention, linear_int8, "
+         "linear_int8_residual."),
+        (["--shapes", "a72-count", "--operators", "attention", "rope", "--tokens", "1", "--tuning-logs", "logs"],
+         "--operators rope: no kernel of that name is there to tune. There are attention, linear_int8, "
+         "linear_int8_residual."),
+        (["--shapes", "a72-count", "--threads", "100000", "--tuning-logs", "logs"],
+         f"--threads is 100000, but this process has {CPUS} processors: threads that wait for each other say nothing "
+         f"about kernels. Give at most {CPUS}."),
         (["--target", "aarch64" if NATIVE.arch == "x86_64" else "x86-64", "--shapes", "a72-count"],
          f"{'aarch64' if NATIVE.arch == 'x86_64' else 'x86-64'}: candidates are timed on this machine, and it cannot "
          f"run them: it is built for {'aarch64 (aarch64)' if NATIVE.arch == 'x86_64' else 'x86_64 (x86-64)'}, but this "
@@ -77,6 +93,73 @@ def test_refused(
     monkeypatch.chdir(tmp_path)
     assert main(["tune", *options]) == 2
     assert capsys.readouterr() == ("", f"error: {said}\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_tells_what_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def tuned(tuner: Tuner, task: Task) -> Outcome:
+        if tuned.calls:  # type: ignore[attr-defined]
+            raise KeyboardInterrupt
+        tuned.calls = 1  # type: ignore[attr-defined]
+        return Outcome(task, 2, 2, 0, 9, None)
+
+    tuned.calls = 0  # type: ignore[attr-defined]
+    monkeypatch.setattr(Tuner, "tune", tuned)
+    monkeypatch.setattr(LocalMeasurer, "start", lambda self: None)
+    options = ["--shapes", "a72-count", "--tokens", "1", "--threads", "1", "--tuning-logs", str(tmp_path), "--json"]
+    assert main(["tune", *options]) == 130
+    out, err = capsys.readouterr()
+    said = json.loads(out)
+    assert (len(said["shapes"]), said["shapes"][0]["new"], said["complete"], err) == (1, 2, False, "interrupted\n")
+
+
+def test_a_summary_says_what_gained_and_what_did_not(capsys: pytest.CaptureFixture[str]) -> None:
+    space = Space.around({"rows": 2}, {"rows": (1, 2, 4)}, schedule="mill.stone", workload={"m": 1, "n": 8})
+    task = Task(Request("quern.linear_int8", (), (), {}, NATIVE), space)
+    spread = {"median": 1.25, "min": 0.875, "max": 1.5}
+    seconds = {"median": 2e-6, "min": 1e-6, "max": 4e-6}
+    better = choice(
+        workload={"m": 1, "n": 8}, default={"rows": 2}, best={"rows": 4}, knobs={"rows": 4}, speedup=spread,
+        seconds=seconds, default_seconds={**seconds, "median": 2.5e-6}, gb_s=5.0, read_gb_s=30.0,
+    )  # fmt: skip
+    outcomes = [
+        Outcome(task, 2, 1, 0, 2, better),
+        Outcome(task, 2, 1, 1, 2, {**better, "gained": False}),
+        Outcome(task, 2, 1, 0, 2, {**better, "gained": False, "speedup": {**spread, "median": 0.9}}),
+        Outcome(task, 0, 0, 0, 2, None, "other processes take 50% of the processors"),
+        Outcome(task, 1, 1, 0, 2, None),
+    ]
+    options = argparse.Namespace(json=False, cost="time", trials=2)
+    report.summary(options, NATIVE, 2, Path("tune.jsonl"), outcomes, 6)
+    both = "2.5 us 4.0 of 30.0 GB/s -> 2 us 5.0 of 30.0 GB/s"
+    assert capsys.readouterr().out.splitlines() == [
+        "mill.stone m=1 n=8", f"  2 of 2 tried: {both}, 1.25x (0.88 to 1.50): rows=4",
+        "mill.stone m=1 n=8",
+        f"  2 of 2 tried, 1 failed: {both}, 1.25x (0.88 to 1.50): default stays: the gain is inside the noise",
+        "mill.stone m=1 n=8", f"  2 of 2 tried: {both}, 0.90x (0.88 to 1.50): default stays: nothing was faster",
+        "mill.stone m=1 n=8", "  0 of 2 tried: nothing measured",
+        "mill.stone m=1 n=8", "  1 of 2 tried: not decided yet",
+        "1 shape was left: other processes take 50% of the processors. Nothing of such batches is recorded. Mend that "
+        "and run the same command again: it goes on where it stopped.",
+        "tune.jsonl: 1 of 6 shapes gained, 2 keep the default because nothing beat it beyond the noise, 3 are not "
+        "complete. 2 threads, 4 new trials.",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_a_narrow_terminal_cuts_names_and_no_numbers(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    terminal = partial(Console, file=shown, force_terminal=True, width=width, color_system=None)
+    monkeypatch.setattr(report, "Console", lambda **_: terminal())
+    with report.bar(quiet=False) as progress:
+        assert progress is not None
+        progress.add_task("1/11 linear_int8.avx512_vnni m=128 n=11264 k=2048 bits=4 group=128 kind=zero", total=528)
+        progress.refresh()
+        line = shown.getvalue().rstrip().splitlines()[-1]
+    assert "  0/528 0:00:00 1/11 linear_int8.avx512_vnni m=1" in line
+    assert ("kind=zero" in line) == (width == 200)
 
 
 @pytest.mark.parametrize("text", ["0s", "soon", "5d", "-3"])

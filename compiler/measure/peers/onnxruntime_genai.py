@@ -58,7 +58,7 @@ class Genai(Timed):
 
     def perplexity(self, windows: list[list[int]]) -> float:
         """Its weights are random."""
-        raise UnsupportedError(f"{NAME}: runs random weights here, which have no perplexity. Leave --perplexity out.")
+        raise UnsupportedError(f"{NAME}: runs random weights here, which have none")
 
 
 @contextmanager

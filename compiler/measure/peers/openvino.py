@@ -58,7 +58,7 @@ class OpenVino(Timed):
 
     def perplexity(self, windows: list[list[int]]) -> float:
         """Its weights are random."""
-        raise UnsupportedError("openvino: runs random weights here, which have no perplexity. Leave --perplexity out.")
+        raise UnsupportedError("openvino: runs random weights here, which have none")
 
 
 @contextmanager
