@@ -7,17 +7,18 @@ into weights that another one reads, and starts anew at every task. Hence both: 
 to back, then what others have not begun.
 
     for i in parallel(E): body(i)   ->   taken[0..E-1] = 0
-                                         for first in parallel(E):
+                                         for front in parallel(F):
                                              if not all_taken:
                                                  for again in serial(2), i in serial(E):
-                                                     if (again or i >= first) and take(taken[i]): body(i)
+                                                     if (again or i >= front * E / F) and take(taken[i]): body(i)
                                                  all_taken = 1
 
 A thread's first iteration stands at the front of its piece, and does all that it ever does; the others find nothing
-left. It runs upwards into what the next thread has begun, passes over that, and helps where tasks are free. i stays
-the variable of a loop, which TVM needs to see how large a task's buffers are. Whichever thread computes a task, the
-same operations give the same bits. TVM has no atomic exchange for CPUs, LLVM has: `take` comes as LLVM IR, and is
-inlined. It is 1 for the one that comes first.
+left, but TVM takes and gives back a task's memory in each: hence no more of them than threads might need. It runs
+upwards into what the next thread has begun, passes over that, and helps where tasks are free. i stays the variable of
+a loop, which TVM needs to see how large a task's buffers are. Whichever thread computes a task, the same operations
+give the same bits. TVM has no atomic exchange for CPUs, LLVM has: `take` comes as LLVM IR, and is inlined. It is 1
+for the one that comes first.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import tvm
 from tvm import s_tir, tirx
 
 LINE_BYTES = 64
+FRONTS = 128  # places where a thread may begin
 TAKE = "quern_take"
 IR = f"""
 define i32 @{TAKE}(ptr %flag) {{
@@ -70,7 +72,9 @@ def balanced(function: Any) -> Any:
 def _threads(loop: Any, taken: Any) -> Any:
     """The parallel loop that a thread enters at the front of its piece."""
     task, end = loop.loop_var, loop.extent
-    first, again = tirx.Var("first", "int32"), tirx.Var("again", "int32")
+    front, again = tirx.Var("front", "int32"), tirx.Var("again", "int32")
+    fronts = min(int(end), FRONTS)
+    first = tirx.floordiv(front * end, fronts)
     flag = tirx.call_intrin("handle", "tirx.address_of", tirx.BufferLoad(taken, [LINE_BYTES + task]))
     free = tirx.call_extern("int32", TAKE, flag) > 0
     ours = tirx.IfThenElse(tirx.any(again > 0, task >= first), tirx.IfThenElse(free, loop.body, None), None)
@@ -78,4 +82,4 @@ def _threads(loop: Any, taken: Any) -> Any:
     all_taken, yes = tirx.BufferLoad(taken, [LINE_BYTES + end]), tirx.const(1, "uint8")
     done = tirx.BufferStore(taken, yes, [LINE_BYTES + end])
     working = tirx.IfThenElse(all_taken < yes, tirx.SeqStmt([tasks, done]), None)
-    return tirx.For(first, 0, end, tirx.ForKind.PARALLEL, working)
+    return tirx.For(front, 0, fronts, tirx.ForKind.PARALLEL, working)
