@@ -35,6 +35,7 @@ MOST_CONNECTIONS = 64
 MOST_WAITING = 16  # requests behind the one that is computed
 SILENCE_S = 30  # how long a client may take to send or take in something
 LOOK_S = 0.25  # how often a client that waits is looked at
+SIGNAL_S = 0.5  # a signal just before the main thread begins to wait, or to another thread, does not end the wait
 PATHS = {"/v1/chat/completions": "POST", "/v1/completions": "POST", "/v1/models": "GET", "/health": "GET"}
 
 
@@ -81,7 +82,10 @@ class Server:
         listening.start()
         try:
             while True:
-                job = self.jobs.get()
+                try:
+                    job = self.jobs.get(timeout=SIGNAL_S)
+                except queue.Empty:
+                    continue
                 if not job.gone.is_set():
                     self._worker.work(job)
         finally:

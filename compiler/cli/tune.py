@@ -124,6 +124,7 @@ def _run_here(options: argparse.Namespace, target: Target) -> int:
         tuner = search.Tuner(database, measurer, options.trials, stop)
         for task in report.shown(tuner, found, quiet=options.json):
             outcomes.append(tuner.tune(task))  # noqa: PERF401 those before an interrupt count
+        database.keep()
     except KeyboardInterrupt:
         if outcomes:
             report.summary(options, target, threads, database.path, outcomes, len(found))
@@ -149,6 +150,7 @@ def _run_modelled(options: argparse.Namespace, target: Target) -> int:
         found = tasks.of(options, target)
         tuner = search.Tuner(database, measurer, options.trials, stop)
         outcomes = [tuner.tune(task) for task in report.shown(tuner, found, quiet=options.json)]
+        database.keep()
     finally:
         database.close()
     report.summary(options, target, measurer.setting.threads, database.path, outcomes, len(found))
@@ -190,6 +192,7 @@ def _run_there(options: argparse.Namespace, target: Target) -> int:
                     tuner.advance = partial(bar.advance, bar.add_task("trials", total=sum(map(tuner.wanted, found))))
                 fleet = Fleet(tuner, slots, lambda line: print(line, file=sys.stderr, flush=True), options.patience)
                 outcomes = fleet.run(found)
+        database.keep()
     finally:
         database.close()
     report.summary(options, target, threads, database.path, outcomes, len(found))

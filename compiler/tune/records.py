@@ -178,6 +178,10 @@ class Database:
                 f"the same command again, it goes on from there."
             ) from None
 
+    def keep(self) -> None:
+        """A search has ended: the folder stays even if it is empty, for `build --tuning-logs` is given it next."""
+        self._made = ()
+
     def close(self) -> None:
         """Let other processes write."""
         if self._file is not None:

@@ -291,6 +291,26 @@ def test_it_ends_when_told(toy: Path, number: int, code: int) -> None:
         assert re.search(line, log, re.MULTILINE)
 
 
+SIGNALLED = """
+import signal, sys, threading, time
+from runtime import server
+from runtime.__main__ import main
+
+def signal_this_thread(self, *rest):
+    threading.Timer(0.1, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGTERM)).start()
+
+server._Http.serve_forever = signal_this_thread
+server._Http.shutdown = lambda self: None
+sys.exit(main(["serve", sys.argv[1], "--port", "0", "--threads", "1"]))
+"""
+
+
+def test_it_ends_when_another_thread_was_told(toy: Path) -> None:
+    """What the kernel gives to another thread, or just before a wait, interrupts no wait of the main thread."""
+    done = subprocess.run([sys.executable, "-c", SIGNALLED, str(toy)], cwd=ROOT, timeout=30, check=False)
+    assert done.returncode == 128 + signal.SIGTERM
+
+
 def test_a_port_that_is_taken(port: int, toy: Path) -> None:
     command = [sys.executable, "-m", "runtime", "serve", str(toy), "--port", str(port)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
@@ -331,7 +351,7 @@ def test_more_than_can_wait(session: Session, toy: Path, monkeypatch: pytest.Mon
             time.sleep(0.01)
         status, answer = ask(made.port, "/v1/completions", {"prompt": "ab"})
         assert (status, answer["error"]["type"]) == (503, "overloaded")
-        idle = socket.create_connection(("127.0.0.1", made.port), timeout=30)
+        idle = _taken(made.port)
         third = socket.create_connection(("127.0.0.1", made.port), timeout=30)
         assert third.recv(1) == b""  # hung up on
         for connection in (waiting, idle, third):
@@ -339,3 +359,14 @@ def test_more_than_can_wait(session: Session, toy: Path, monkeypatch: pytest.Mon
     finally:
         made._http.shutdown()
         made._http.server_close()
+
+
+def _taken(port: int) -> socket.socket:
+    """A connection that is not hung up on: the one before it is done with a moment after its answer."""
+    while True:
+        connection = socket.create_connection(("127.0.0.1", port), timeout=0.5)
+        try:
+            connection.recv(1)
+        except TimeoutError:
+            return connection
+        connection.close()

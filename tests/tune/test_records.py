@@ -232,6 +232,10 @@ def test_a_database_without_records_leaves_nothing(tmp_path: Path) -> None:
     for folder in ("there", "new"):
         Database.writing(tmp_path / folder, "mill").close()
     assert list(tmp_path.rglob("*")) == [tmp_path / "there"]
+    searched = Database.writing(tmp_path / "new", "mill")
+    searched.keep()
+    searched.close()
+    assert list((tmp_path / "new").rglob("*")) == [tmp_path / "new" / "mill"]
 
 
 @contextmanager
