@@ -1,5 +1,6 @@
-"""A process that measures: started once, asked by JSON lines, idle while another one is asked.
+"""A process that measures: started once, asked by JSON lines, stopped while another one is asked.
 
+Stopped, because some engines' threads spin when they have nothing to do, and slow what is measured beside them.
 A request is one line on its stdin, the answer one line on its stdout. What it prints to stderr is shown when it dies.
 """
 
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,8 +19,15 @@ from typing import Any
 from compiler.errors import UserError
 
 REPO = Path(__file__).parents[2]  # where `compiler` and `runtime` lie, for the process to import
-# Last in the path: where quern is installed, other packages lie beside it that must not hide the environment's own.
-START = f"import runpy, sys; sys.path.append({str(REPO)!r}); runpy.run_module(sys.argv.pop(1), None, '__main__', True)"
+START = "; ".join(
+    [
+        # PR_SET_PDEATHSIG, SIGKILL: one that is stopped would not see that whoever asked has been killed.
+        "import ctypes, runpy, sys; ctypes.CDLL(None).prctl(1, 9)",
+        # Last in the path: where quern is installed, other packages lie beside it that must not hide the environment's.
+        f"sys.path.append({str(REPO)!r})",
+        "runpy.run_module(sys.argv.pop(1), None, '__main__', True)",
+    ]
+)
 LAST_LINES = 12  # of stderr that a message shows
 END_SECONDS = 20
 
@@ -44,6 +53,7 @@ class Process:
         """The answer; UserError with the process's own message when it refuses, or with its last words when it dies."""
         assert self._child.stdin is not None and self._child.stdout is not None
         line = ""
+        self._child.send_signal(signal.SIGCONT)
         try:
             self._child.stdin.write(json.dumps({"verb": verb, **details}) + "\n")
             self._child.stdin.flush()
@@ -52,6 +62,7 @@ class Process:
             pass
         if not line:
             raise UserError(self._last_words())
+        self._child.send_signal(signal.SIGSTOP)
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise UserError(str(answer["error"]))
@@ -65,6 +76,7 @@ class Process:
 
     def close(self) -> None:
         """End of its stdin is what it waits for; then it is gone."""
+        self._child.send_signal(signal.SIGCONT)
         if self._child.stdin is not None:
             self._child.stdin.close()
         try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +45,38 @@ def test_a_process_that_dies_says_its_last_words(tmp_path: Path) -> None:
     first, *_, last = str(caught.value).splitlines()
     assert first == "The measured process bundle_process ended with status 1."
     assert last == "ValueError: invalid literal for int() with base 10: 'many'"
+
+
+def test_it_is_stopped_between_answers_and_gone_with_whoever_asks(tmp_path: Path) -> None:
+    """Even when that is killed: a stopped process sees no end of its stdin."""
+    tiny.build(tmp_path / "toy")
+    code = (
+        "import os, signal, sys\n"
+        "from compiler.measure.process import Process\n"
+        "with Process(sys.executable, 'compiler.measure.bundle_process', [sys.argv[1], '1']) as process:\n"
+        "    assert process.ask('about') == process.ask('about')\n"
+        "    print(process._child.pid, flush=True)\n"
+        "    sys.stdin.readline()\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "toy")], cwd=REPO, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        text=True,
+    ) as asking:  # fmt: skip
+        assert asking.stdin is not None and asking.stdout is not None
+        status = Path(f"/proc/{int(asking.stdout.readline())}/status")
+        within(lambda: "State:\tT (stopped)" in status.read_text())
+        asking.stdin.write("\n")
+        asking.stdin.close()
+        within(lambda: not status.exists() or "State:\tZ" in status.read_text())  # who adopts it may leave it a zombie
+
+
+def within(happens: Callable[[], bool]) -> None:
+    """Raise AssertionError unless it does within half a minute."""
+    end = time.monotonic() + 30
+    while not happens():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_log_likelihood_by_hand() -> None:
