@@ -105,7 +105,7 @@ class _Task:
             vector.store(cell, vector.splat(0.0, lanes), 0, 0, lanes=lanes)
             for name in ("residual", "out"):
                 if name in self.buffers and kind != ALONE:
-                    _ask(self.buffers[name], (first + t) * layer.n + row, level=1, write=name == "out")
+                    vector.prefetch(self.buffers[name], (first + t) * layer.n + row, write=name == "out")
         with T.serial(layer.geometry.spans) as s:
             totals = [vector.registers(1, dtype="int32") for _ in range(TOKENS)]
             for total in totals:
@@ -147,7 +147,7 @@ class _Task:
         """Codes or levels of a step, for the other tiles; the lines of the next span are asked for: no store misses."""
         for f, code in enumerate(codes):
             T.buffer_store(self.unpacked, code, [s, step * len(codes) + f, T.ramp(0, 1, BYTES)])
-            _ask(self.unpacked, ((s + 1) * self.layer.lines + step * len(codes) + f) * BYTES, level=1, write=True)
+            vector.prefetch(self.unpacked, ((s + 1) * self.layer.lines + step * len(codes) + f) * BYTES, write=True)
 
     def _kept(self, s: Expr, step: Expr) -> list[Expr]:
         """Codes or levels of a step's quads, as the first tile left them."""
@@ -171,7 +171,7 @@ class _Task:
         layer, size = self.layer, self.layer.storage.vectors * BYTES
         index = ((block // layer.x * layer.geometry.spans + s) * layer.steps + step) * layer.x + block % layer.x
         for v in range(layer.storage.vectors):
-            _ask(self.buffers["codes"], index * size + (v * BYTES + ahead), level)
+            vector.prefetch(self.buffers["codes"], index * size + (v * BYTES + ahead), level)
 
     def _scale(self, first: Expr, s: Expr, kind: str, totals: Sequence[Any], sums: Sequence[Any]) -> None:
         """A span's sums to fp32, in the operations and the order of schedules.linear_int8."""
@@ -218,13 +218,6 @@ class _Task:
         else:
             with T.serial(LANES) as lane, T.If(row + lane < self.layer.n), T.Then():
                 write(lane, 1)
-
-
-def _ask(buffer: Any, element: Expr, level: int, write: bool = False) -> None:
-    """Ask for the line of an element, counted from the buffer's first, into a cache; harmless outside."""
-    line = T.tvm_access_ptr(T.type_annotation(str(buffer.ty.dtype)), buffer.data, element, 1, 1)
-    locality = T.int32(4 - level)  # LLVM: 3 = keep in all levels, 2 = from the second on
-    T.evaluate(T.call_llvm_intrin("", "llvm.prefetch.p0", line, T.int32(write), locality, T.int32(1)))
 
 
 def _suited(request: Request) -> None:

@@ -83,10 +83,11 @@ def hold(value: Expr, lanes: int, dtype: str = "float32") -> Expr:
     return place[0, at(0, lanes)]
 
 
-def prefetch(buffer: Any, element: Expr) -> None:
-    """Ask for the cache line of an element, counted from the buffer's first; harmless beyond its end."""
+def prefetch(buffer: Any, element: Expr, level: int = 1, write: bool = False) -> None:
+    """Ask for the cache line of an element, counted from the buffer's first, into a cache; harmless beyond its end."""
     line = T.tvm_access_ptr(T.type_annotation(str(buffer.ty.dtype)), buffer.data, element, 1, 1)
-    T.evaluate(T.call_llvm_intrin("", "llvm.prefetch.p0", line, T.int32(0), T.int32(3), T.int32(1)))  # read, keep, data
+    locality = T.int32(4 - level)  # LLVM: 3 = keep in all levels, 2 = from the second on
+    T.evaluate(T.call_llvm_intrin("", "llvm.prefetch.p0", line, T.int32(write), locality, T.int32(1)))  # 1: data
 
 
 def intrinsic(name: str, *args: Expr, dtype: str = "float32", lanes: int) -> Expr:
