@@ -16,8 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import product
+from typing import Any, cast
 
+from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
@@ -27,21 +29,20 @@ from schedules import vector
 from schedules.balance import balanced
 from schedules.counted import marks, real_tiles
 from schedules.geometry import Geometry
-from schedules.isa import avx512_vnni, broadcast_table
+from schedules.isa import ByQuads, broadcast_quad
 from schedules.kernel import Kernel, NotSuited, Request
 from schedules.linear_function import linear_function, zeros_of
 from schedules.linear_int8 import CODES, SCALE, int8_levels
 from schedules.linear_int8 import LOWERS as FAMILY
 from schedules.packed import blocks, factors_of, interleave, name_tail, weight_packings
-from schedules.storage import LANES, ONE_BYTE, QUAD, Storage, Table
+from schedules.storage import LANES, QUAD, Storage, Table
 from schedules.vector import Expr
 
 RANK = 7  # below AMX
-TOKENS = 8  # accumulators and their fp32 sums: nothing is spilled
 SPAN = 64  # stored inputs: shorter spans are mostly scaling, and lose 3 % here (32)
-FEW = 8  # tiles; with more it pays to leave the codes unpacked
 BYTES = LANES * QUAD
 FIRST, REST, ALONE = "first", "rest", "alone"
+Cells = dict[tuple[int, int], Any]  # one vector for every token of a tile and half of a block's rows
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,27 @@ class Layer:
     unit: float
     x: int
     ahead: int
+    isa: ByQuads
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a tile."""
+        return self.isa.KNOBS["unpacked_tokens"]
+
+    @property
+    def halves(self) -> range:
+        """Registers that a block's rows take."""
+        return range(LANES // self.isa.VECTOR)
 
     @property
     def steps(self) -> int:
         """Steps of a span."""
         return self.geometry.width // self.storage.inputs
+
+    @property
+    def held(self) -> int:
+        """Quads that a partial sum holds."""
+        return self.isa.held(self.storage)
 
     @property
     def lines(self) -> int:
@@ -79,15 +96,15 @@ class _Task:
 
     def emit(self) -> None:
         """Either way, and the choice."""
-        layer, spans = self.layer, self.layer.geometry.spans
-        tiles = real_tiles(layer.m, TOKENS)
+        layer, tokens = self.layer, self.layer.tokens
+        tiles = real_tiles(layer.m, tokens)
 
         def loop() -> Any:
-            return T.serial(layer.m // TOKENS, annotations=marks(TOKENS))
+            return T.serial(layer.m // tokens, annotations=marks(tokens))
 
-        with T.If(tiles > FEW):
+        with T.If(tiles > layer.isa.KNOBS["unpacked_few"]):
             with T.Then():
-                self.unpacked = T.alloc_buffer((spans, layer.lines, BYTES), "uint8", layout=None)
+                self.unpacked = T.alloc_buffer((layer.geometry.spans, layer.lines, BYTES), "uint8", layout=None)
                 with loop() as tile, T.If(tile == 0):
                     with T.Then():
                         self._tile(tile, FIRST)
@@ -98,73 +115,119 @@ class _Task:
 
     def _tile(self, tile: Expr, kind: str) -> None:
         """All spans of a tile, and its output."""
-        layer, lanes = self.layer, LANES
-        first, row = tile * TOKENS, self.block * LANES
-        sums = [vector.registers(1) for _ in range(TOKENS)]
-        for t, cell in enumerate(sums):
-            vector.store(cell, vector.splat(0.0, lanes), 0, 0, lanes=lanes)
+        layer, lanes = self.layer, self.layer.isa.VECTOR
+        first, row = tile * layer.tokens, self.block * LANES
+        sums = self._cells("float32", lanes)
+        for t in range(layer.tokens):
             for name in ("residual", "out"):
                 if name in self.buffers and kind != ALONE:
                     vector.prefetch(self.buffers[name], (first + t) * layer.n + row, write=name == "out")
         with T.serial(layer.geometry.spans) as s:
-            totals = [vector.registers(1, dtype="int32") for _ in range(TOKENS)]
-            for total in totals:
-                T.buffer_store(total, T.broadcast(T.int32(0), lanes), [0, T.ramp(0, 1, lanes)])
+            totals = self._cells("int32", lanes)
             self._multiply(tile, s, kind, totals)
             self._scale(first, s, kind, totals, sums)
-        for t, cell in enumerate(sums):
-            self._write(first + t, row, cell)
+        for (t, half), cell in sums.items():
+            self._write(first + t, row + half * lanes, cell)
 
-    def _multiply(self, tile: Expr, s: Expr, kind: str, totals: Sequence[Any]) -> None:
+    def _cells(self, dtype: str, lanes: int) -> Cells:
+        """A vector of zeros for every token and half."""
+        cells = {place: vector.registers(1, lanes, dtype) for place in product(range(self.layer.tokens), self.layer.halves)}
+        for cell in cells.values():
+            T.buffer_store(cell, vector.splat(tirx.const(0, dtype), lanes), [0, T.ramp(0, 1, lanes)])
+        return cells
+
+    def _multiply(self, tile: Expr, s: Expr, kind: str, totals: Cells) -> None:
         """Integer sums of a span."""
-        layer, first = self.layer, tile * TOKENS
+        layer = self.layer
         if kind == REST:  # step `tile`, and those that no tile stands for, of this span in the next block
-            for step in range(0, layer.steps, layer.m // TOKENS):
+            for step in range(0, layer.steps, layer.m // layer.tokens):
                 self._ask_codes(self.block + 1, s, T.min(tile + step, T.int32(layer.steps - 1)))
-        with T.unroll(layer.steps) as step:
+        at_once = min(max(1, layer.held // layer.storage.quads), layer.steps)
+        with T.serial(layer.steps // at_once) as i:
+            self._stretch(tile, s, kind, totals, i * at_once, at_once)
+        if rest := layer.steps % at_once:
+            self._stretch(tile, s, kind, totals, T.int32(layer.steps - rest), rest)
+
+    def _stretch(self, tile: Expr, s: Expr, kind: str, totals: Cells, start: Expr, steps: int) -> None:
+        """Some steps whose products one partial sum holds, or a single one with several partial sums."""
+        layer, isa, first = self.layer, self.layer.isa, tile * self.layer.tokens
+        quads, held = layer.storage.quads, layer.held
+        partial = self._cells(isa.PARTIAL, isa.VECTOR * 32 // int(isa.PARTIAL[3:]))
+        with T.unroll(steps) as i:
+            step = start + i
             if kind == FIRST:  # the task before has asked memory for them
                 self._ask_codes(self.block, s + 1, step, level=1)
             codes = self._kept(s, step) if kind == REST else self._unpacked(s, step)
             if kind == FIRST:
                 self._keep(s, step, codes)
-            if kind == ALONE:  # as the template has it: few rows wait for memory, and not every wish is granted at once
-                for t, total in enumerate(totals):
-                    self._ask_codes(self.block, s, step, layer.ahead)
-                    for f, code in enumerate(codes):
-                        self._add(total, code, first + t, s, step, f)
-            else:
-                for f, code in enumerate(codes):
-                    for t, total in enumerate(totals):
-                        self._add(total, code, first + t, s, step, f)
+            for begin in range(0, quads, held):
+                fields = range(begin, min(begin + held, quads))
+                if kind == ALONE:  # as the template has it: few rows wait for memory, and not every wish is granted at once
+                    for t in range(layer.tokens):
+                        if begin == 0:
+                            self._ask_codes(self.block, s, step, layer.ahead)
+                        for f in fields:
+                            self._add(partial, codes[f], t, first + t, s, step, f)
+                else:
+                    for f in fields:
+                        for t in range(layer.tokens):
+                            self._add(partial, codes[f], t, first + t, s, step, f)
+                if held < quads:
+                    self._gather(totals, partial, begin + held < quads)
+        if held >= quads:
+            self._gather(totals, partial, False)
 
-    def _add(self, total: Any, code: Expr, token: Expr, s: Expr, step: Expr, f: int) -> None:
+    def _add(self, partial: Cells, codes: Sequence[Expr], t: int, token: Expr, s: Expr, step: Expr, f: int) -> None:
         """A token's products with quad f of a step."""
-        quad = self.buffers["q"].vload([token, s, step * self.layer.storage.inputs + f * QUAD], "int8x4")
-        place, a = (0, T.ramp(0, 1, LANES)), [T.reinterpret("int32", quad)]
-        T.buffer_store(total, avx512_vnni.step(ONE_BYTE, None, total[place], [code], a), list(place))
+        isa = self.layer.isa
+        a = T.reinterpret("int32", self.buffers["q"].vload([token, s, step * self.layer.storage.inputs + f * QUAD], "int8x4"))
+        a = vector.hold(broadcast_quad(a, isa.VECTOR), QUAD * isa.VECTOR, "int8") if len(codes) > 1 else broadcast_quad(a, isa.VECTOR)
+        for half, code in enumerate(codes):
+            cell = partial[t, half]
+            place = [0, T.ramp(0, 1, cell.shape[1])]
+            T.buffer_store(cell, isa.multiply(cell[tuple(place)], code, a), place)
 
-    def _keep(self, s: Expr, step: Expr, codes: Sequence[Expr]) -> None:
+    def _gather(self, totals: Cells, partial: Cells, clear: bool) -> None:
+        """Partial sums to where int32 holds a span."""
+        isa = self.layer.isa
+        for key, cell in partial.items():
+            place, at = [0, T.ramp(0, 1, cell.shape[1])], [0, T.ramp(0, 1, isa.VECTOR)]
+            T.buffer_store(totals[key], totals[key][tuple(at)] + isa.gather(cell[tuple(place)]), at)
+            if clear:
+                T.buffer_store(cell, vector.splat(tirx.const(0, isa.PARTIAL), int(cell.shape[1])), place)
+
+    def _keep(self, s: Expr, step: Expr, codes: Sequence[Sequence[Expr]]) -> None:
         """Codes or levels of a step, for the other tiles; the lines of the next span are asked for: no store misses."""
-        for f, code in enumerate(codes):
-            T.buffer_store(self.unpacked, code, [s, step * len(codes) + f, T.ramp(0, 1, BYTES)])
+        size = BYTES // len(self.layer.halves)
+        for f, quad in enumerate(codes):
+            for half, code in enumerate(quad):
+                T.buffer_store(self.unpacked, code, [s, step * len(codes) + f, T.ramp(half * size, 1, size)])
             vector.prefetch(self.unpacked, ((s + 1) * self.layer.lines + step * len(codes) + f) * BYTES, write=True)
 
-    def _kept(self, s: Expr, step: Expr) -> list[Expr]:
-        """Codes or levels of a step's quads, as the first tile left them."""
-        place, quads = step * self.layer.storage.quads, range(self.layer.storage.quads)
-        return [vector.hold(self.unpacked[s, place + f, T.ramp(0, 1, BYTES)], BYTES, "uint8") for f in quads]
+    def _kept(self, s: Expr, step: Expr) -> list[list[Expr]]:
+        """Codes or levels of a step's quads and their halves, as the first tile left them."""
+        quads, halves = self.layer.storage.quads, self.layer.halves
+        size = BYTES // len(halves)
+        return [
+            [
+                vector.hold(self.unpacked[s, step * quads + f, T.ramp(half * size, 1, size)], size, "uint8")
+                for half in halves
+            ]
+            for f in range(quads)
+        ]
 
-    def _unpacked(self, s: Expr, step: Expr) -> list[Expr]:
+    def _unpacked(self, s: Expr, step: Expr) -> list[list[Expr]]:
         """The same from the weight."""
-        layer, table = self.layer, self.layer.table
-        at = [self.block // layer.x, s, step, self.block % layer.x]
-        vectors = range(layer.storage.vectors)
-        w = [vector.hold(self.buffers["codes"].vload([*at, v, 0, 0], "uint8x64"), BYTES, "uint8") for v in vectors]
-        codes = storages.unpack(layer.storage, w, LANES)
-        if table is not None:
-            levels, name = broadcast_table(table, LANES), "llvm.x86.avx512.pshuf.b.512"
-            codes = [T.reinterpret("uint8x64", T.call_llvm_pure_intrin("int8x64", name, levels, c)) for c in codes]
-        return [vector.hold(code, BYTES, "uint8") for code in codes]
+        layer, isa, table = self.layer, self.layer.isa, self.layer.table
+        at, size, found = [self.block // layer.x, s, step, self.block % layer.x], QUAD * isa.VECTOR, []
+        for half in layer.halves:
+            places = [[*at, v, half * isa.VECTOR, 0] for v in range(layer.storage.vectors)]
+            w = [vector.hold(self.buffers["codes"].vload(place, f"uint8x{size}"), size, "uint8") for place in places]
+            codes = storages.unpack(layer.storage, w, isa.VECTOR)
+            if table is not None:
+                codes = [T.reinterpret(f"uint8x{size}", isa.levels(table, c)) for c in codes]
+            found.append([vector.hold(code, size, "uint8") for code in codes])
+        return [list(quad) for quad in zip(*found, strict=True)]
 
     def _ask_codes(self, block: Expr, s: Expr, step: Expr, ahead: int = 0, level: int = 2) -> None:
         """Ask for a step of a block's codes, or for what lies so many bytes behind it, into a cache."""
@@ -173,36 +236,46 @@ class _Task:
         for v in range(layer.storage.vectors):
             vector.prefetch(self.buffers["codes"], index * size + (v * BYTES + ahead), level)
 
-    def _scale(self, first: Expr, s: Expr, kind: str, totals: Sequence[Any], sums: Sequence[Any]) -> None:
+    def _scale(self, first: Expr, s: Expr, kind: str, totals: Cells, sums: Cells) -> None:
         """A span's sums to fp32, in the operations and the order of schedules.linear_int8."""
-        layer, buffers, lanes = self.layer, self.buffers, LANES
-        place = (self.block // layer.x, s, self.block % layer.x, 0)
-        last = (s, layer.lines - 1, T.ramp(0, 1, BYTES))
-        if kind == REST:
-            scale = vector.hold(T.reinterpret("float32x16", self.unpacked[last]), lanes)
-        else:
-            scale = vector.hold(vector.load(buffers["scale"], *place, lanes=lanes), lanes)
-        if kind == FIRST:
-            T.buffer_store(self.unpacked, T.reinterpret("uint8x64", scale), list(last))
-        for t, (total, cell) in enumerate(zip(totals, sums, strict=True)):
+        layer, buffers, lanes = self.layer, self.buffers, self.layer.isa.VECTOR
+        floats, size = f"float32x{lanes}", BYTES // len(layer.halves)
+        scales = []
+        for half in layer.halves:
+            last = [s, layer.lines - 1, T.ramp(half * size, 1, size)]
+            if kind == REST:
+                scale = T.reinterpret(floats, self.unpacked[tuple(last)])
+            else:
+                scale = vector.load(buffers["scale"], *self._place(s, half), lanes=lanes)
+            scales.append(vector.hold(scale, lanes))
+            if kind == FIRST:
+                T.buffer_store(self.unpacked, T.reinterpret(f"uint8x{size}", scales[-1]), last)
+        for (t, half), total in totals.items():
+            cell, place = sums[t, half], self._place(s, half)
             centred, asum = total[0, T.ramp(0, 1, lanes)], buffers["asum"][first + t, s]
             by_token = buffers["ascale"][first + t, s]
             if layer.table is not None:
-                centred = centred - T.broadcast(T.int32(avx512_vnni.TABLE_ZERO) * asum, lanes)
+                centred = centred - T.broadcast(T.int32(layer.isa.TABLE_ZERO) * asum, lanes)
             elif "zero" in buffers and len(buffers["zero"].shape) == 1:
                 centred = centred - T.broadcast(T.Cast("int32", buffers["zero"][0]) * asum, lanes)
             elif "zero" in buffers:
                 centred = centred - zeros_of(buffers["zero"], place, lanes) * T.broadcast(asum, lanes)
             factor = by_token if layer.table is None else by_token * T.float32(layer.unit)
-            value = T.Cast("float32x16", centred) * (scale * vector.splat(factor, lanes))
+            value = T.Cast(floats, centred) * (scales[half] * vector.splat(factor, lanes))
             if "offset" in buffers:
                 weight = vector.splat(T.Cast("float32", asum) * by_token, lanes)
                 value = value + vector.load(buffers["offset"], *place, lanes=lanes) * weight
             vector.store(cell, vector.load(cell, 0, 0, lanes=lanes) + value, 0, 0, lanes=lanes)
 
+    def _place(self, s: Expr, half: int) -> tuple[Expr, ...]:
+        """Where a half's scales and zeros of a span begin."""
+        x = self.layer.x
+        return (self.block // x, s, self.block % x, half * self.layer.isa.VECTOR)
+
     def _write(self, token: Expr, row: Expr, cell: Any) -> None:
-        """A token's rows of the block, as far as there are so many, with the residual."""
-        base, whole = self.buffers.get("residual"), self.layer.n % LANES == 0
+        """A token's rows of a half, as far as there are so many, with the residual."""
+        base, lanes = self.buffers.get("residual"), self.layer.isa.VECTOR
+        whole = self.layer.n % lanes == 0
 
         def write(lane: Expr, lanes: int) -> None:
             value = vector.load(cell, 0, lane, lanes=lanes)
@@ -211,39 +284,45 @@ class _Task:
             vector.store(self.buffers["out"], value, token, row + lane, lanes=lanes)
 
         if whole and blocks(self.layer.n) * LANES == self.layer.n:
-            write(0, LANES)
+            write(0, lanes)
         elif whole:
             with T.If(row < self.layer.n), T.Then():
-                write(0, LANES)
+                write(0, lanes)
         else:
-            with T.serial(LANES) as lane, T.If(row + lane < self.layer.n), T.Then():
+            with T.serial(lanes) as lane, T.If(row + lane < self.layer.n), T.Then():
                 write(lane, 1)
 
 
-def _suited(request: Request) -> None:
-    """Raise NotSuited for other targets, too few tokens, short spans, and codes of a byte, which need no unpacking."""
-    m = request.args[0].shape[0]
+def _suited(request: Request) -> ByQuads:
+    """The instruction set. Raises NotSuited for those that do not multiply by quads, too few tokens, short spans, and
+    codes of a byte, which need no unpacking.
+    """
+    m, isa = request.args[0].shape[0], isas.choose(request.target)
+    if "unpacked_tokens" not in isa.KNOBS:
+        raise NotSuited
     width = Geometry(request.args[CODES].shape[1], int(request.attrs["group"])).width
     packed = storages.choose(int(request.attrs["bits"]), width).quads > 1
-    pays = packed and width >= SPAN and m // TOKENS > FEW
-    if isas.choose(request.target).NAME != avx512_vnni.NAME or m % TOKENS or not pays:
+    tokens, few = isa.KNOBS["unpacked_tokens"], isa.KNOBS["unpacked_few"]
+    found = cast(ByQuads, isa)
+    if m % tokens or m // tokens <= few or not packed or width < SPAN or (request.table and not found.TABLE_ZERO):
         raise NotSuited
+    return found
 
 
 def lower(request: Request) -> Kernel:
     """Prompt kernels of 72 tokens and more; anybody else is asked next. No knobs."""
-    _suited(request)
+    isa = _suited(request)
     m, (n, k) = request.args[0].shape[0], request.args[CODES].shape
     geometry, affine = Geometry(k, int(request.attrs["group"])), factors_of(request, SCALE)
     scale_dtype, residual = request.args[SCALE].dtype, request.op.endswith("_residual")
     storage = storages.choose(int(request.attrs["bits"]), geometry.width)
     table, unit = (None, 1.0) if request.table is None else int8_levels(request.table)
     if table is not None:
-        table = tuple(v + avx512_vnni.TABLE_ZERO for v in table)
-    kind, x = request.attrs.get("grid", storage.name), interleave(n, avx512_vnni.KNOBS["row_blocks"])
+        table = tuple(v + isa.TABLE_ZERO for v in table)
+    kind, x = request.attrs.get("grid", storage.name), interleave(n, isa.KNOBS["row_blocks"])
     tail = name_tail(affine, residual)
-    name = f"linear_{kind}a8_{avx512_vnni.NAME}_unpacked_m{m}_n{n}_k{k}_g{geometry.group}_s{scale_dtype[5:]}{tail}"
-    layer = Layer(m, n, geometry, storage, table, unit, x, avx512_vnni.KNOBS["gemm_prefetch_bytes"])
+    name = f"linear_{kind}a8_{isa.NAME}_unpacked_m{m}_n{n}_k{k}_g{geometry.group}_s{scale_dtype[5:]}{tail}"
+    layer = Layer(m, n, geometry, storage, table, unit, x, isa.KNOBS["gemm_prefetch_bytes"], isa)
     function = linear_function(name, m, n, geometry, storage, scale_dtype, affine, residual, x)
     with IRBuilder() as builder, function as buffers, T.parallel(blocks(n)) as block:
         _Task(layer, buffers, block).emit()

@@ -46,6 +46,34 @@ class Isa(Protocol):
         """The dot product, as said above."""
 
 
+class ByQuads(Isa, Protocol):
+    """What more a file offers whose prompts keep codes unpacked (schedules.linear_int8_unpacked).
+
+    KNOBS: unpacked_tokens, of a tile; unpacked_few: so many tiles do not leave their codes unpacked. PARTIAL: elements of
+    a register of sums. held(storage): products of so many quads go into one partial sum. levels(table, codes): u8.
+    multiply(partial, codes u8[4 * VECTOR], quad i8[4 * VECTOR]) -> partial sums with these products.
+    gather(partial) -> i32[VECTOR].
+    """
+
+    PARTIAL: str
+
+    @staticmethod
+    def held(storage: Storage) -> int:
+        """As said above."""
+
+    @staticmethod
+    def levels(table: Table, codes: Any) -> Any:
+        """As said above."""
+
+    @staticmethod
+    def multiply(partial: Any, codes: Any, quad: Any) -> Any:
+        """As said above."""
+
+    @staticmethod
+    def gather(partial: Any) -> Any:
+        """As said above."""
+
+
 def choose(target: Target) -> Isa:
     """The best instruction set whose features the target has. `generic` needs none, so there is always one."""
     found = [cast(Isa, importlib.import_module(f"{__name__}.{m.name}")) for m in pkgutil.iter_modules(__path__)]

@@ -26,10 +26,13 @@ NEEDS = ("avx2",)
 RANK = 10
 VECTOR = 8
 TABLE_ZERO = 0
+PARTIAL = "int16"
 KNOBS = {
     "row_blocks": 4,
     "unroll": 4,
     "prefetch_bytes": 1024,
+    "unpacked_tokens": 4,
+    "unpacked_few": 8,
     "gemm_row_blocks": 1,
     "gemm_tokens": 4,
     "gemm_unroll": 2,
@@ -55,6 +58,25 @@ def _by_table(table: Table, codes: Any, activations: Any) -> Any:
     sizes = T.call_llvm_pure_intrin("int8x32", "llvm.x86.avx2.pshuf.b", sizes, codes)
     signed = T.call_llvm_pure_intrin("int8x32", "llvm.x86.avx2.psign.b", activations, levels)
     return _quads(_pairs(sizes, signed))
+
+
+def held(storage: Storage) -> int:
+    """See schedules.isa.ByQuads: a power of two, so that whole steps or equal parts of one fit."""
+    return 1 << SUMS[storage.bits].bit_length() - 1
+
+
+def levels(table: Table, codes: Any) -> Any:
+    raise NotImplementedError
+
+
+def multiply(partial: Any, codes: Any, quad: Any) -> Any:
+    """See schedules.isa.ByQuads."""
+    return T.call_llvm_pure_intrin("int16x16", "llvm.sadd.sat", partial, _pairs(codes, quad))
+
+
+def gather(partial: Any) -> Any:
+    """See schedules.isa.ByQuads."""
+    return _quads(partial)
 
 
 def step(storage: Storage, table: Table | None, acc: Any, w: Sequence[Any], a: Sequence[Any]) -> Any:

@@ -11,14 +11,16 @@ from typing import Any
 
 from tvm.script import tirx as T
 
+from schedules.geometry import MAX_SPAN
 from schedules.isa import broadcast_quad, broadcast_table
-from schedules.storage import Storage, Table, unpack
+from schedules.storage import QUAD, Storage, Table, unpack
 
 NAME = "avx512_vnni"
 NEEDS = ("avx512f", "avx512bw", "avx512vl", "avx512vnni")
 RANK = 30
 VECTOR = 16
 TABLE_ZERO = 128
+PARTIAL = "int32"
 KNOBS = {
     "row_blocks": 8,
     "unroll": 16,
@@ -26,6 +28,8 @@ KNOBS = {
     # A thread reads one stream, which Zen 4 prefetches by itself: asking as well costs 1 to 10 %. 8 bits take so few
     # instructions that it falls behind: without asking 9 % are lost. Sapphire Rapids has not been measured since.
     "packed_prefetch_bytes": 0,
+    "unpacked_tokens": 8,
+    "unpacked_few": 8,
     "gemm_row_blocks": 1,  # each quad of activations is used once, so it is VPDPBUSD's memory operand: no load besides
     "gemm_tokens": 8,  # 8 accumulators and their fp32 sums: nothing is spilled
     "gemm_unroll": 16,
@@ -33,14 +37,30 @@ KNOBS = {
 }
 
 
+def held(storage: Storage) -> int:
+    """See schedules.isa.ByQuads: int32 holds any span."""
+    return MAX_SPAN // QUAD
+
+
+def levels(table: Table, codes: Any) -> Any:
+    """See schedules.isa.ByQuads."""
+    found = T.call_llvm_pure_intrin("int8x64", "llvm.x86.avx512.pshuf.b.512", broadcast_table(table, VECTOR), codes)
+    return T.reinterpret("uint8x64", found)
+
+
+def multiply(partial: Any, codes: Any, quad: Any) -> Any:
+    """See schedules.isa.ByQuads."""
+    return T.call_llvm_pure_intrin("int32x16", "llvm.x86.avx512.vpdpbusd.512", partial, codes, quad)
+
+
+def gather(partial: Any) -> Any:
+    """See schedules.isa.ByQuads."""
+    return partial
+
+
 def step(storage: Storage, table: Table | None, acc: Any, w: Sequence[Any], a: Sequence[Any]) -> Any:
     """See schedules.isa.Isa."""
     for codes, quad in zip(unpack(storage, w, VECTOR), a, strict=True):
-        if table is not None:
-            codes = T.call_llvm_pure_intrin(
-                "int8x64", "llvm.x86.avx512.pshuf.b.512", broadcast_table(table, VECTOR), codes
-            )
-        acc = T.call_llvm_pure_intrin(
-            "int32x16", "llvm.x86.avx512.vpdpbusd.512", acc, codes, broadcast_quad(quad, VECTOR)
-        )
+        value = codes if table is None else levels(table, codes)
+        acc = multiply(acc, value, broadcast_quad(quad, VECTOR))
     return acc

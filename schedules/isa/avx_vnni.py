@@ -7,18 +7,22 @@ from typing import Any
 
 from tvm.script import tirx as T
 
+from schedules.geometry import MAX_SPAN
 from schedules.isa import broadcast_quad, broadcast_table
-from schedules.storage import Storage, Table, unpack
+from schedules.storage import QUAD, Storage, Table, unpack
 
 NAME = "avx_vnni"
 NEEDS = ("avx2", "avxvnni")
 RANK = 20
 VECTOR = 8
 TABLE_ZERO = 128
+PARTIAL = "int32"
 KNOBS = {
     "row_blocks": 4,
     "unroll": 4,
     "prefetch_bytes": 1024,
+    "unpacked_tokens": 4,
+    "unpacked_few": 8,
     "gemm_row_blocks": 1,
     "gemm_tokens": 4,
     "gemm_unroll": 2,
@@ -26,12 +30,30 @@ KNOBS = {
 }
 
 
+def held(storage: Storage) -> int:
+    """See schedules.isa.ByQuads: int32 holds any span."""
+    return MAX_SPAN // QUAD
+
+
+def levels(table: Table, codes: Any) -> Any:
+    """See schedules.isa.ByQuads."""
+    found = T.call_llvm_pure_intrin("int8x32", "llvm.x86.avx2.pshuf.b", broadcast_table(table, VECTOR), codes)
+    return T.reinterpret("uint8x32", found)
+
+
+def multiply(partial: Any, codes: Any, quad: Any) -> Any:
+    """See schedules.isa.ByQuads."""
+    return T.call_llvm_pure_intrin("int32x8", "llvm.x86.avx512.vpdpbusd.256", partial, codes, quad)
+
+
+def gather(partial: Any) -> Any:
+    """See schedules.isa.ByQuads."""
+    return partial
+
+
 def step(storage: Storage, table: Table | None, acc: Any, w: Sequence[Any], a: Sequence[Any]) -> Any:
     """See schedules.isa.Isa."""
     for codes, quad in zip(unpack(storage, w, VECTOR), a, strict=True):
-        if table is not None:
-            codes = T.call_llvm_pure_intrin("int8x32", "llvm.x86.avx2.pshuf.b", broadcast_table(table, VECTOR), codes)
-        acc = T.call_llvm_pure_intrin(
-            "int32x8", "llvm.x86.avx512.vpdpbusd.256", acc, codes, broadcast_quad(quad, VECTOR)
-        )
+        value = codes if table is None else levels(table, codes)
+        acc = multiply(acc, value, broadcast_quad(quad, VECTOR))
     return acc
