@@ -75,11 +75,6 @@ class Layer:
         return self.geometry.width // self.storage.inputs
 
     @property
-    def held(self) -> int:
-        """Quads that a partial sum holds."""
-        return self.isa.held(self.storage)
-
-    @property
     def lines(self) -> int:
         """Lines that a span leaves: its quads, and the scales."""
         return self.steps * self.storage.quads + 1
@@ -142,40 +137,45 @@ class _Task:
         if kind == REST:  # step `tile`, and those that no tile stands for, of this span in the next block
             for step in range(0, layer.steps, layer.m // layer.tokens):
                 self._ask_codes(self.block + 1, s, T.min(tile + step, T.int32(layer.steps - 1)))
-        at_once = min(max(1, layer.held // layer.storage.quads), layer.steps)
+        at_once = min(max(1, layer.isa.KNOBS["unpacked_quads"] // layer.storage.quads), layer.steps)
         with T.serial(layer.steps // at_once) as i:
             self._stretch(tile, s, kind, totals, i * at_once, at_once)
         if rest := layer.steps % at_once:
             self._stretch(tile, s, kind, totals, T.int32(layer.steps - rest), rest)
 
     def _stretch(self, tile: Expr, s: Expr, kind: str, totals: Cells, start: Expr, steps: int) -> None:
-        """Some steps whose products one partial sum holds, or a single one with several partial sums."""
-        layer, isa, first = self.layer, self.layer.isa, tile * self.layer.tokens
-        quads, held = layer.storage.quads, layer.held
-        partial = self._cells(isa.PARTIAL, isa.VECTOR * 32 // int(isa.PARTIAL[3:]))
+        """Some steps, whose products one partial sum holds, or a single one with several partial sums."""
+        isa, quads = self.layer.isa, self.layer.storage.quads
+        partial = totals if isa.PARTIAL == "int32" else self._cells(isa.PARTIAL, 2 * isa.VECTOR)
+        held = isa.held(self.layer.storage)
         with T.unroll(steps) as i:
-            step = start + i
-            if kind == FIRST:  # the task before has asked memory for them
-                self._ask_codes(self.block, s + 1, step, level=1)
-            codes = self._kept(s, step) if kind == REST else self._unpacked(s, step)
-            if kind == FIRST:
-                self._keep(s, step, codes)
-            for begin in range(0, quads, held):
-                fields = range(begin, min(begin + held, quads))
-                if kind == ALONE:  # as the template has it: few rows wait for memory, and not every wish is granted at once
-                    for t in range(layer.tokens):
-                        if begin == 0:
-                            self._ask_codes(self.block, s, step, layer.ahead)
-                        for f in fields:
-                            self._add(partial, codes[f], t, first + t, s, step, f)
-                else:
+            self._step(tile, s, start + i, kind, partial, totals)
+        if partial is not totals and held >= quads:
+            self._gather(totals, partial)
+
+    def _step(self, tile: Expr, s: Expr, step: Expr, kind: str, partial: Cells, totals: Cells) -> None:
+        """Products of a step; partial sums that hold fewer are gathered."""
+        layer, first = self.layer, tile * self.layer.tokens
+        quads, held = layer.storage.quads, layer.isa.held(layer.storage)
+        if kind == FIRST:  # the task before has asked memory for them
+            self._ask_codes(self.block, s + 1, step, level=1)
+        codes = self._kept(s, step) if kind == REST else self._unpacked(s, step)
+        if kind == FIRST:
+            self._keep(s, step, codes)
+        for begin in range(0, quads, held):
+            fields = range(begin, min(begin + held, quads))
+            if kind == ALONE:  # as the template has it: few rows wait for memory, and not every wish is granted at once
+                for t in range(layer.tokens):
+                    if begin == 0:
+                        self._ask_codes(self.block, s, step, layer.ahead)
                     for f in fields:
-                        for t in range(layer.tokens):
-                            self._add(partial, codes[f], t, first + t, s, step, f)
-                if held < quads:
-                    self._gather(totals, partial, begin + held < quads)
-        if held >= quads:
-            self._gather(totals, partial, False)
+                        self._add(partial, codes[f], t, first + t, s, step, f)
+            else:
+                for f in fields:
+                    for t in range(layer.tokens):
+                        self._add(partial, codes[f], t, first + t, s, step, f)
+            if held < quads:
+                self._gather(totals, partial)
 
     def _add(self, partial: Cells, codes: Sequence[Expr], t: int, token: Expr, s: Expr, step: Expr, f: int) -> None:
         """A token's products with quad f of a step."""
@@ -187,14 +187,13 @@ class _Task:
             place = [0, T.ramp(0, 1, cell.shape[1])]
             T.buffer_store(cell, isa.multiply(cell[tuple(place)], code, a), place)
 
-    def _gather(self, totals: Cells, partial: Cells, clear: bool) -> None:
+    def _gather(self, totals: Cells, partial: Cells) -> None:
         """Partial sums to where int32 holds a span."""
         isa = self.layer.isa
         for key, cell in partial.items():
             place, at = [0, T.ramp(0, 1, cell.shape[1])], [0, T.ramp(0, 1, isa.VECTOR)]
             T.buffer_store(totals[key], totals[key][tuple(at)] + isa.gather(cell[tuple(place)]), at)
-            if clear:
-                T.buffer_store(cell, vector.splat(tirx.const(0, isa.PARTIAL), int(cell.shape[1])), place)
+            T.buffer_store(cell, vector.splat(tirx.const(0, isa.PARTIAL), int(cell.shape[1])), place)
 
     def _keep(self, s: Expr, step: Expr, codes: Sequence[Sequence[Expr]]) -> None:
         """Codes or levels of a step, for the other tiles; the lines of the next span are asked for: no store misses."""

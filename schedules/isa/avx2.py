@@ -32,7 +32,8 @@ KNOBS = {
     "unroll": 4,
     "prefetch_bytes": 1024,
     "unpacked_tokens": 4,
-    "unpacked_few": 8,
+    "unpacked_quads": 8,
+    "unpacked_few": 4,
     "gemm_row_blocks": 1,
     "gemm_tokens": 4,
     "gemm_unroll": 2,
@@ -62,7 +63,7 @@ def _by_table(table: Table, codes: Any, activations: Any) -> Any:
 
 def held(storage: Storage) -> int:
     """See schedules.isa.ByQuads: a power of two, so that whole steps or equal parts of one fit."""
-    return 1 << SUMS[storage.bits].bit_length() - 1
+    return min(KNOBS["unpacked_quads"], 1 << SUMS[storage.bits].bit_length() - 1)
 
 
 def levels(table: Table, codes: Any) -> Any:
@@ -71,7 +72,7 @@ def levels(table: Table, codes: Any) -> Any:
 
 def multiply(partial: Any, codes: Any, quad: Any) -> Any:
     """See schedules.isa.ByQuads."""
-    return T.call_llvm_pure_intrin("int16x16", "llvm.sadd.sat", partial, _pairs(codes, quad))
+    return partial + _pairs(codes, quad)
 
 
 def gather(partial: Any) -> Any:

@@ -29,6 +29,7 @@ KNOBS = {
     # instructions that it falls behind: without asking 9 % are lost. Sapphire Rapids has not been measured since.
     "packed_prefetch_bytes": 0,
     "unpacked_tokens": 8,
+    "unpacked_quads": 32,
     "unpacked_few": 8,
     "gemm_row_blocks": 1,  # each quad of activations is used once, so it is VPDPBUSD's memory operand: no load besides
     "gemm_tokens": 8,  # 8 accumulators and their fp32 sums: nothing is spilled
