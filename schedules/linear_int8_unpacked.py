@@ -1,13 +1,14 @@
-"""Integer linear layers for prompts on AVX512-VNNI: codes of a block of rows are unpacked once, not for every tile.
+"""Integer linear layers for prompts on x86: codes of a block of rows are unpacked once, not for every tile.
 
 Operators, arguments, layout of weights, sums and their order are those of schedules.linear_int8; results are equal to
-the bit. A task is a block of 16 rows with all tokens, in tiles of TOKENS. Three bodies multiply a tile with the block:
+the bit. How a quad of codes meets a quad of activations is the instruction set's (schedules.isa.ByQuads). A task is a
+block of 16 rows with all tokens, in tiles of a few. Three bodies multiply a tile with the block:
   first   the first of many tiles: unpacks each step of codes, multiplies, and leaves the codes (or levels) and
           scales in the task's own memory: 16 rows x k bytes and more, in the second-level cache
-  rest    all other tiles of a call with many: they read 64 bytes for every quad in one stream. A quad of activations is
-          the memory operand of its VPDPBUSD; beside the products there is a load a quad, and the scaling
+  rest    all other tiles of a call with many: they read 64 bytes for every quad in one stream. With AVX-512 a quad of
+          activations is the memory operand of its VPDPBUSD: beside the products there is a load a quad, and the scaling
   alone   every tile of a call with few: unpacks as it goes and leaves nothing, as what a task leaves costs as much as
-          eight tiles win
+          several tiles win
 With many tiles each asks for its lines of the output and of the residual when it begins (tokens lie pages apart, so
 nothing else would), and in `rest` for some of the next block's codes.
 """
@@ -39,10 +40,9 @@ from schedules.storage import LANES, QUAD, Storage, Table
 from schedules.vector import Expr
 
 RANK = 7  # below AMX
-SPAN = 64  # stored inputs: shorter spans are mostly scaling, and lose 3 % here (32)
 BYTES = LANES * QUAD
 FIRST, REST, ALONE = "first", "rest", "alone"
-Cells = dict[tuple[int, int], Any]  # one vector for every token of a tile and half of a block's rows
+Cells = dict[tuple[int, int], Any]  # a vector for every token of a tile and every part of the block's rows
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class Layer:
         return self.isa.KNOBS["unpacked_tokens"]
 
     @property
-    def halves(self) -> range:
-        """Registers that a block's rows take."""
+    def parts(self) -> range:
+        """A block's rows by registers of 32-bit lanes."""
         return range(LANES // self.isa.VECTOR)
 
     @property
@@ -75,9 +75,21 @@ class Layer:
         return self.geometry.width // self.storage.inputs
 
     @property
+    def at_once(self) -> int:
+        """Steps of a loop's body at most: as many as one partial sum holds, or one step with several such sums."""
+        quads, held = self.storage.quads, self.isa.held(self.storage)
+        most = self.isa.KNOBS["unpacked_quads"]
+        return max(1, (min(most, held) if held >= quads else most) // quads)
+
+    @property
     def lines(self) -> int:
         """Lines that a span leaves: its quads, and the scales."""
         return self.steps * self.storage.quads + 1
+
+    def bytes_of(self, part: int) -> Any:
+        """Where a part's bytes are in a line."""
+        size = QUAD * self.isa.VECTOR
+        return T.ramp(part * size, 1, size)
 
 
 @dataclass
@@ -121,14 +133,15 @@ class _Task:
             totals = self._cells("int32", lanes)
             self._multiply(tile, s, kind, totals)
             self._scale(first, s, kind, totals, sums)
-        for (t, half), cell in sums.items():
-            self._write(first + t, row + half * lanes, cell)
+        for (t, part), cell in sums.items():
+            self._write(first + t, row + part * lanes, cell)
 
     def _cells(self, dtype: str, lanes: int) -> Cells:
-        """A vector of zeros for every token and half."""
-        cells = {place: vector.registers(1, lanes, dtype) for place in product(range(self.layer.tokens), self.layer.halves)}
+        """Zeros."""
+        places = list(product(range(self.layer.tokens), self.layer.parts))
+        cells = {place: vector.registers(1, lanes, dtype) for place in places}
         for cell in cells.values():
-            T.buffer_store(cell, vector.splat(tirx.const(0, dtype), lanes), [0, T.ramp(0, 1, lanes)])
+            _clear(cell)
         return cells
 
     def _multiply(self, tile: Expr, s: Expr, kind: str, totals: Cells) -> None:
@@ -137,94 +150,80 @@ class _Task:
         if kind == REST:  # step `tile`, and those that no tile stands for, of this span in the next block
             for step in range(0, layer.steps, layer.m // layer.tokens):
                 self._ask_codes(self.block + 1, s, T.min(tile + step, T.int32(layer.steps - 1)))
-        at_once = min(max(1, layer.isa.KNOBS["unpacked_quads"] // layer.storage.quads), layer.steps)
+        at_once = min(layer.at_once, layer.steps)
         with T.serial(layer.steps // at_once) as i:
             self._stretch(tile, s, kind, totals, i * at_once, at_once)
         if rest := layer.steps % at_once:
             self._stretch(tile, s, kind, totals, T.int32(layer.steps - rest), rest)
 
     def _stretch(self, tile: Expr, s: Expr, kind: str, totals: Cells, start: Expr, steps: int) -> None:
-        """Some steps, whose products one partial sum holds, or a single one with several partial sums."""
-        isa, quads = self.layer.isa, self.layer.storage.quads
-        partial = totals if isa.PARTIAL == "int32" else self._cells(isa.PARTIAL, 2 * isa.VECTOR)
-        held = isa.held(self.layer.storage)
+        """Some steps from `start` on. A loop's body, or LLVM mixes up products until most of them are spilled."""
+        layer, isa = self.layer, self.layer.isa
+        held, quads = isa.held(layer.storage), layer.storage.quads
+        partial = self._cells(isa.PARTIAL, isa.VECTOR * 32 // int(isa.PARTIAL[3:]))
         with T.unroll(steps) as i:
-            self._step(tile, s, start + i, kind, partial, totals)
-        if partial is not totals and held >= quads:
+            step = start + i
+            if kind == FIRST:  # the task before has asked memory for them
+                self._ask_codes(self.block, s + 1, step, level=1)
+            elif kind == ALONE:
+                self._ask_codes(self.block, s, step, layer.ahead)
+            codes = self._kept(s, step) if kind == REST else self._unpacked(s, step)
+            if kind == FIRST:
+                self._keep(s, step, codes)
+            for fields in (range(f, min(f + held, quads)) for f in range(0, quads, held)):
+                tokens = range(layer.tokens)
+                # Alone, as the template has it: in the other order 16 tokens of groups of 64 take 3 % longer.
+                order = product(tokens, fields) if kind == ALONE else ((t, f) for f, t in product(fields, tokens))
+                for t, f in order:
+                    self._add(partial, codes[f], t, tile, s, step, f)
+                if held < quads:
+                    self._gather(totals, partial)
+        if held >= quads:
             self._gather(totals, partial)
 
-    def _step(self, tile: Expr, s: Expr, step: Expr, kind: str, partial: Cells, totals: Cells) -> None:
-        """Products of a step; partial sums that hold fewer are gathered."""
-        layer, first = self.layer, tile * self.layer.tokens
-        quads, held = layer.storage.quads, layer.isa.held(layer.storage)
-        if kind == FIRST:  # the task before has asked memory for them
-            self._ask_codes(self.block, s + 1, step, level=1)
-        codes = self._kept(s, step) if kind == REST else self._unpacked(s, step)
-        if kind == FIRST:
-            self._keep(s, step, codes)
-        for begin in range(0, quads, held):
-            fields = range(begin, min(begin + held, quads))
-            if kind == ALONE:  # as the template has it: few rows wait for memory, and not every wish is granted at once
-                for t in range(layer.tokens):
-                    if begin == 0:
-                        self._ask_codes(self.block, s, step, layer.ahead)
-                    for f in fields:
-                        self._add(partial, codes[f], t, first + t, s, step, f)
-            else:
-                for f in fields:
-                    for t in range(layer.tokens):
-                        self._add(partial, codes[f], t, first + t, s, step, f)
-            if held < quads:
-                self._gather(totals, partial)
-
-    def _add(self, partial: Cells, codes: Sequence[Expr], t: int, token: Expr, s: Expr, step: Expr, f: int) -> None:
+    def _add(self, partial: Cells, codes: Sequence[Expr], t: int, tile: Expr, s: Expr, step: Expr, f: int) -> None:
         """A token's products with quad f of a step."""
-        isa = self.layer.isa
-        a = T.reinterpret("int32", self.buffers["q"].vload([token, s, step * self.layer.storage.inputs + f * QUAD], "int8x4"))
-        a = vector.hold(broadcast_quad(a, isa.VECTOR), QUAD * isa.VECTOR, "int8") if len(codes) > 1 else broadcast_quad(a, isa.VECTOR)
-        for half, code in enumerate(codes):
-            cell = partial[t, half]
-            place = [0, T.ramp(0, 1, cell.shape[1])]
-            T.buffer_store(cell, isa.multiply(cell[tuple(place)], code, a), place)
+        layer, isa, token = self.layer, self.layer.isa, tile * self.layer.tokens + t
+        quad = self.buffers["q"].vload([token, s, step * layer.storage.inputs + f * QUAD], "int8x4")
+        a = broadcast_quad(T.reinterpret("int32", quad), isa.VECTOR)
+        if len(codes) > 1:
+            a = vector.hold(a, QUAD * isa.VECTOR, "int8")
+        for part, code in enumerate(codes):
+            _set(partial[t, part], isa.multiply(_get(partial[t, part]), code, a))
 
     def _gather(self, totals: Cells, partial: Cells) -> None:
         """Partial sums to where int32 holds a span."""
-        isa = self.layer.isa
-        for key, cell in partial.items():
-            place, at = [0, T.ramp(0, 1, cell.shape[1])], [0, T.ramp(0, 1, isa.VECTOR)]
-            T.buffer_store(totals[key], totals[key][tuple(at)] + isa.gather(cell[tuple(place)]), at)
-            T.buffer_store(cell, vector.splat(tirx.const(0, isa.PARTIAL), int(cell.shape[1])), place)
+        for place, cell in partial.items():
+            _set(totals[place], _get(totals[place]) + self.layer.isa.gather(_get(cell)))
+            _clear(cell)
 
     def _keep(self, s: Expr, step: Expr, codes: Sequence[Sequence[Expr]]) -> None:
         """Codes or levels of a step, for the other tiles; the lines of the next span are asked for: no store misses."""
-        size = BYTES // len(self.layer.halves)
         for f, quad in enumerate(codes):
-            for half, code in enumerate(quad):
-                T.buffer_store(self.unpacked, code, [s, step * len(codes) + f, T.ramp(half * size, 1, size)])
-            vector.prefetch(self.unpacked, ((s + 1) * self.layer.lines + step * len(codes) + f) * BYTES, write=True)
+            line = step * len(codes) + f
+            for part, code in enumerate(quad):
+                T.buffer_store(self.unpacked, code, [s, line, self.layer.bytes_of(part)])
+            vector.prefetch(self.unpacked, ((s + 1) * self.layer.lines + line) * BYTES, write=True)
 
     def _kept(self, s: Expr, step: Expr) -> list[list[Expr]]:
-        """Codes or levels of a step's quads and their halves, as the first tile left them."""
-        quads, halves = self.layer.storage.quads, self.layer.halves
-        size = BYTES // len(halves)
-        return [
-            [
-                vector.hold(self.unpacked[s, step * quads + f, T.ramp(half * size, 1, size)], size, "uint8")
-                for half in halves
-            ]
-            for f in range(quads)
-        ]
+        """Codes or levels of a step's quads, by parts, as the first tile left them."""
+        layer, size = self.layer, QUAD * self.layer.isa.VECTOR
+
+        def read(f: int, part: int) -> Expr:
+            return vector.hold(self.unpacked[s, step * layer.storage.quads + f, layer.bytes_of(part)], size, "uint8")
+
+        return [[read(f, part) for part in layer.parts] for f in range(layer.storage.quads)]
 
     def _unpacked(self, s: Expr, step: Expr) -> list[list[Expr]]:
         """The same from the weight."""
-        layer, isa, table = self.layer, self.layer.isa, self.layer.table
-        at, size, found = [self.block // layer.x, s, step, self.block % layer.x], QUAD * isa.VECTOR, []
-        for half in layer.halves:
-            places = [[*at, v, half * isa.VECTOR, 0] for v in range(layer.storage.vectors)]
+        layer, isa, table, size = self.layer, self.layer.isa, self.layer.table, QUAD * self.layer.isa.VECTOR
+        at, found = [self.block // layer.x, s, step, self.block % layer.x], []
+        for part in layer.parts:
+            places = [[*at, v, part * isa.VECTOR, 0] for v in range(layer.storage.vectors)]
             w = [vector.hold(self.buffers["codes"].vload(place, f"uint8x{size}"), size, "uint8") for place in places]
             codes = storages.unpack(layer.storage, w, isa.VECTOR)
             if table is not None:
-                codes = [T.reinterpret(f"uint8x{size}", isa.levels(table, c)) for c in codes]
+                codes = [isa.levels(table, code) for code in codes]
             found.append([vector.hold(code, size, "uint8") for code in codes])
         return [list(quad) for quad in zip(*found, strict=True)]
 
@@ -238,20 +237,19 @@ class _Task:
     def _scale(self, first: Expr, s: Expr, kind: str, totals: Cells, sums: Cells) -> None:
         """A span's sums to fp32, in the operations and the order of schedules.linear_int8."""
         layer, buffers, lanes = self.layer, self.buffers, self.layer.isa.VECTOR
-        floats, size = f"float32x{lanes}", BYTES // len(layer.halves)
-        scales = []
-        for half in layer.halves:
-            last = [s, layer.lines - 1, T.ramp(half * size, 1, size)]
+        floats, scales = f"float32x{lanes}", []
+        for part in layer.parts:
+            last = [s, layer.lines - 1, layer.bytes_of(part)]
             if kind == REST:
                 scale = T.reinterpret(floats, self.unpacked[tuple(last)])
             else:
-                scale = vector.load(buffers["scale"], *self._place(s, half), lanes=lanes)
+                scale = vector.load(buffers["scale"], *self._place(s, part), lanes=lanes)
             scales.append(vector.hold(scale, lanes))
             if kind == FIRST:
-                T.buffer_store(self.unpacked, T.reinterpret(f"uint8x{size}", scales[-1]), last)
-        for (t, half), total in totals.items():
-            cell, place = sums[t, half], self._place(s, half)
-            centred, asum = total[0, T.ramp(0, 1, lanes)], buffers["asum"][first + t, s]
+                T.buffer_store(self.unpacked, T.reinterpret(f"uint8x{QUAD * lanes}", scales[-1]), last)
+        for (t, part), total in totals.items():
+            cell, place = sums[t, part], self._place(s, part)
+            centred, asum = _get(total), buffers["asum"][first + t, s]
             by_token = buffers["ascale"][first + t, s]
             if layer.table is not None:
                 centred = centred - T.broadcast(T.int32(layer.isa.TABLE_ZERO) * asum, lanes)
@@ -260,19 +258,19 @@ class _Task:
             elif "zero" in buffers:
                 centred = centred - zeros_of(buffers["zero"], place, lanes) * T.broadcast(asum, lanes)
             factor = by_token if layer.table is None else by_token * T.float32(layer.unit)
-            value = T.Cast(floats, centred) * (scales[half] * vector.splat(factor, lanes))
+            value = T.Cast(floats, centred) * (scales[part] * vector.splat(factor, lanes))
             if "offset" in buffers:
                 weight = vector.splat(T.Cast("float32", asum) * by_token, lanes)
                 value = value + vector.load(buffers["offset"], *place, lanes=lanes) * weight
             vector.store(cell, vector.load(cell, 0, 0, lanes=lanes) + value, 0, 0, lanes=lanes)
 
-    def _place(self, s: Expr, half: int) -> tuple[Expr, ...]:
-        """Where a half's scales and zeros of a span begin."""
+    def _place(self, s: Expr, part: int) -> tuple[Expr, ...]:
+        """Where a part's scales and zeros of a span begin."""
         x = self.layer.x
-        return (self.block // x, s, self.block % x, half * self.layer.isa.VECTOR)
+        return (self.block // x, s, self.block % x, part * self.layer.isa.VECTOR)
 
     def _write(self, token: Expr, row: Expr, cell: Any) -> None:
-        """A token's rows of a half, as far as there are so many, with the residual."""
+        """A token's rows of a part, as far as there are so many, with the residual."""
         base, lanes = self.buffers.get("residual"), self.layer.isa.VECTOR
         whole = self.layer.n % lanes == 0
 
@@ -292,24 +290,37 @@ class _Task:
                 write(lane, 1)
 
 
+def _get(cell: Any) -> Expr:
+    return cell[0, T.ramp(0, 1, cell.shape[1])]
+
+
+def _set(cell: Any, value: Expr) -> None:
+    T.buffer_store(cell, value, [0, T.ramp(0, 1, cell.shape[1])])
+
+
+def _clear(cell: Any) -> None:
+    _set(cell, T.broadcast(tirx.const(0, cell.ty.dtype), cell.shape[1]))
+
+
 def _suited(request: Request) -> ByQuads:
-    """The instruction set. Raises NotSuited for those that do not multiply by quads, too few tokens, short spans, and
-    codes of a byte, which need no unpacking.
+    """The instruction set. Raises NotSuited for one that does not multiply by quads, for tables where it wants signed
+    levels, too few tokens, short spans, and codes of a byte, which need no unpacking.
     """
     m, isa = request.args[0].shape[0], isas.choose(request.target)
     if "unpacked_tokens" not in isa.KNOBS:
         raise NotSuited
     width = Geometry(request.args[CODES].shape[1], int(request.attrs["group"])).width
-    packed = storages.choose(int(request.attrs["bits"]), width).quads > 1
+    whole_bytes = storages.choose(int(request.attrs["bits"]), width).quads == 1
     tokens, few = isa.KNOBS["unpacked_tokens"], isa.KNOBS["unpacked_few"]
-    found = cast(ByQuads, isa)
-    if m % tokens or m // tokens <= few or not packed or width < SPAN or (request.table and not found.TABLE_ZERO):
+    if m % tokens or m // tokens <= few or whole_bytes or width < isa.KNOBS["unpacked_span"]:
         raise NotSuited
-    return found
+    if request.table is not None and isa.TABLE_ZERO == 0:
+        raise NotSuited
+    return cast(ByQuads, isa)
 
 
 def lower(request: Request) -> Kernel:
-    """Prompt kernels of 72 tokens and more; anybody else is asked next. No knobs."""
+    """Prompt kernels of more than `unpacked_few` tiles; anybody else is asked next. No knobs."""
     isa = _suited(request)
     m, (n, k) = request.args[0].shape[0], request.args[CODES].shape
     geometry, affine = Geometry(k, int(request.attrs["group"])), factors_of(request, SCALE)

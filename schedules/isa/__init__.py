@@ -47,12 +47,14 @@ class Isa(Protocol):
 
 
 class ByQuads(Isa, Protocol):
-    """What more a file offers whose prompts keep codes unpacked (schedules.linear_int8_unpacked).
+    """What more a file offers whose prompts go through schedules.linear_int8_unpacked.
 
-    KNOBS: unpacked_tokens, of a tile; unpacked_few: so many tiles do not leave their codes unpacked. PARTIAL: elements of
-    a register of sums. held(storage): products of so many quads go into one partial sum. levels(table, codes): u8.
-    multiply(partial, codes u8[4 * VECTOR], quad i8[4 * VECTOR]) -> partial sums with these products.
-    gather(partial) -> i32[VECTOR].
+    KNOBS: unpacked_tokens of a tile; unpacked_few: so many tiles leave no codes behind; unpacked_quads of a loop body;
+    unpacked_span, stored inputs below which a span is mostly scaling. PARTIAL: elements of a register of partial sums.
+    held(storage): products of so many quads such a sum holds, a power of two.
+    levels(table, codes) -> u8[4 * VECTOR], if TABLE_ZERO makes them unsigned.
+    multiply(partial, codes u8[4 * VECTOR], quad i8[4 * VECTOR]) -> the partial sums with these products.
+    gather(partial) -> i32[VECTOR], what they add up to for each row.
     """
 
     PARTIAL: str

@@ -31,13 +31,14 @@ KNOBS = {
     "row_blocks": 4,
     "unroll": 4,
     "prefetch_bytes": 1024,
-    "unpacked_tokens": 4,
-    "unpacked_quads": 8,
-    "unpacked_few": 4,
     "gemm_row_blocks": 1,
     "gemm_tokens": 4,
     "gemm_unroll": 2,
     "gemm_prefetch_bytes": 16384,  # a block's steps lie 256 bytes apart: 64 of them
+    "unpacked_tokens": 4,  # with two registers of rows 8 partial sums: with codes and a quad 13 of 16 registers
+    "unpacked_quads": 16,
+    "unpacked_few": 4,
+    "unpacked_span": 32,
 }
 
 
@@ -62,12 +63,8 @@ def _by_table(table: Table, codes: Any, activations: Any) -> Any:
 
 
 def held(storage: Storage) -> int:
-    """See schedules.isa.ByQuads: a power of two, so that whole steps or equal parts of one fit."""
-    return min(KNOBS["unpacked_quads"], 1 << SUMS[storage.bits].bit_length() - 1)
-
-
-def levels(table: Table, codes: Any) -> Any:
-    raise NotImplementedError
+    """See schedules.isa.ByQuads."""
+    return 1 << SUMS[storage.bits].bit_length() - 1
 
 
 def multiply(partial: Any, codes: Any, quad: Any) -> Any:

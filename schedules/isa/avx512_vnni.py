@@ -28,13 +28,14 @@ KNOBS = {
     # A thread reads one stream, which Zen 4 prefetches by itself: asking as well costs 1 to 10 %. 8 bits take so few
     # instructions that it falls behind: without asking 9 % are lost. Sapphire Rapids has not been measured since.
     "packed_prefetch_bytes": 0,
-    "unpacked_tokens": 8,
-    "unpacked_quads": 32,
-    "unpacked_few": 8,
     "gemm_row_blocks": 1,  # each quad of activations is used once, so it is VPDPBUSD's memory operand: no load besides
     "gemm_tokens": 8,  # 8 accumulators and their fp32 sums: nothing is spilled
     "gemm_unroll": 16,
     "gemm_prefetch_bytes": 24576,  # a block's steps lie 512 bytes apart: 48 of them
+    "unpacked_tokens": 8,  # accumulators and their fp32 sums: nothing is spilled
+    "unpacked_quads": 32,  # any span
+    "unpacked_few": 8,
+    "unpacked_span": 64,  # shorter ones lose 3 % (32)
 }
 
 

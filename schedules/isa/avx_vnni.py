@@ -21,13 +21,14 @@ KNOBS = {
     "row_blocks": 4,
     "unroll": 4,
     "prefetch_bytes": 1024,
-    "unpacked_tokens": 4,
-    "unpacked_quads": 8,
-    "unpacked_few": 4,
     "gemm_row_blocks": 1,
     "gemm_tokens": 4,
     "gemm_unroll": 2,
     "gemm_prefetch_bytes": 16384,  # a block's steps lie 256 bytes apart: 64 of them
+    "unpacked_tokens": 4,  # as with AVX2, not measured
+    "unpacked_quads": 8,
+    "unpacked_few": 4,
+    "unpacked_span": 64,
 }
 
 
