@@ -29,7 +29,7 @@ from schedules import storage as storages
 from schedules import vector
 from schedules.balance import balanced
 from schedules.counted import marks, real_tiles
-from schedules.geometry import Geometry
+from schedules.geometry import MAX_SPAN, Geometry
 from schedules.isa import ByQuads, broadcast_quad
 from schedules.kernel import Kernel, NotSuited, Request
 from schedules.linear_function import linear_function, zeros_of
@@ -75,11 +75,15 @@ class Layer:
         return self.geometry.width // self.storage.inputs
 
     @property
+    def held(self) -> int:
+        """Quads whose products one sum holds."""
+        return MAX_SPAN // QUAD if self.isa.PARTIAL == "int32" else self.isa.held(self.storage)
+
+    @property
     def at_once(self) -> int:
-        """Steps of a loop's body at most: as many as one partial sum holds, or one step with several such sums."""
-        quads, held = self.storage.quads, self.isa.held(self.storage)
-        most = self.isa.KNOBS["unpacked_quads"]
-        return max(1, (min(most, held) if held >= quads else most) // quads)
+        """Steps of a loop's body at most: as many as one sum holds, or some with several sums each."""
+        quads, most = self.storage.quads, self.isa.KNOBS["unpacked_quads"]
+        return max(1, (min(most, self.held) if self.held >= quads else most) // quads)
 
     @property
     def lines(self) -> int:
@@ -159,8 +163,10 @@ class _Task:
     def _stretch(self, tile: Expr, s: Expr, kind: str, totals: Cells, start: Expr, steps: int) -> None:
         """Some steps from `start` on. A loop's body, or LLVM mixes up products until most of them are spilled."""
         layer, isa = self.layer, self.layer.isa
-        held, quads = isa.held(layer.storage), layer.storage.quads
-        partial = self._cells(isa.PARTIAL, isa.VECTOR * 32 // int(isa.PARTIAL[3:]))
+        held, quads = layer.held, layer.storage.quads
+        partial = (
+            totals if isa.PARTIAL == "int32" else self._cells(isa.PARTIAL, isa.VECTOR * 32 // int(isa.PARTIAL[3:]))
+        )
         with T.unroll(steps) as i:
             step = start + i
             if kind == FIRST:  # the task before has asked memory for them
@@ -193,6 +199,8 @@ class _Task:
 
     def _gather(self, totals: Cells, partial: Cells) -> None:
         """Partial sums to where int32 holds a span."""
+        if partial is totals:
+            return
         for place, cell in partial.items():
             _set(totals[place], _get(totals[place]) + self.layer.isa.gather(_get(cell)))
             _clear(cell)

@@ -50,11 +50,11 @@ class ByQuads(Isa, Protocol):
     """What more a file offers whose prompts go through schedules.linear_int8_unpacked.
 
     KNOBS: unpacked_tokens of a tile; unpacked_few: so many tiles leave no codes behind; unpacked_quads of a loop body;
-    unpacked_span, stored inputs below which a span is mostly scaling. PARTIAL: elements of a register of partial sums.
-    held(storage): products of so many quads such a sum holds, a power of two.
-    levels(table, codes) -> u8[4 * VECTOR], if TABLE_ZERO makes them unsigned.
-    multiply(partial, codes u8[4 * VECTOR], quad i8[4 * VECTOR]) -> the partial sums with these products.
-    gather(partial) -> i32[VECTOR], what they add up to for each row.
+    unpacked_span, stored inputs below which a span is mostly scaling. PARTIAL: elements of a register of sums.
+    levels(table, codes) -> u8[4 * VECTOR], where TABLE_ZERO makes them unsigned.
+    multiply(sums, codes u8[4 * VECTOR], quad i8[4 * VECTOR]) -> the sums with these products.
+    Where PARTIAL is not int32, held(storage) -> products of how many quads a sum holds, a power of two, and
+    gather(sums) -> i32[VECTOR], what they add up to for each row.
     """
 
     PARTIAL: str

@@ -11,9 +11,8 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from schedules.geometry import MAX_SPAN
 from schedules.isa import broadcast_quad, broadcast_table
-from schedules.storage import QUAD, Storage, Table, unpack
+from schedules.storage import Storage, Table, unpack
 
 NAME = "avx512_vnni"
 NEEDS = ("avx512f", "avx512bw", "avx512vl", "avx512vnni")
@@ -39,11 +38,6 @@ KNOBS = {
 }
 
 
-def held(storage: Storage) -> int:
-    """See schedules.isa.ByQuads: int32 holds any span."""
-    return MAX_SPAN // QUAD
-
-
 def levels(table: Table, codes: Any) -> Any:
     """See schedules.isa.ByQuads."""
     found = T.call_llvm_pure_intrin("int8x64", "llvm.x86.avx512.pshuf.b.512", broadcast_table(table, VECTOR), codes)
@@ -53,11 +47,6 @@ def levels(table: Table, codes: Any) -> Any:
 def multiply(partial: Any, codes: Any, quad: Any) -> Any:
     """See schedules.isa.ByQuads."""
     return T.call_llvm_pure_intrin("int32x16", "llvm.x86.avx512.vpdpbusd.512", partial, codes, quad)
-
-
-def gather(partial: Any) -> Any:
-    """See schedules.isa.ByQuads."""
-    return partial
 
 
 def step(storage: Storage, table: Table | None, acc: Any, w: Sequence[Any], a: Sequence[Any]) -> Any:

@@ -7,9 +7,8 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from schedules.geometry import MAX_SPAN
 from schedules.isa import broadcast_quad, broadcast_table
-from schedules.storage import QUAD, Storage, Table, unpack
+from schedules.storage import Storage, Table, unpack
 
 NAME = "avx_vnni"
 NEEDS = ("avx2", "avxvnni")
@@ -32,11 +31,6 @@ KNOBS = {
 }
 
 
-def held(storage: Storage) -> int:
-    """See schedules.isa.ByQuads: int32 holds any span."""
-    return MAX_SPAN // QUAD
-
-
 def levels(table: Table, codes: Any) -> Any:
     """See schedules.isa.ByQuads."""
     found = T.call_llvm_pure_intrin("int8x32", "llvm.x86.avx2.pshuf.b", broadcast_table(table, VECTOR), codes)
@@ -46,11 +40,6 @@ def levels(table: Table, codes: Any) -> Any:
 def multiply(partial: Any, codes: Any, quad: Any) -> Any:
     """See schedules.isa.ByQuads."""
     return T.call_llvm_pure_intrin("int32x8", "llvm.x86.avx512.vpdpbusd.256", partial, codes, quad)
-
-
-def gather(partial: Any) -> Any:
-    """See schedules.isa.ByQuads."""
-    return partial
 
 
 def step(storage: Storage, table: Table | None, acc: Any, w: Sequence[Any], a: Sequence[Any]) -> Any:
