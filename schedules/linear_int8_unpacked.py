@@ -41,6 +41,7 @@ from schedules.vector import Expr
 
 RANK = 7  # below AMX
 BYTES = LANES * QUAD
+LEVEL_ZERO = 128  # levels of table grids are unsigned bytes here
 FIRST, REST, ALONE = "first", "rest", "alone"
 Cells = dict[tuple[int, int], Any]  # a vector for every token of a tile and every part of the block's rows
 
@@ -77,7 +78,14 @@ class Layer:
     @property
     def held(self) -> int:
         """Quads whose products one sum holds."""
-        return MAX_SPAN // QUAD if self.isa.PARTIAL == "int32" else self.isa.held(self.storage)
+        if self.isa.PARTIAL == "int32":
+            return MAX_SPAN // QUAD
+        return self.isa.held(self.storage.bits // self.planes if self.table is None else 4)
+
+    @property
+    def planes(self) -> int:
+        """Codes or levels of 8 bits may need two passes of 4 bits each."""
+        return self.isa.WHOLE_BYTES if self.table is not None or self.storage.bits == 8 else 1
 
     @property
     def at_once(self) -> int:
@@ -88,7 +96,7 @@ class Layer:
     @property
     def lines(self) -> int:
         """Lines that a span leaves: its quads, and the scales."""
-        return self.steps * self.storage.quads + 1
+        return self.steps * self.storage.quads * self.planes + 1
 
     def bytes_of(self, part: int) -> Any:
         """Where a part's bytes are in a line."""
@@ -163,29 +171,35 @@ class _Task:
     def _stretch(self, tile: Expr, s: Expr, kind: str, totals: Cells, start: Expr, steps: int) -> None:
         """Some steps from `start` on. A loop's body, or LLVM mixes up products until most of them are spilled."""
         layer, isa = self.layer, self.layer.isa
-        held, quads = layer.held, layer.storage.quads
-        partial = (
-            totals if isa.PARTIAL == "int32" else self._cells(isa.PARTIAL, isa.VECTOR * 32 // int(isa.PARTIAL[3:]))
-        )
-        with T.unroll(steps) as i:
-            step = start + i
-            if kind == FIRST:  # the task before has asked memory for them
-                self._ask_codes(self.block, s + 1, step, level=1)
-            elif kind == ALONE:
-                self._ask_codes(self.block, s, step, layer.ahead)
-            codes = self._kept(s, step) if kind == REST else self._unpacked(s, step)
-            if kind == FIRST:
-                self._keep(s, step, codes)
-            for fields in (range(f, min(f + held, quads)) for f in range(0, quads, held)):
-                tokens = range(layer.tokens)
-                # Alone, as the template has it: in the other order 16 tokens of groups of 64 take 3 % longer.
-                order = product(tokens, fields) if kind == ALONE else ((t, f) for f, t in product(fields, tokens))
-                for t, f in order:
-                    self._add(partial, codes[f], t, tile, s, step, f)
-                if held < quads:
-                    self._gather(totals, partial)
-        if held >= quads:
-            self._gather(totals, partial)
+        held, quads, tokens = layer.held, layer.storage.quads, range(layer.tokens)
+        lanes = isa.VECTOR * 32 // int(isa.PARTIAL[3:])
+        for plane in range(layer.planes):
+            partial = totals if isa.PARTIAL == "int32" else self._cells(isa.PARTIAL, lanes)
+            with T.unroll(steps) as i:
+                step = start + i
+                codes = self._codes(s, step, plane, kind)
+                for fields in (range(f, min(f + held, quads)) for f in range(0, quads, held)):
+                    # Alone, as the template has it: in the other order 16 tokens of groups of 64 take 3 % longer.
+                    order = product(tokens, fields) if kind == ALONE else ((t, f) for f, t in product(fields, tokens))
+                    for t, f in order:
+                        self._add(partial, codes[f], t, tile, s, step, f)
+                    if held < quads:
+                        self._gather(totals, partial, plane)
+            if held >= quads:
+                self._gather(totals, partial, plane)
+
+    def _codes(self, s: Expr, step: Expr, plane: int, kind: str) -> list[list[Expr]]:
+        """Codes or levels of a step's quads by parts, or a plane of them; what the tile's kind asks for and keeps."""
+        if kind == REST:
+            return self._kept(s, step, plane)
+        if plane == 0 and kind == FIRST:  # the task before has asked memory for them
+            self._ask_codes(self.block, s + 1, step, level=1)
+        elif plane == 0:
+            self._ask_codes(self.block, s, step, self.layer.ahead)
+        codes = self._unpacked(s, step, plane)
+        if kind == FIRST:
+            self._keep(s, step, plane, codes)
+        return codes
 
     def _add(self, partial: Cells, codes: Sequence[Expr], t: int, tile: Expr, s: Expr, step: Expr, f: int) -> None:
         """A token's products with quad f of a step."""
@@ -197,41 +211,45 @@ class _Task:
         for part, code in enumerate(codes):
             _set(partial[t, part], isa.multiply(_get(partial[t, part]), code, a))
 
-    def _gather(self, totals: Cells, partial: Cells) -> None:
+    def _gather(self, totals: Cells, partial: Cells, plane: int) -> None:
         """Partial sums to where int32 holds a span."""
         if partial is totals:
             return
         for place, cell in partial.items():
-            _set(totals[place], _get(totals[place]) + self.layer.isa.gather(_get(cell)))
+            _set(totals[place], _get(totals[place]) + self.layer.isa.gather(_get(cell), plane))
             _clear(cell)
 
-    def _keep(self, s: Expr, step: Expr, codes: Sequence[Sequence[Expr]]) -> None:
+    def _line(self, step: Expr, plane: int, f: int) -> Expr:
+        """Of what a span leaves: planes lie beside each other."""
+        return (step * self.layer.storage.quads + f) * self.layer.planes + plane
+
+    def _keep(self, s: Expr, step: Expr, plane: int, codes: Sequence[Sequence[Expr]]) -> None:
         """Codes or levels of a step, for the other tiles; the lines of the next span are asked for: no store misses."""
         for f, quad in enumerate(codes):
-            line = step * len(codes) + f
+            line = self._line(step, plane, f)
             for part, code in enumerate(quad):
                 T.buffer_store(self.unpacked, code, [s, line, self.layer.bytes_of(part)])
             vector.prefetch(self.unpacked, ((s + 1) * self.layer.lines + line) * BYTES, write=True)
 
-    def _kept(self, s: Expr, step: Expr) -> list[list[Expr]]:
-        """Codes or levels of a step's quads, by parts, as the first tile left them."""
+    def _kept(self, s: Expr, step: Expr, plane: int) -> list[list[Expr]]:
+        """The same, as the first tile left them."""
         layer, size = self.layer, QUAD * self.layer.isa.VECTOR
 
         def read(f: int, part: int) -> Expr:
-            return vector.hold(self.unpacked[s, step * layer.storage.quads + f, layer.bytes_of(part)], size, "uint8")
+            return vector.hold(self.unpacked[s, self._line(step, plane, f), layer.bytes_of(part)], size, "uint8")
 
         return [[read(f, part) for part in layer.parts] for f in range(layer.storage.quads)]
 
-    def _unpacked(self, s: Expr, step: Expr) -> list[list[Expr]]:
+    def _unpacked(self, s: Expr, step: Expr, plane: int) -> list[list[Expr]]:
         """The same from the weight."""
-        layer, isa, table, size = self.layer, self.layer.isa, self.layer.table, QUAD * self.layer.isa.VECTOR
+        layer, isa, size = self.layer, self.layer.isa, QUAD * self.layer.isa.VECTOR
         at, found = [self.block // layer.x, s, step, self.block % layer.x], []
         for part in layer.parts:
             places = [[*at, v, part * isa.VECTOR, 0] for v in range(layer.storage.vectors)]
             w = [vector.hold(self.buffers["codes"].vload(place, f"uint8x{size}"), size, "uint8") for place in places]
             codes = storages.unpack(layer.storage, w, isa.VECTOR)
-            if table is not None:
-                codes = [isa.levels(table, code) for code in codes]
+            if layer.table is not None or layer.planes > 1:
+                codes = [isa.levels(layer.table, code, plane) for code in codes]
             found.append([vector.hold(code, size, "uint8") for code in codes])
         return [list(quad) for quad in zip(*found, strict=True)]
 
@@ -260,7 +278,7 @@ class _Task:
             centred, asum = _get(total), buffers["asum"][first + t, s]
             by_token = buffers["ascale"][first + t, s]
             if layer.table is not None:
-                centred = centred - T.broadcast(T.int32(layer.isa.TABLE_ZERO) * asum, lanes)
+                centred = centred - T.broadcast(T.int32(LEVEL_ZERO) * asum, lanes)
             elif "zero" in buffers and len(buffers["zero"].shape) == 1:
                 centred = centred - T.broadcast(T.Cast("int32", buffers["zero"][0]) * asum, lanes)
             elif "zero" in buffers:
@@ -318,13 +336,12 @@ def _suited(request: Request) -> ByQuads:
     if "unpacked_tokens" not in isa.KNOBS:
         raise NotSuited
     width = Geometry(request.args[CODES].shape[1], int(request.attrs["group"])).width
-    whole_bytes = storages.choose(int(request.attrs["bits"]), width).quads == 1
+    found = cast(ByQuads, isa)
+    as_it_is = storages.choose(int(request.attrs["bits"]), width).quads == 1 and found.WHOLE_BYTES == 1
     tokens, few = isa.KNOBS["unpacked_tokens"], isa.KNOBS["unpacked_few"]
-    if m % tokens or m // tokens <= few or whole_bytes or width < isa.KNOBS["unpacked_span"]:
+    if m % tokens or m // tokens <= few or as_it_is or width < isa.KNOBS["unpacked_span"]:
         raise NotSuited
-    if request.table is not None and isa.TABLE_ZERO == 0:
-        raise NotSuited
-    return cast(ByQuads, isa)
+    return found
 
 
 def lower(request: Request) -> Kernel:
@@ -336,7 +353,7 @@ def lower(request: Request) -> Kernel:
     storage = storages.choose(int(request.attrs["bits"]), geometry.width)
     table, unit = (None, 1.0) if request.table is None else int8_levels(request.table)
     if table is not None:
-        table = tuple(v + isa.TABLE_ZERO for v in table)
+        table = tuple(v + LEVEL_ZERO for v in table)
     kind, x = request.attrs.get("grid", storage.name), interleave(n, isa.KNOBS["row_blocks"])
     tail = name_tail(affine, residual)
     name = f"linear_{kind}a8_{isa.NAME}_unpacked_m{m}_n{n}_k{k}_g{geometry.group}_s{scale_dtype[5:]}{tail}"
