@@ -41,7 +41,7 @@ from schedules.vector import Expr
 
 RANK = 7  # below AMX
 BYTES = LANES * QUAD
-LEVEL_ZERO = 128  # levels of table grids are unsigned bytes here
+NIBBLES = Storage(4)
 FIRST, REST, ALONE = "first", "rest", "alone"
 Cells = dict[tuple[int, int], Any]  # a vector for every token of a tile and every part of the block's rows
 
@@ -80,12 +80,12 @@ class Layer:
         """Quads whose products one sum holds."""
         if self.isa.PARTIAL == "int32":
             return MAX_SPAN // QUAD
-        return self.isa.held(self.storage.bits // self.planes if self.table is None else 4)
+        return self.isa.held(self.storage.bits // self.planes)
 
     @property
     def planes(self) -> int:
-        """Codes or levels of 8 bits may need two passes of 4 bits each."""
-        return self.isa.WHOLE_BYTES if self.table is not None or self.storage.bits == 8 else 1
+        """Passes that a code is multiplied in: one of 8 bits may need two, of 4 bits each."""
+        return self.isa.BYTE_PLANES if self.storage.bits == 8 else 1
 
     @property
     def at_once(self) -> int:
@@ -248,8 +248,10 @@ class _Task:
             places = [[*at, v, part * isa.VECTOR, 0] for v in range(layer.storage.vectors)]
             w = [vector.hold(self.buffers["codes"].vload(place, f"uint8x{size}"), size, "uint8") for place in places]
             codes = storages.unpack(layer.storage, w, isa.VECTOR)
-            if layer.table is not None or layer.planes > 1:
-                codes = [isa.levels(layer.table, code, plane) for code in codes]
+            if layer.planes > 1:
+                codes = [storages.unpack(NIBBLES, [code], isa.VECTOR)[plane] for code in codes]
+            elif layer.table is not None:
+                codes = [isa.levels(layer.table, code) for code in codes]
             found.append([vector.hold(code, size, "uint8") for code in codes])
         return [list(quad) for quad in zip(*found, strict=True)]
 
@@ -278,7 +280,7 @@ class _Task:
             centred, asum = _get(total), buffers["asum"][first + t, s]
             by_token = buffers["ascale"][first + t, s]
             if layer.table is not None:
-                centred = centred - T.broadcast(T.int32(LEVEL_ZERO) * asum, lanes)
+                centred = centred - T.broadcast(T.int32(layer.isa.TABLE_ZERO) * asum, lanes)
             elif "zero" in buffers and len(buffers["zero"].shape) == 1:
                 centred = centred - T.broadcast(T.Cast("int32", buffers["zero"][0]) * asum, lanes)
             elif "zero" in buffers:
@@ -329,17 +331,18 @@ def _clear(cell: Any) -> None:
 
 
 def _suited(request: Request) -> ByQuads:
-    """The instruction set. Raises NotSuited for one that does not multiply by quads, for tables where it wants signed
-    levels, too few tokens, short spans, and codes of a byte, which need no unpacking.
+    """The instruction set. Raises NotSuited for one that does not multiply by quads, for too few tokens, for spans that
+    are mostly scaling, for codes of a byte that are multiplied as they are, and tables whose levels must be signed.
     """
     m, isa = request.args[0].shape[0], isas.choose(request.target)
     if "unpacked_tokens" not in isa.KNOBS:
         raise NotSuited
-    width = Geometry(request.args[CODES].shape[1], int(request.attrs["group"])).width
     found = cast(ByQuads, isa)
-    as_it_is = storages.choose(int(request.attrs["bits"]), width).quads == 1 and found.WHOLE_BYTES == 1
-    tokens, few = isa.KNOBS["unpacked_tokens"], isa.KNOBS["unpacked_few"]
-    if m % tokens or m // tokens <= few or as_it_is or width < isa.KNOBS["unpacked_span"]:
+    tokens, few, span = (isa.KNOBS[f"unpacked_{name}"] for name in ("tokens", "few", "span"))
+    width = Geometry(request.args[CODES].shape[1], int(request.attrs["group"])).width
+    planes = found.BYTE_PLANES if storages.choose(int(request.attrs["bits"]), width).bits == 8 else 0
+    signed = request.table is not None and isa.TABLE_ZERO == 0
+    if m % tokens or m // tokens <= few or width < span * max(1, planes) or planes == 1 or signed:
         raise NotSuited
     return found
 
@@ -353,7 +356,7 @@ def lower(request: Request) -> Kernel:
     storage = storages.choose(int(request.attrs["bits"]), geometry.width)
     table, unit = (None, 1.0) if request.table is None else int8_levels(request.table)
     if table is not None:
-        table = tuple(v + LEVEL_ZERO for v in table)
+        table = tuple(v + isa.TABLE_ZERO for v in table)
     kind, x = request.attrs.get("grid", storage.name), interleave(n, isa.KNOBS["row_blocks"])
     tail = name_tail(affine, residual)
     name = f"linear_{kind}a8_{isa.NAME}_unpacked_m{m}_n{n}_k{k}_g{geometry.group}_s{scale_dtype[5:]}{tail}"

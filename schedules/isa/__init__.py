@@ -51,22 +51,22 @@ class ByQuads(Isa, Protocol):
 
     KNOBS: unpacked_tokens of a tile; unpacked_few: so many tiles leave no codes behind; unpacked_quads of a loop body;
     unpacked_span, stored inputs below which a span is mostly scaling. PARTIAL: elements of a register of sums.
-    WHOLE_BYTES: planes that bytes are multiplied in, codes of 8 bits and levels of a table: 1, or 2 of 4 bits each.
-    levels(table or None, codes, plane) -> u8[4 * VECTOR], a plane of unsigned levels, or of codes if there are several.
+    BYTE_PLANES: passes that codes of 8 bits are multiplied in: 1, or 2 of 4 bits each.
+    levels(table, codes) -> u8[4 * VECTOR], where TABLE_ZERO makes them unsigned.
     multiply(sums, codes u8[4 * VECTOR], quad i8[4 * VECTOR]) -> the sums with these products.
     Where PARTIAL is not int32, held(bits) -> products of how many quads a sum holds, a power of two, and
     gather(sums, plane) -> i32[VECTOR], what they add up to for each row.
     """
 
     PARTIAL: str
-    WHOLE_BYTES: int
+    BYTE_PLANES: int
 
     @staticmethod
     def held(bits: int) -> int:
         """As said above."""
 
     @staticmethod
-    def levels(table: Table | None, codes: Any, plane: int) -> Any:
+    def levels(table: Table, codes: Any) -> Any:
         """As said above."""
 
     @staticmethod

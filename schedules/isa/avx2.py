@@ -27,7 +27,7 @@ RANK = 10
 VECTOR = 8
 TABLE_ZERO = 0
 PARTIAL = "int16"
-WHOLE_BYTES = 2
+BYTE_PLANES = 2
 KNOBS = {
     "row_blocks": 4,
     "unroll": 4,
@@ -66,15 +66,6 @@ def _by_table(table: Table, codes: Any, activations: Any) -> Any:
 def held(bits: int) -> int:
     """See schedules.isa.ByQuads."""
     return 1 << SUMS[bits].bit_length() - 1
-
-
-def levels(table: Table | None, codes: Any, plane: int) -> Any:
-    """See schedules.isa.ByQuads: the low four bits, then the high ones."""
-    if table is None:
-        return unpack(Storage(4), [codes], VECTOR)[plane]
-    nibbles = tuple(v >> 4 * plane & 15 for v in table)
-    found = T.call_llvm_pure_intrin("int8x32", "llvm.x86.avx2.pshuf.b", broadcast_table(nibbles, VECTOR), codes)
-    return T.reinterpret("uint8x32", found)
 
 
 def multiply(partial: Any, codes: Any, quad: Any) -> Any:

@@ -20,7 +20,7 @@ RANK = 30
 VECTOR = 16
 TABLE_ZERO = 128
 PARTIAL = "int32"
-WHOLE_BYTES = 1
+BYTE_PLANES = 1
 KNOBS = {
     "row_blocks": 8,
     "unroll": 16,
@@ -39,7 +39,7 @@ KNOBS = {
 }
 
 
-def levels(table: Table, codes: Any, plane: int = 0) -> Any:
+def levels(table: Table, codes: Any) -> Any:
     """See schedules.isa.ByQuads."""
     found = T.call_llvm_pure_intrin("int8x64", "llvm.x86.avx512.pshuf.b.512", broadcast_table(table, VECTOR), codes)
     return T.reinterpret("uint8x64", found)

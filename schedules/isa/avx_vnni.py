@@ -16,7 +16,7 @@ RANK = 20
 VECTOR = 8
 TABLE_ZERO = 128
 PARTIAL = "int32"
-WHOLE_BYTES = 1
+BYTE_PLANES = 1
 KNOBS = {
     "row_blocks": 4,
     "unroll": 4,
@@ -32,7 +32,7 @@ KNOBS = {
 }
 
 
-def levels(table: Table, codes: Any, plane: int = 0) -> Any:
+def levels(table: Table, codes: Any) -> Any:
     """See schedules.isa.ByQuads."""
     found = T.call_llvm_pure_intrin("int8x32", "llvm.x86.avx2.pshuf.b", broadcast_table(table, VECTOR), codes)
     return T.reinterpret("uint8x32", found)
