@@ -94,7 +94,7 @@ def parser() -> Parser:
     logits = _verb(verbs, "logits", "logits after every token of a list of ids", run_logits)
     logits.add_argument("--ids", required=True, type=Path, help=".npy file, integers [n]")
     logits.add_argument("--out", required=True, type=Path, help=".npy file to write, float32 [n, vocabulary]")
-    logits.add_argument("--last", action="store_true", help="only those after the last id, as a prompt's: [1, vocabulary]")
+    logits.add_argument("--last", action="store_true", help="only those after the last: [1, vocabulary]")
     _running_options(logits)
     bench = _verb(verbs, "bench", "how fast a bundle is on this machine", run_bench)
     numbers = {
