@@ -6,8 +6,8 @@ import fcntl
 import glob
 import json
 import os
+import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -67,9 +67,10 @@ def staged(out: Path, room_bytes: int = 0) -> Iterator[Path]:
     place = out.resolve()
     _clean(place)
     _check_room(out, room_bytes)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{place.name}{PARTIAL}", dir=place.parent))
-    lock = os.open(scratch, os.O_RDONLY)  # the kernel lets go of it when this process ends, however it does
+    scratch, lock = place.parent / f".{place.name}{PARTIAL}{secrets.token_hex(8)}", None
     try:
+        scratch.mkdir(0o700)  # named before it is made: an interrupt at any moment leaves nothing
+        lock = os.open(scratch, os.O_RDONLY)  # the kernel lets go of it when this process ends, however it does
         with suppress(OSError):  # a file system without locks
             fcntl.flock(lock, fcntl.LOCK_EX)
         scratch.chmod(0o755)
@@ -81,7 +82,8 @@ def staged(out: Path, room_bytes: int = 0) -> Iterator[Path]:
         raise BundleError(f"{out}: cannot be written: {error.strerror}. Make room, or choose another place.") from error
     finally:
         _remove(scratch)
-        os.close(lock)
+        if lock is not None:
+            os.close(lock)
 
 
 def _refuse_second(out: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -64,6 +65,17 @@ def test_a_failure_leaves_what_was_there(out: Path, failure: type[BaseException]
         failing(folder, failure)
     assert names(out.parent) == (["out"] if older else [])
     assert not older or (out / "model.so").read_text() == "old"
+
+
+def test_an_interrupt_while_the_folder_is_made(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mkdir(path: Path, *mode: int) -> None:
+        os.mkdir(path, *mode)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with pytest.raises(KeyboardInterrupt), bundle.staged(out):
+        pass
+    assert names(out.parent) == []
 
 
 def test_a_full_disk_is_one_message(out: Path) -> None:
