@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -68,8 +67,10 @@ def test_a_failure_leaves_what_was_there(out: Path, failure: type[BaseException]
 
 
 def test_an_interrupt_while_the_folder_is_made(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def mkdir(path: Path, *mode: int) -> None:
-        os.mkdir(path, *mode)
+    made = Path.mkdir
+
+    def mkdir(path: Path, mode: int) -> None:
+        made(path, mode)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Path, "mkdir", mkdir)
