@@ -185,6 +185,12 @@ def _refuse_idle_options(checkpoint: Checkpoint, source: Source, model: Model, r
         raise UnsupportedError(
             f"{checkpoint.path}: is quantised already, and --bits applies to dense linear layers. Leave --bits out."
         )
+    heads = [source.describe(w.sources[0]) for w in model.weights if isinstance(w, Linear) and w.name == "head"]
+    if request.head_bits is not None and not any(head.dense or head.bits == request.head_bits for head in heads):
+        raise UnsupportedError(
+            f"{checkpoint.path}: its output head has {heads[0].bits} bits already, and --head-bits applies to a dense "
+            f"one. Leave --head-bits out."
+        )
 
 
 def _end_tokens(checkpoint: Checkpoint, model: Model) -> tuple[int, ...]:

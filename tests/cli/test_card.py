@@ -83,6 +83,20 @@ def test_a_shape_that_there_is_not(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     )
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--activations", "exact,int9"],
+         "--activations int9: there are no such numerics. Take some of exact, int8, float16, default."),
+        (["--targets", ","],
+         "--targets names none, and card checks one after the other. Give some, or leave it out."),
+    ],
+)  # fmt: skip
+def test_options_that_name_nothing(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["card", *options]) == 2
+    assert capsys.readouterr() == ("", f"error: {said}\n")
+
+
 def test_a_model_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["card", "--model", str(tmp_path / "gone")]) == 2
     assert capsys.readouterr().err == (

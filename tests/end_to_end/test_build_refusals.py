@@ -7,15 +7,19 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import targets
 from compiler import models, pipeline
 from compiler.__main__ import main
 from compiler.checkpoint import open_checkpoint
 from compiler.codegen import nvrtc
+from compiler.errors import UnsupportedError
+from tests.checkpoint.gguf_files import write_llama
 from tests.end_to_end import commands
 from tests.end_to_end.places import DEMO, STORIES260K
 
@@ -200,6 +204,18 @@ def test_options_without_effect(refusal: Callable[..., str]) -> None:
     )
     assert refusal("--model", STORIES260K, "--out", "bundle", "--group-size", 32) == (
         "--group-size belongs to --bits, which is missing. Give both, or neither."
+    )
+
+
+def test_a_head_that_has_its_bits_already(tmp_path: Path) -> None:
+    model, native = write_llama(tmp_path / "tiny.gguf", head="Q6_K"), targets.load("native")
+    asked = pipeline.Request(tmp_path / "bundle", native)
+    for bits in (None, 6):
+        pipeline.import_checkpoint(model, replace(asked, head_bits=bits))
+    with pytest.raises(UnsupportedError) as caught:
+        pipeline.import_checkpoint(model, replace(asked, head_bits=4))
+    assert str(caught.value) == (
+        f"{model}: its output head has 6 bits already, and --head-bits applies to a dense one. Leave --head-bits out."
     )
 
 

@@ -70,9 +70,17 @@ def test_the_sizes_grow() -> None:
     assert 0.1e9 < counts[0] < 0.15e9 and 6.7e9 < counts[-1] < 6.8e9
 
 
+def test_a_title_is_what_the_points_share() -> None:
+    titles = {kind: growth.title(kind, BASE) for kind in growth.KINDS}
+    assert titles == {
+        "context": "tinyllama-1.1b, 4 bits, groups of 128", "prompt": "tinyllama-1.1b, 4 bits, groups of 128",
+        "size": "4 bits, groups of 128", "group": "tinyllama-1.1b, 4 bits", "bits": "tinyllama-1.1b, groups of 128",
+    }  # fmt: skip
+
+
 def test_a_plot_is_drawn_and_repeats(tmp_path: Path) -> None:
-    def point(value: int, name: str, speed: float) -> Point:
-        return Point(value, value, Row(name, {}, 2, None, Spread(speed, speed - 1, speed + 1), None, None))
+    def point(value: int, name: str, speed: float, threads: int = 2) -> Point:
+        return Point(value, value, Row(name, {}, threads, None, Spread(speed, speed - 1, speed + 1), None, None))
 
     points = [point(v, name, s / (1 + v)) for v in (0, 128) for name, s in (("quern", 40.0), ("llama.cpp", 20.0))]
     growth.plot("context", points, "tinyllama-1.1b, 4 bits", tmp_path / "a" / "context.svg")
@@ -81,6 +89,9 @@ def test_a_plot_is_drawn_and_repeats(tmp_path: Path) -> None:
     assert drawn == (tmp_path / "again.svg").read_text()
     assert all(f"<!-- {text} -->" in drawn for text in ("quern", "llama.cpp", "tokens of context", "decode"))
     assert "<!-- prefill -->" not in drawn
+    growth.plot("context", [*points, point(0, "quern", 30.0, 1)], "", tmp_path / "threads.svg")
+    drawn = (tmp_path / "threads.svg").read_text()
+    assert all(f"<!-- {text} -->" in drawn for text in ("quern, 1 thread", "quern, 2 threads", "llama.cpp, 2 threads"))
 
 
 def test_an_engine_that_cannot_run_a_point_is_told_once_and_not_tried_again(

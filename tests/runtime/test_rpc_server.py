@@ -315,7 +315,7 @@ def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
         (["--tracker", "pi", "--key", "a"], "argument --tracker: 'pi' is not HOST:PORT"),
         (["--tracker", "pi:0", "--key", "a"], "argument --tracker: 'pi:0' is not HOST:PORT"),
         (["--tracker", "pi:1", "--key", "a:b"], "argument --key: 'a:b' is no name without spaces and colons"),
-        (["--tracker", "pi:1", "--key", "a", "--port", "70000"], "argument --port: 70000 is not a port"),
+        (["--tracker", "pi:1", "--key", "a", "--port", "70000"], "argument --port: '70000' is not a port: 0 to 65535"),
     ],
 )
 def test_options_that_are_none(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
