@@ -133,14 +133,15 @@ def run(options: argparse.Namespace) -> int:
         found: list[dict[str, object]] = []
         for threads in options.threads:
             if options.profile:
-                found += _profile(options, path, target, setup.work, threads)
+                latest = _profile(options, path, target, setup.work, threads)
             elif engines.others or options.perplexity:
-                found += _beside(options, path, setup, engines, threads)
+                latest = _beside(options, path, setup, engines, threads)
             else:
-                found += _alone(options, path, target, setup.work, threads)
+                latest = _alone(options, path, target, setup.work, threads)
+            _record(options.record, latest)  # one number of threads after the other, before it can be interrupted
+            found += latest
     if options.json:
         print("\n".join(json.dumps(record) for record in found))
-    _record(options.record, found)
     return 0
 
 
@@ -315,18 +316,21 @@ def _grow(options: argparse.Namespace, target: Target) -> int:
         shapes.settings(setup.shape)  # a wrong name is told before the first minutes have passed
     grown = growth_report.Growth(options.growth, todo, _engines(options))
     found: list[dict[str, object]] = []
-    for value, setup, rows in grown.run(target, options.threads):
-        more = {**_where(options), "shape": setup.shape, "growth": options.growth, "value": value}
-        latest = compare.records(rows, setup.work, more)
-        _record(options.record, latest)
-        found += latest
-        if not options.json:
-            growth_report.show(options.growth, value, setup, rows)
-    if options.json:
-        print("\n".join(json.dumps(record) for record in found))
-    if options.plot is not None:
-        title = growth.title(options.growth, _setup(options))
-        growth.plot(options.growth, grown.points, title, options.plot)
+    try:
+        for value, setup, rows in grown.run(target, options.threads):
+            more = {**_where(options), "shape": setup.shape, "growth": options.growth, "value": value}
+            latest = compare.records(rows, setup.work, more)
+            _record(options.record, latest)
+            found += latest
+            if not options.json:
+                growth_report.show(options.growth, value, setup, rows)
+    finally:  # hours may have been measured when it is interrupted
+        if options.json and found:
+            print("\n".join(json.dumps(record) for record in found))
+        if options.plot is not None and grown.points:
+            growth.plot(options.growth, grown.points, growth.title(options.growth, _setup(options)), options.plot)
+        if grown.stopped is not None:
+            print(grown.stopped.told(f"in {options.record}" if options.record else "above"), file=sys.stderr)
     return 0
 
 

@@ -101,6 +101,21 @@ def test_threads_beside_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert capsys.readouterr() == ("", "error: story: runs on a GPU, and threads are the CPU's. Leave --threads out.\n")
 
 
+def test_each_number_of_threads_is_recorded_when_it_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def alone(options: object, path: object, target: object, work: object, threads: int) -> list[dict[str, object]]:
+        if threads == 2:
+            raise KeyboardInterrupt
+        return [{"threads": threads}]
+
+    monkeypatch.setattr(bench, "_alone", alone)
+    monkeypatch.setattr(bench, "_on_gpu", lambda path: False)
+    monkeypatch.setattr(bench, "_fitting", lambda path, work: work)
+    assert main(["bench", "story", "--threads", "1,2", "--record", str(tmp_path / "r.jsonl")]) == 130
+    assert (tmp_path / "r.jsonl").read_text() == '{"threads": 1}\n'
+
+
 def test_a_bundle_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", str(tmp_path / "story")]) == 2
     said = f"error: {tmp_path / 'story'}: there is no such directory. Point at a directory that quern built.\n"
