@@ -6,12 +6,10 @@ import ast
 import importlib
 import os
 import pkgutil
-import signal
 import sys
 from pathlib import Path
-from types import FrameType
 
-from runtime.arguments import Parser
+from runtime.arguments import Parser, clean_up_on_sigterm
 
 CLI = Path(__file__).parent / "cli"
 INTERRUPTED = 130
@@ -72,10 +70,6 @@ def main(argv: list[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    sys.exit(128 + number)
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _terminate)  # so that `kill` cleans up as Ctrl-C does
+    clean_up_on_sigterm()
     sys.exit(main())

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import TYPE_CHECKING, Optional, TypeVar  # noqa: E402
 
-from .arguments import Parser  # noqa: E402
+from .arguments import Parser, clean_up_on_sigterm  # noqa: E402
 from .errors import UNWRITABLE, InputError, LibraryError, UserError  # noqa: E402
 
 if TYPE_CHECKING:
@@ -278,8 +278,6 @@ def run_chat(options: argparse.Namespace) -> None:
 
 def run_serve(options: argparse.Namespace) -> None:
     """Serve until interrupted."""
-    import signal
-
     bundle, session, (sampler, _) = _open(options, lambda found: _for_text(options, found))
     from .completions import Defaults
     from .server import Server
@@ -292,7 +290,7 @@ def run_serve(options: argparse.Namespace) -> None:
     print(f"{bundle.manifest.model.name}: http://{host}:{server.port}/v1", file=sys.stderr, flush=True)
     if not server.local and key is None:
         print("whoever reaches this address may use it: set QUERN_API_KEY to ask for a key", file=sys.stderr)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    clean_up_on_sigterm()
     server.run()
 
 
@@ -322,6 +320,7 @@ def run_logits(options: argparse.Namespace) -> None:
             f"{options.out}: cannot be written: it is a directory or a device, or is in a directory that does not "
             f"exist. Name a .npy file."
         )
+    clean_up_on_sigterm()  # a half-written file goes
     write_logits(_open(options, lambda _: None)[1], ids, options.out)
 
 
@@ -349,13 +348,11 @@ def run_bench(options: argparse.Namespace) -> None:
 
 def run_rpc_server(options: argparse.Namespace) -> None:
     """Serve until interrupted."""
-    import signal
-
     from .rpc_server import Server
 
     if not options.limit > 0:
         raise InputError(f"limit is {options.limit:g} s, but must be more than 0.")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    clean_up_on_sigterm()
     Server(
         options.tracker, options.key, options.bind, options.port, options.limit, options.threads, options.tunnel
     ).run()

@@ -40,8 +40,8 @@ LAW: dict[str, set[str]] = {
     "compiler.passes": {"compiler.graph", "compiler.quant", "schedules", "targets", "tvm"},
     "compiler.tune": {
         "compiler.codegen.cuda", "compiler.codegen.link", "compiler.codegen.nvrtc", "compiler.graph.ops",
-        "compiler.measure.read_bandwidth", "compiler.passes", "numpy", "runtime", "schedules", "targets", "tvm",
-        "xgboost",
+        "compiler.measure.read_bandwidth", "compiler.measure.record_file", "compiler.passes", "numpy", "runtime",
+        "schedules", "targets", "tvm", "xgboost",
     },
     "compiler.tune.model": {
         "compiler.measure.cycles", "compiler.measure.emulator", "compiler.measure.instructions", "compiler.tune",

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from runtime.__main__ import main
+from runtime.session import Session
 from tests.runtime import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -243,6 +244,25 @@ def test_logits_to_an_impossible_place(toy: Path, tmp_path: Path, capsys: pytest
         )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["device", "ids.npy"]
     assert (tmp_path / "device").is_fifo()
+
+
+def test_a_kill_leaves_no_half_written_logits(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(self: Session, ids: Any) -> Any:
+        yield np.zeros((1, 32), np.float32)
+        assert any(path.suffix == ".part" for path in tmp_path.iterdir())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Session, "_logits", killed)
+    np.save(tmp_path / "ids.npy", np.arange(2, 29))
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with pytest.raises(SystemExit) as left:
+            main(["logits", str(toy), "--ids", str(tmp_path / "ids.npy"), "--out", str(tmp_path / "out.npy")])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (left.value.code, [p.name for p in tmp_path.iterdir()]) == (143, ["ids.npy"])
 
 
 def test_a_full_disk_leaves_nothing_behind(toy: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from runtime.__main__ import main
 from runtime.rpc_server import exception
 from runtime.rpc_session import PROTOCOL
 from runtime.rpc_tracker import Address, Offer, Tracker, TrackerError
+from tests.waiting import wait_for
 
 tvm = pytest.importorskip("tvm")
 REPO = Path(__file__).parents[2]
@@ -102,13 +103,6 @@ def log(tmp_path: Path) -> Path:
 def connects(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def wait_for(what: Callable[[], object]) -> None:
-    end = time.monotonic() + PATIENCE_S
-    while not what():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def said(log: Path, what: str, count: int) -> None:

@@ -20,7 +20,7 @@ from compiler.tune.records import FILE_NAME, Database, frozen
 from tests.deploy import sshd
 from tests.end_to_end import commands
 from tests.mock import cuda as mock
-from tests.tune.fake_board import wait_for
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.slow
 NATIVE = targets.load("native")
