@@ -9,7 +9,7 @@ import pkgutil
 import sys
 from pathlib import Path
 
-from runtime.arguments import Parser, clean_up_on_sigterm
+from runtime.arguments import Parser, clean_up_on_sigterm, discard_output, refuse, settle_streams
 
 CLI = Path(__file__).parent / "cli"
 INTERRUPTED = 130
@@ -26,6 +26,7 @@ def verbs() -> dict[str, str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb. 0 = done, 2 = the user's mistake, 130 = interrupted (143: terminated)."""
+    settle_streams()
     arguments = sys.argv[1:] if argv is None else argv
     table = verbs()
     parser = Parser(
@@ -47,24 +48,19 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         code = int(options.run(options))
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
         return code
     except (UserError, RuntimeUserError, TargetError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return UserError.exit_code
+        return refuse(str(error))
     except OSError as error:
         if error.filename is not None:
-            print(f"error: {error.filename}: {error.strerror}.", file=sys.stderr)
-            return UserError.exit_code
+            return refuse(f"{os.fsdecode(error.filename)}: {error.strerror}.")
         if error.errno not in UNWRITABLE:
             raise
-        # The interpreter flushes stdout once more when it ends: give it somewhere to write to.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
+            discard_output()
             return 0
-        print(f"error: cannot write: {error.strerror}. Make room where the output goes.", file=sys.stderr)
-        return UserError.exit_code
+        return refuse(f"cannot write: {error.strerror}. Make room where the output goes.")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
@@ -17,7 +18,7 @@ from compiler.checkpoint import Checkpoint, open_checkpoint
 from compiler.codegen import bundle, carried, chat_format, link, nvrtc, tokenizer_files, weights_file
 from compiler.codegen.build import compile_module
 from compiler.codegen.cuda import device_code, library, tables
-from compiler.errors import CheckpointError, ConfigError, UnsupportedError
+from compiler.errors import CheckpointError, ConfigError, UnsupportedError, UserError
 from compiler.graph.weights import Linear, Table
 from compiler.models import Model
 from compiler.passes.fuse_quantize import FuseQuantize
@@ -365,7 +366,12 @@ def _checked(mod: tvm.IRModule, stage: str, request: Request) -> None:
 def _dump(folder: Path | None, name: str, text: Any) -> None:
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text(), encoding="utf-8")
+        try:
+            (folder / name).write_text(text(), encoding="utf-8")
+        except OSError as error:
+            with suppress(OSError):  # of half a stage
+                (folder / name).unlink()
+            raise UserError(f"--dump-ir: {folder / name}: cannot be written: {error.strerror}.") from None
 
 
 def _manifest(

@@ -150,7 +150,8 @@ def _mapped(path: Path, found: Manifest, ahead: bool, verify: bool) -> Iterator[
         with path.open("rb") as stream:
             mapping = mmap.mmap(stream.fileno(), found.files[path.name].bytes, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:
-        raise BundleError(f"{path}: cannot be mapped into memory: {error}.") from None
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise BundleError(f"{path}: cannot be mapped into memory: {reason}.") from None
     if ahead:
         _read_ahead(mapping)
     if not verify:

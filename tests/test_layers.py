@@ -25,7 +25,7 @@ LAW: dict[str, set[str]] = {
     "compiler.__main__": {"compiler.cli", "runtime.arguments", "runtime.errors", "targets"},
     "compiler.cli": ANYTHING,
     "compiler.pipeline": ANYTHING,
-    "compiler.errors": set(),
+    "compiler.errors": {"runtime.errors"},
     "compiler.progress": {"rich"},
     "compiler.checkpoint": {"numpy"},
     "compiler.checkpoint.hub": {"compiler.checkpoint", "huggingface_hub"},  # optional: only where a model is an id

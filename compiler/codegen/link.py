@@ -18,6 +18,7 @@ from compiler.codegen import elf
 from compiler.errors import UserError
 from targets import Target
 
+LAST_LINES = 12  # of what zig says that a message shows: on a full disk it is a thousand
 FLAGS = ("-shared", "-s", "-Wl,--build-id=none")
 # What TVM's code may leave to the runtime libraries, which are loaded before it with RTLD_GLOBAL.
 RUNTIME_PREFIXES = ("TVMFFI", "TVMBackend")
@@ -50,9 +51,9 @@ def link(objects: list[Path], out: Path, target: Target, libraries: tuple[str, .
         command += [*(str(path.resolve()) for path in objects), *(f"-l{name}" for name in libraries)]
         done = subprocess.run(command, env=zig_environment(), cwd=scratch, capture_output=True, text=True, check=False)
         if done.returncode or not made.is_file():
+            said = "\n".join((done.stderr or done.stdout).strip().splitlines()[-LAST_LINES:])
             raise LinkError(
-                f"{out}: linking for {target.zig_triple} failed (zig cc left with {done.returncode}):\n"
-                f"{(done.stderr or done.stdout).strip()}"
+                f"{out}: linking for {target.zig_triple} failed (zig cc left with {done.returncode}):\n{said}"
             )
         check(made, target, shown=out)
         made.replace(out)

@@ -85,6 +85,17 @@ def test_a_failing_linker_says_so_and_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["broken.o"]
 
 
+def test_a_linker_that_says_much_has_the_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a full disk: a warning for every file of zig's cache."""
+    said = "".join(f"warning: {i}\n" for i in range(1000)) + "error: no space left\n"
+    failed = subprocess.CompletedProcess([], 1, "", said)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(link.LinkError) as caught:
+        link.link([tmp_path / "a.o"], tmp_path / "model.so", RPI4)
+    lines = str(caught.value).splitlines()
+    assert (len(lines), lines[1], lines[-1]) == (13, "warning: 989", "error: no space left")
+
+
 def test_ziglang_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(link.LinkError) as caught:

@@ -18,10 +18,11 @@ from compiler import models, pipeline
 from compiler.__main__ import main
 from compiler.checkpoint import open_checkpoint
 from compiler.codegen import nvrtc
-from compiler.errors import UnsupportedError
+from compiler.errors import UnsupportedError, UserError
 from tests.checkpoint.gguf_files import write_llama
 from tests.end_to_end import commands
 from tests.end_to_end.places import DEMO, STORIES260K
+from tests.tune.test_records import files_end_at
 
 EDITED = "The configuration belongs to another checkpoint, or was edited."
 HEADS = "num_attention_heads,num_key_value_heads,head_dim,hidden_size"
@@ -217,6 +218,20 @@ def test_a_head_that_has_its_bits_already(tmp_path: Path) -> None:
     assert str(caught.value) == (
         f"{model}: its output head has 6 bits already, and --head-bits applies to a dense one. Leave --head-bits out."
     )
+
+
+def test_a_name_that_is_not_utf8(refusal: Callable[..., str]) -> None:
+    assert refusal("--out", "b\udcff") == (
+        "b\\udcff: this name is not UTF-8, and TVM writes to no other. Give --out another."
+    )
+
+
+def test_a_stage_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "ir").mkdir()
+    with files_end_at(100), pytest.raises(UserError) as caught:
+        pipeline._dump(tmp_path / "ir", "1_graph.py", lambda: "x" * 1000)
+    assert str(caught.value) == f"--dump-ir: {tmp_path}/ir/1_graph.py: cannot be written: File too large."
+    assert list((tmp_path / "ir").iterdir()) == []
 
 
 def test_folders_that_are_none(refusal: Callable[..., str], tmp_path: Path) -> None:

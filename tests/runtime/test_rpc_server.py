@@ -306,6 +306,31 @@ def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        (["--threads", "0"], "threads is 0, but must lie in 1..1024."),
+        (["--limit", "nan"], "limit is nan s, but must be more than 0."),
+        (["--bind", "no.such.host.invalid"],
+         "no.such.host.invalid:9090: cannot be listened on: Name or service not known. Give another --port (0: any "
+         "that is free), or an address of this machine to --bind."),
+    ],
+)  # fmt: skip
+def test_options_that_cannot_be(
+    options: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main(["rpc-server", "--tracker", "127.0.0.1:1", "--key", KEY, *options]) == 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err == f"error: {said}\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
         (["--tracker", "pi", "--key", "a"], "argument --tracker: 'pi' is not HOST:PORT"),
         (["--tracker", "pi:0", "--key", "a"], "argument --tracker: 'pi:0' is not HOST:PORT"),
         (["--tracker", "pi:1", "--key", "a:b"], "argument --key: 'a:b' is no name without spaces and colons"),
