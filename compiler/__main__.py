@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import importlib
 import os
@@ -26,30 +27,20 @@ def verbs() -> dict[str, str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb. 0 = done, 2 = the user's mistake, 130 = interrupted (143: terminated)."""
-    settle_streams()
-    arguments = sys.argv[1:] if argv is None else argv
-    table = verbs()
-    parser = Parser(
-        prog="python -m compiler", description="quern: quantised checkpoints to device bundles."
-    )
-    commands = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    asked = next((a for a in arguments if not a.startswith("-")), None)
-    for name, summary in table.items():
-        sub = commands.add_parser(name, help=summary, description=summary)
-        if name == asked:
-            module = importlib.import_module(f"compiler.cli.{name}")
-            module.arguments(sub)
-            sub.set_defaults(run=module.run, verb_parser=sub)
-    options = parser.parse_args(arguments)
-    from compiler.errors import UserError
-    from runtime.errors import UNWRITABLE
-    from runtime.errors import UserError as RuntimeUserError
-    from targets import TargetError
-
     try:
+        from compiler.errors import UserError
+        from runtime.errors import UNWRITABLE
+        from runtime.errors import UserError as RuntimeUserError
+        from targets import TargetError
+
+        settle_streams()
+        options = _options(sys.argv[1:] if argv is None else argv)
         code = int(options.run(options))
         sys.stdout.flush()
         return code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
     except (UserError, RuntimeUserError, TargetError) as error:
         return refuse(str(error))
     except OSError as error:
@@ -61,9 +52,21 @@ def main(argv: list[str] | None = None) -> int:
             discard_output()
             return 0
         return refuse(f"cannot write: {error.strerror}. Make room where the output goes.")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    """Parsed, with the verb's `run`. A verb's file is imported when it is asked for."""
+    parser = Parser(prog="python -m compiler", description="quern: quantised checkpoints to device bundles.")
+    commands = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    asked = next((a for a in arguments if not a.startswith("-")), None)
+    for name, summary in verbs().items():
+        sub = commands.add_parser(name, help=summary, description=summary)
+        if name == asked:
+            module = importlib.import_module(f"compiler.cli.{name}")
+            module.arguments(sub)
+            sub.set_defaults(run=module.run, verb_parser=sub)
+    options: argparse.Namespace = parser.parse_args(arguments)
+    return options
 
 
 if __name__ == "__main__":

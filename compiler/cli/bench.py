@@ -103,7 +103,7 @@ def run(options: argparse.Namespace) -> int:
         from compiler.measure import record_file
 
         record_file.require_writable(options.record)
-    if options.host or options.board:
+    if options.host is not None or options.board:
         return _on_device(options)
     target = targets.load(options.target).sized(options.multiprocessors)
     if options.cost == "model":
@@ -151,14 +151,14 @@ def _on_device(options: argparse.Namespace) -> int:
 
     from compiler.progress import Reporter
 
-    if options.host:
+    if options.host is not None:
         require_asyncssh("bench --host")
     from compiler.measure import on_device
 
     (threads,), report = options.threads, Reporter(quiet=options.json)
     work = _fitting(options.bundle, _workload(options))
     found = None
-    if options.host:
+    if options.host is not None:
         device = on_device.Device(options.host, options.port, options.identity)
         found = asyncio.run(on_device.measured(options.bundle, device, work, threads, report))
         made = on_device.modelled_or_reason(options.bundle, work, found["max_mhz"], report)

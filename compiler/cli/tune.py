@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
         return _run_modelled(options, target)
     if target.gpu is not None and options.threads:
         raise UserError(f"{target.name}: runs on a GPU, and threads are the CPU's. Leave --threads out.")
-    if options.rpc or options.ssh:
+    if options.rpc is not None or options.ssh:
         return _run_there(options, target)
     _require(target)
     if target.gpu is not None:
@@ -210,16 +210,16 @@ def _check_boards(options: argparse.Namespace) -> None:
     from compiler.errors import UserError
     from runtime.rpc_tracker import Address
 
-    if options.rpc and options.ssh:
+    if options.rpc is not None and options.ssh:
         raise UserError("--rpc takes boards from a tracker that runs already, --ssh starts one: give one of the two.")
     if options.cost == "model":
         for name in ("rpc", "ssh", "threads", "drift", "key", "boards", "port", "identity", "patience"):
             if getattr(options, name) is not None:
                 raise UserError(f"--cost model asks no device and no clock: leave out --{name}.")
     given = [f"--{name}" for name in ("key", "boards", "port", "identity") if getattr(options, name) is not None]
-    if given and not (options.rpc or options.ssh):
+    if given and options.rpc is None and not options.ssh:
         raise UserError(f"{given[0]} belongs to --rpc or --ssh, which is missing. Give one of them.")
-    if options.rpc:
+    if options.rpc is not None:
         for name in ("port", "identity"):
             if getattr(options, name) is not None:
                 raise UserError(f"--{name} belongs to --ssh: with --rpc, boards come by themselves. Leave it out.")

@@ -36,7 +36,7 @@ BELONGS = {
 
 def check(options: argparse.Namespace) -> None:
     """Raise UserError for options that do not go together, or are too small."""
-    if options.host or options.board:
+    if options.host is not None or options.board:
         _check_board(options)
     if options.growth is None and (options.bundle is None) == (options.shape is None):
         raise UserError("bench measures either a BUNDLE or a --shape: give one of the two.")
@@ -55,7 +55,7 @@ def check(options: argparse.Namespace) -> None:
     _check_sizes(options)
     if options.growth is not None:
         _check_growth(options)
-    elif options.plot or options.growth_values:
+    elif _given(options, ("plot", "growth_values")):
         raise UserError("--plot and --growth-values belong to --growth, which is missing.")
     if options.perplexity and options.bundle is None:
         raise UserError("--perplexity needs a BUNDLE: random weights have none worth knowing.")
@@ -82,14 +82,14 @@ def complete(options: argparse.Namespace) -> None:
 
 
 def _check_board(options: argparse.Namespace) -> None:
-    name = "--host" if options.host else "--board"
-    if options.host and options.board:
+    name = "--board" if options.host is None else "--host"
+    if options.host is not None and options.board:
         raise UserError("--host measures on a device, --board counts on an emulated one: give one of the two.")
     for other in _given(options, HERE):
         raise UserError(f"{other} runs on this machine: leave it or {name} out.")
     if options.bundle is None:
         raise UserError(f"{name} needs a BUNDLE: what `build` wrote for that board.")
-    if options.host and len(options.threads or ()) > 1:
+    if options.host is not None and len(options.threads or ()) > 1:
         raise UserError("--host takes one number of --threads at a time.")
     for other in _given(options, TIMED) if options.board else ():
         raise UserError(f"--board counts one decoded token and one prompt, and times nothing: leave {other} out.")

@@ -54,6 +54,8 @@ from runtime import device
            f"--board counts one decoded token and one prompt, and times nothing: leave {option} out.")
           for option in ("--threads", "--rounds", "--decode-tokens")],
         (["story", "--host", "pi", "--threads", "1,2"], "--host takes one number of --threads at a time."),
+        (["--host", "", "--growth", "bits"], "--growth runs on this machine: leave it or --host out."),
+        (["story", "--growth-values", ""], "--plot and --growth-values belong to --growth, which is missing."),
         *[(["--growth", kind, option, value],
            f"--growth {kind} takes its points from --growth-values, not from {option}: leave that out.")
           for kind, option, value in (("context", "--context", "128"), ("prompt", "--prompt-tokens", "512"),

@@ -101,6 +101,17 @@ def test_how_a_verb_ends(
     assert capsys.readouterr() == ("", said)
 
 
+def test_an_interrupt_while_the_options_are_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(parser: argparse.ArgumentParser) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(a_verb, "arguments", run)
+    assert main(["targets"]) == INTERRUPTED
+    assert capsys.readouterr() == ("", "interrupted\n")
+
+
 @pytest.mark.parametrize("bug", [AssertionError("ours"), KeyError("ours"), OSError("no file")], ids=repr)
 def test_our_own_bugs_keep_their_traceback(bug: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(options: argparse.Namespace) -> int:

@@ -79,6 +79,8 @@ def _restore_threads(monkeypatch: pytest.MonkeyPatch) -> None:
           for option in ("--port", "--identity")],
         ([*SHAPE, "--cost", "model", "--patience", "1m"],
          "--cost model asks no device and no clock: leave out --patience."),
+        ([*SHAPE, "--rpc", ""],
+         "--rpc: '' is not HOST:PORT. Give the address of `python -m tvm.exec.rpc_tracker`."),
         ([*SHAPE, "--rpc", "pi"],
          "--rpc: 'pi' is not HOST:PORT. Give the address of `python -m tvm.exec.rpc_tracker`."),
         ([*SHAPE, "--rpc", "127.0.0.1:1"],
