@@ -143,7 +143,7 @@ def test_a_board_that_cannot_be_reached(
     own = ["--tokens", "1", "--ssh", "127.0.0.1", "--port", "1", "--identity", str(server.key)]
     assert main([*tune, *own]) == 2
     assert capsys.readouterr().err == (
-        "error: 127.0.0.1: cannot be reached: Connect call failed ('127.0.0.1', 1). Is it on, does its SSH "
+        "error: 127.0.0.1: cannot be reached: Connection refused. Is it on, does its SSH "
         "server run, are --port and the name right?\n"
     )
     assert list(tmp_path.glob("*/*")) == []
