@@ -42,7 +42,6 @@ from targets import Gpu, Target
 
 LIBRARY, WEIGHTS = "model.so", "weights.bin"
 DP4A_SM = 61  # the first architecture with dp4a: PTX ISA manual
-LINKING_BYTES = 8 << 20  # objects, the library and its copies while it is linked: 1 to 4 MiB were seen
 # Prompt tokens a call; the runtime cuts a prompt into these. On a CPU they are the most that a call takes: kernels
 # compute as many rows as there are. A GPU's launches have grids that never change.
 CPU_CHUNKS, GPU_CHUNKS = (128,), (16, 128)
@@ -256,7 +255,7 @@ def compile_inputs(inputs: Inputs, request: Request, report: Reporter) -> manife
     code = _for_cpu(mod, request, report) if target.gpu is None else _for_gpu(mod, target.gpu, request, report)
     # No layout stores codes narrower than they are.
     room = sum(w.type.n * w.type.k * w.type.bits // 8 for w in model.weights if isinstance(w, (Linear, Table)))
-    room += LINKING_BYTES + sum(map(len, (libraries or {}).values()))
+    room += link.ROOM_BYTES + sum(map(len, (libraries or {}).values()))
     with bundle.staged(request.out, room) as folder:
         with report.stage("link") as stage:
             code.link(folder / LIBRARY)

@@ -4,10 +4,13 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -67,6 +70,19 @@ def test_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(tmp_path)
     link.export(compiled(RPI4), Path("below/model.so"), RPI4)
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")] == ["below/model.so"]
+
+
+@pytest.mark.parametrize("temporary", [True, False])
+def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temporary: bool) -> None:
+    """LLVM would end the process, and leave what is half-written."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path if temporary else tmp_path / "elsewhere"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=(8 << 20) - 1))
+    with pytest.raises(link.LinkError) as caught:
+        link.export(None, tmp_path / "read.so", RPI4)
+    more = ", or set TMPDIR to another place" if temporary else ""
+    assert str(caught.value) == (
+        f"{tmp_path / 'read.so'}: linking takes up to 8 MiB, but its disk has 7 MiB left. Make room{more}."
+    )
 
 
 def test_an_older_library_is_replaced(tmp_path: Path) -> None:
