@@ -212,7 +212,6 @@ def model_options(request: Request) -> models.Options:
     return models.Options(
         context=request.context,
         chunks=request.prompt_tokens,
-        counted=request.counted,
         cache_dtype=request.cache,
         linear=lambda weight: quantised(request.bits, request.group_size, weight),
         head=lambda weight: quantised(request.head, None, weight),

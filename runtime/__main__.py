@@ -89,6 +89,7 @@ def parser() -> Parser:
     logits = _verb(verbs, "logits", "logits after every token of a list of ids", run_logits)
     logits.add_argument("--ids", required=True, type=Path, help=".npy file, integers [n]")
     logits.add_argument("--out", required=True, type=Path, help=".npy file to write, float32 [n, vocabulary]")
+    logits.add_argument("--last", action="store_true", help="only those after the last: [1, vocabulary]")
     _running_options(logits)
     bench = _verb(verbs, "bench", "how fast a bundle is on this machine", run_bench)
     numbers = {
@@ -323,7 +324,7 @@ def run_logits(options: argparse.Namespace) -> None:
             f"exist. Name a .npy file."
         )
     clean_up_on_sigterm()  # a half-written file goes
-    write_logits(_open(options, lambda _: None)[1], ids, options.out)
+    write_logits(_open(options, lambda _: None)[1], ids, options.out, options.last)
 
 
 def run_bench(options: argparse.Namespace) -> None:

@@ -27,7 +27,7 @@ else:
         np = None
     NUMPY = np is not None
 
-__all__ = ["ALIGNMENT", "NUMPY", "Array", "Plain", "at", "concatenate", "integers", "layout", "mapped", "np", "zeros"]
+__all__ = ["ALIGNMENT", "NUMPY", "Array", "Plain", "at", "integers", "layout", "mapped", "np", "zeros"]
 ALIGNMENT = 64  # bytes: generated code may use aligned loads
 # dtype of a manifest -> (DLDataTypeCode, letter of `array` and `memoryview`); two-byte floats are only passed on.
 _KINDS = {
@@ -169,18 +169,6 @@ def layout(given: Union[Array, Plain]) -> Layout:
     if not whole or found.address % ALIGNMENT:
         raise ValueError(f"a C-contiguous array on a {ALIGNMENT}-byte boundary is needed")
     return found
-
-
-def concatenate(parts: Sequence[Any]) -> Array:
-    """Rows of all parts, one after the other."""
-    if not isinstance(parts[0], Plain):
-        return np.concatenate(parts)
-    rows = sum(map(len, parts))
-    whole, done = plain_zeros((rows, *parts[0].shape[1:]), parts[0].dtype), 0
-    for part in parts:
-        whole[done : done + len(part)] = part
-        done += len(part)
-    return _untyped(whole)
 
 
 def integers(given: Any) -> list[int]:

@@ -35,11 +35,15 @@ def read_ids(path: Path) -> Array:
     return np.array(ids)
 
 
-def write_logits(session: Session, ids: Array, path: Path) -> None:
-    """Run ids from an empty context and write float32[n, vocab] to `path`, which appears only when it is complete."""
-    blocks = session.logits(ids)
+def write_logits(session: Session, ids: Array, path: Path, last: bool = False) -> None:
+    """Run ids from an empty context, write float32[n, vocab] to `path`, which appears only when it is complete.
+
+    last: take them in as a prompt is, and write what follows the last one, float32[1, vocab].
+    """
+    blocks = iter([session.prefill(ids)[None]]) if last else session.logits(ids)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    header = {"descr": "<f4", "fortran_order": False, "shape": (len(ids), session.manifest.model.vocab_size)}
+    rows = 1 if last else len(ids)
+    header = {"descr": "<f4", "fortran_order": False, "shape": (rows, session.manifest.model.vocab_size)}
     try:
         with part.open("wb") as stream:
             np.lib.format.write_array_header_1_0(stream, header)

@@ -17,7 +17,7 @@ from typing import Any, Dict, Optional, Tuple, Union, get_args, get_origin, get_
 
 from .errors import ManifestError
 
-FORMAT, VERSION, ABI = "quern-bundle", 1, 1
+FORMAT, VERSION, ABI = "quern-bundle", 2, 1
 FILE_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20  # a 70-billion-parameter model needs about 1 MiB
 CHUNK_BYTES = 16 << 20

@@ -14,14 +14,11 @@ from .manifest import FILE_NAME, FileDigest, Function, Gpu, Manifest, digest_of_
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1, "int16": 2, "int32": 4}
 ARCHES = ("x86_64", "aarch64")
-STEP_INPUTS, HEAD_INPUTS = (
-    ("ids", "span"),
-    ("hidden",),
-)  # what the runtime makes itself, for decode and prefill, for heads
+STEP_INPUTS, HEAD_INPUTS = ("ids", "span"), ("hidden",)  # what the runtime makes itself; the latter for head_1
 MIN_ALIGNMENT, MAX_ALIGNMENT = 64, 4096  # TVM's code assumes 64 bytes; a mapped file begins on a page
 MAX_BYTES, MAX_COUNT, MAX_TOKENS, MAX_RANK = 1 << 46, 1 << 26, 1 << 16, 8
 
-_FUNCTION_NAME = re.compile(r"decode|(?:prefill|head)_([1-9][0-9]{0,5})")
+_FUNCTION_NAME = re.compile(r"decode|head_1|(?:prefill|logits)_([1-9][0-9]{0,5})")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,254}")
 _RECORD, _NAME = re.compile(r"[0-9a-f]{16}"), re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
 _HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -201,26 +198,31 @@ class Checker:
             self.fail(f"memory.weights_bytes is {memory.weights_bytes}, but {self.m.weights.file} has {weights}")
 
     def functions(self) -> None:
-        """`decode`, and for prefill at least `head_1`; known arguments; outputs of the shape that the session reads."""
+        """`decode`; with each `prefill_M` a `logits_M`, and `head_1`; known arguments; outputs of the shapes needed."""
         functions = self.m.functions
-        if "decode" not in functions:
-            self.fail("functions has no 'decode'")
-        prefill = [f for name, f in functions.items() if name.startswith("prefill_")]
-        if prefill and "head_1" not in functions:
-            self.fail("functions has prefill but no 'head_1'")
-        if not prefill and any(name.startswith("head_") for name in functions):
-            self.fail("functions has a head but no prefill")
-        if len({f.output.shape[1:] for f in prefill}) > 1:
+        prefill = {name: f for name, f in functions.items() if name.startswith("prefill_")}
+        beside = ["head_1", *(name.replace("prefill", "logits") for name in prefill)] if prefill else []
+        for needed in ("decode", *beside):
+            if needed not in functions:
+                self.fail(f"functions has no {needed!r}")
+        for name in functions:
+            if name not in ("decode", *beside, *prefill):
+                known = "decode is known, and prefill_M with its logits_M and head_1"
+                self.fail(f"functions has {name!r}, but only {known}")
+        if len({f.output.shape[1:] for f in prefill.values()}) > 1:
             self.fail("functions: the outputs of prefill differ in their hidden size")
         arrays = {c.name for c in self.m.caches} | {t.name for t in self.m.weights.tensors}
         for name, function in functions.items():
             self.function(name, function, arrays)
 
     def function(self, name: str, function: Function, arrays: set[str]) -> None:
-        """One function: its name states its tokens, inputs exist, output is float32[tokens, vocab or hidden]."""
+        """One function: its name states its tokens, inputs exist, outputs are float32.
+
+        Of prefill_M [1, hidden], of the others [tokens, vocab].
+        """
         found, key = _FUNCTION_NAME.fullmatch(name), f"functions.{name}"
         if found is None:
-            self.fail(f"functions has {name!r}, but only decode, prefill_M and head_M are known")
+            self.fail(f"functions has {name!r}: M is a number of tokens")
         tokens = int(found[1] or 1)
         self.bounded(f"{key}.tokens", function.tokens, tokens, tokens)
         self.bounded(f"{key}.tokens", tokens, 1, MAX_TOKENS)
@@ -228,9 +230,7 @@ class Checker:
             self.fail(f"{key}.tiled is {function.tiled!r}, but only {name + '_amx'!r} is known")
         if function.counted not in (None, True) or (function.counted and tokens == 1):
             self.fail(f"{key}.counted is {function.counted!r}, but only functions of several tokens have it, as true")
-        own: tuple[str, ...] = HEAD_INPUTS if name.startswith("head_") else STEP_INPUTS
-        if function.counted and "span" not in own:
-            own += ("span",)
+        own = HEAD_INPUTS if name == "head_1" else STEP_INPUTS
         self.unique(f"{key}: input", function.inputs)
         for needed in own:
             if needed not in function.inputs:
@@ -240,10 +240,10 @@ class Checker:
                 self.fail(f"{key} has the input {given!r}, which is neither a weight nor a cache")
         out = function.output
         self.array(f"{key}.output", out.dtype, out.shape)
-        columns = out.shape[-1] if name.startswith("prefill_") else self.m.model.vocab_size
-        if out.dtype != "float32" or out.shape != (tokens, columns):
-            self.fail(f"{key}.output is {out.dtype}{list(out.shape)}, but float32{[tokens, columns]} is needed")
-        self.bounded(f"{key}.output.shape[1]", columns, 1, MAX_COUNT)
+        wanted = (1, out.shape[-1]) if name.startswith("prefill_") else (tokens, self.m.model.vocab_size)
+        if out.dtype != "float32" or out.shape != wanted:
+            self.fail(f"{key}.output is {out.dtype}{list(out.shape)}, but float32{list(wanted)} is needed")
+        self.bounded(f"{key}.output.shape[1]", wanted[1], 1, MAX_COUNT)
 
     def tokens_and_chat(self) -> None:
         """Special ids inside the vocabulary; a chat format that chat.py knows."""

@@ -13,7 +13,7 @@ from .vm import Function, Tensor, Vm
 
 
 class Call(NamedTuple):
-    """A bound function and the buffer its caller fills: ids i32[tokens] for steps, hidden f32[tokens, d] for heads.
+    """A bound function and the buffer its caller fills: ids i32[tokens] for steps, hidden f32[1, d] for the head.
 
     plain: the same function without tiles, which fill no faster for a few rows; None where `run` has none.
     """
@@ -58,9 +58,9 @@ class OnCpu:
 
     def _bind(self, name: str, signature: Signature) -> Call:
         """Buffers of the function's own, and the shared arrays, in the order that its signature states."""
-        if name.startswith("head_"):
+        if name == "head_1":
             hidden = next(f.output.shape[1] for n, f in self._functions.items() if n.startswith("prefill_"))
-            own, buffer = "hidden", arrays.zeros((signature.tokens, hidden), "float32")
+            own, buffer = "hidden", arrays.zeros((1, hidden), "float32")
         else:
             own, buffer = "ids", arrays.zeros((signature.tokens,), "int32")
         tensors: dict[str, Tensor] = {**self.tensors, own: self.vm.tensor(buffer)}

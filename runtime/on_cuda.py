@@ -1,7 +1,7 @@
 """A bundle whose functions run on an NVIDIA GPU: the flat interface of compiler/codegen/cuda/model.h by ctypes.
 
 Weights are copied to the GPU once, caches and activations live there. A call takes a position and ids to the GPU and
-logits back, straight into the pinned memory that the caller reads; hidden states of a prompt never leave it.
+logits back, straight into the pinned memory that the caller reads; the hidden state of a prompt never leaves it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .bundle import Bundle
 from .errors import DeviceError, InputError, UserError, VmError
 from .manifest_check import nbytes
 
-ABI = 1
+ABI = 2
 PARAMETER = 1 << 63  # in an offset: bytes into the caches, not into the weights
 NO_DRIVER, OLD_DRIVER, WRONG_DEVICE, NO_MEMORY, REFUSED, FAILED = range(1, 7)
 GRAPHS, TIMED, PTX_ONLY, CHECKED = 1, 2, 4, 8
@@ -46,18 +46,10 @@ class Info(ctypes.Structure):
     )
 
 
-class Rows:
-    """Hidden states that a prompt's function left on the GPU: rows `first` to `first + count` of its result."""
+class Left(NamedTuple):
+    """The hidden state that a prompt's function left on the GPU: what stands for it here."""
 
-    def __init__(self, function: int, first: int, count: int) -> None:
-        self.function, self.first, self.count = function, first, count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, part: slice) -> Rows:
-        start, stop, _ = part.indices(self.count)
-        return Rows(self.function, self.first + start, max(0, stop - start))
+    function: int
 
 
 class Model:
@@ -120,14 +112,13 @@ class Model:
 
 
 class Hidden:
-    """What a head takes; assigning rows copies them on the GPU."""
+    """What the head takes; assigning what a prompt left copies it on the GPU."""
 
     def __init__(self, model: Model, function: int) -> None:
         self._model, self._function = model, function
 
-    def __setitem__(self, part: slice, rows: Rows) -> None:
-        first, count = ctypes.c_uint32(rows.first), ctypes.c_uint32(len(rows))
-        self._model.call("quern_hand_over", rows.function, first, count, self._function)
+    def __setitem__(self, part: slice, left: Left) -> None:
+        self._model.call("quern_hand_over", left.function, self._function)
 
 
 class _Output:
@@ -141,23 +132,25 @@ class _Output:
 
 
 class Function:
-    """A function of the library: logits as a read-only view, or the rows that stay on the GPU."""
+    """A function of the library: logits as a read-only view, or what stays on the GPU. ids: how many it takes."""
 
-    def __init__(self, model: Model, name: str, shape: tuple[int, ...], header: Optional[int], keep: bool) -> None:
+    def __init__(
+        self, model: Model, name: str, shape: tuple[int, ...], header: Optional[int], ids: int, keep: bool
+    ) -> None:
         self._model, self.shape, self._keep = model, shape, keep
         self.index = int(model.library.quern_function_index(name.encode()))
         if self.index < 0:
             raise VmError(f"{model.where}: has no function {name!r}. Rebuild the bundle.")
         self._header = ctypes.c_void_p(header)
-        self._header_bytes = ctypes.c_uint64(0 if header is None else HEADER + 4 * shape[0])
+        self._header_bytes = ctypes.c_uint64(0 if header is None else HEADER + 4 * ids)
         self._free: list[int] = []
 
     def __call__(self) -> Any:
-        """Run it. A view of logits stays valid as long as it is held; rows until the next prompt call."""
+        """Run it. A view of logits stays valid as long as it is held; what was left until the next prompt call."""
         model = self._model
         if self._keep:
             model.call("quern_run", self.index, self._header, self._header_bytes, None)
-            return Rows(self.index, 0, self.shape[0])
+            return Left(self.index)
         address = self._free.pop() if self._free else model.host(4 * self.shape[0] * self.shape[1])
         owner = _Output(model, self._free, address)
         model.call("quern_run", self.index, self._header, self._header_bytes, ctypes.c_void_p(address))
@@ -165,7 +158,7 @@ class Function:
 
 
 class Call(NamedTuple):
-    """A function and the buffer its caller fills: ids i32[tokens] in pinned memory, or a head's hidden states."""
+    """A function and the buffer its caller fills: ids i32[tokens] in pinned memory, or the head's hidden state."""
 
     run: Function
     buffer: Any
@@ -202,7 +195,8 @@ class OnCuda:
             if "ids" in signature.inputs:
                 buffer = arrays.at(header + HEADER, (signature.tokens,), "int32", self.model, writable=True)
             own = header if buffer is not None else None
-            run = Function(self.model, name, signature.output.shape, own, keep=name.startswith("prefill_"))
+            keep = name.startswith("prefill_")
+            run = Function(self.model, name, signature.output.shape, own, signature.tokens, keep)
             self.calls[name] = Call(run, Hidden(self.model, run.index) if buffer is None else buffer)
 
     @property

@@ -41,7 +41,8 @@ class Planner:
     def of(cls, manifest: Manifest) -> Planner:
         """For the functions of a bundle."""
         counted = [f.tokens for f in manifest.functions.values() if f.counted]
-        return cls(_sizes(manifest, "prefill_"), counted=max(counted, default=0))
+        sizes = [f.tokens for name, f in manifest.functions.items() if name.startswith("prefill_")]
+        return cls(sizes, counted=max(counted, default=0))
 
     def plan(self, tokens: int) -> list[Chunk]:
         """Calls for `tokens` prompt tokens, largest first, so that only the last one is padded."""
@@ -72,11 +73,6 @@ class Planner:
             valid.append(-(-left // 2))
             left //= 2
         return [Chunk(self.counted, count) for count in (*valid, left)]
-
-
-def _sizes(manifest: Manifest, prefix: str) -> list[int]:
-    """Tokens of the functions whose names begin so."""
-    return [f.tokens for name, f in manifest.functions.items() if name.startswith(prefix)]
 
 
 class Session:
@@ -110,7 +106,6 @@ class Session:
         self._span, self._calls = self.machine.span, self.machine.calls
         self._decode = self._calls["decode"]
         self._planner = Planner.of(self.manifest)
-        self._heads = sorted(_sizes(self.manifest, "head_"))
         self.position = 0
 
     @property
@@ -144,23 +139,27 @@ class Session:
         between: asked between two calls of a long prompt; what it raises ends the prefill there, and what was taken in
         by then stays.
         """
-        chunk, rows = self._take(self.check_ids(ids), between)
-        row: Array = rows[0] if chunk.tokens == 1 else self._head(rows[chunk.valid - 1 : chunk.valid])[0]
-        return row
+        chunk, row = self._take(self.check_ids(ids), between)
+        if chunk.tokens > 1:
+            head = self._calls["head_1"]
+            head.buffer[:1] = row
+            row = head.run()
+        logits: Array = row[0]
+        return logits
 
     def take(self, ids: Ids) -> None:
         """Take in tokens without asking what comes next: a prefill that leaves the output head out."""
         self._take(self.check_ids(ids))
 
     def _take(self, ids: Array, between: Callable[[], object] = lambda: None) -> tuple[Chunk, Array]:
-        """The last call of the plan and what it gave."""
+        """The last call of the plan and the one row that it gave."""
         done = 0
         for chunk in self._planner.plan(len(ids)):
             if done:
                 between()
-            rows = self._run(chunk, ids[done : done + chunk.valid])
+            row = self._run(chunk, ids[done : done + chunk.valid])
             done += chunk.valid
-        return chunk, rows
+        return chunk, row
 
     def step(self, token: int) -> Array:
         """Take in one token; gives the logits float32[vocab] after it."""
@@ -183,9 +182,9 @@ class Session:
     def _logits(self, ids: Array) -> Iterator[Array]:
         done = 0
         for chunk in self._planner.plan(len(ids)):
-            rows = self._run(chunk, ids[done : done + chunk.valid])
+            rows = self._run(chunk, ids[done : done + chunk.valid], "logits")
             done += chunk.valid
-            yield rows if chunk.tokens == 1 else self._head(rows[: chunk.valid])
+            yield rows[: chunk.valid]
 
     def check_ids(self, ids: Ids) -> Array:
         """The ids as int32[n]; refuses none, one outside the vocabulary, and more than the context has room for."""
@@ -210,9 +209,12 @@ class Session:
         if count > self.remaining:
             raise self._full(count)
 
-    def _run(self, chunk: Chunk, ids: Array) -> Array:
-        """One prefill or decode call: hidden states f32[tokens, d], or for one token its logits f32[1, vocab]."""
-        call = self._calls[f"prefill_{chunk.tokens}"] if chunk.tokens > 1 else self._decode
+    def _run(self, chunk: Chunk, ids: Array, kind: str = "prefill") -> Array:
+        """One call of a plan: f32[1, d], the hidden state of the last token, or "logits" of each, f32[tokens, vocab].
+
+        For one token it is decode, and its logits f32[1, vocab].
+        """
+        call = self._calls[f"{kind}_{chunk.tokens}"] if chunk.tokens > 1 else self._decode
         call.buffer[: chunk.valid] = ids
         if not self._planner.counted:
             call.buffer[chunk.valid :] = 0
@@ -221,18 +223,6 @@ class Session:
         rows = (plain or call.run)()
         self.position += chunk.valid
         return rows
-
-    def _head(self, hidden: Array) -> Array:
-        """Logits f32[n, vocab] of hidden states f32[n, d], in one call when a head is large enough."""
-        size = next((s for s in self._heads if s >= len(hidden)), self._heads[-1])
-        call, parts = self._calls[f"head_{size}"], []
-        for start in range(0, len(hidden), size):
-            part = hidden[start : start + size]
-            call.buffer[: len(part)] = part
-            if self._planner.counted:
-                self._span[1] = len(part)
-            parts.append(call.run()[: len(part)])
-        return parts[0] if len(parts) == 1 else arrays.concatenate(parts)
 
     def _outside(self, token: int) -> InputError:
         return InputError(f"token id {token} is outside the vocabulary 0..{self.manifest.model.vocab_size - 1}.")

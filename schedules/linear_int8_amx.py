@@ -13,7 +13,9 @@ leaves in fp32: both products are integers of at most 128 * 255 * 127 < 2**22, s
 
 A task is 32 rows (row_blocks of 16) and all tokens, span by span: it unpacks the span's codes once, into the
 first-level cache, and takes token_tiles tiles of 16 tokens a step. m need be no multiple of 16: the last tile then
-begins at token m - 16, and some tokens are computed twice and written twice, with the same values.
+begins at token m - 16, and some tokens are computed twice and written twice, with the same values. Codes are asked for
+prefetch_bytes ahead, and behind the task's last span those of the next task: they lie 128 of every 512 bytes, which no
+hardware prefetcher follows, and by count a span's products take less time than memory takes to answer.
 
 What a step costs by count, 2 x 2 tiles and a span of 128 inputs (no machine with AMX has timed it): 8 TDP of 16 cycles,
 128. Two load ports: 8 tiles of 16 lines, 64 lines of C, 64 of accumulators, 32 scales, 144. One store port: C and
@@ -37,14 +39,15 @@ from tvm.script.ir_builder import tirx as T
 from schedules import isa as isas
 from schedules import storage as storages
 from schedules import vector
+from schedules.balance import balanced
 from schedules.counted import marks
 from schedules.geometry import Geometry
-from schedules.isa import broadcast_table
-from schedules.kernel import Kernel, NotSuited, Request
+from schedules.isa import avx512_vnni, broadcast_table
+from schedules.kernel import Kernel, NotSuited, Request, Space
 from schedules.linear_function import linear_function, zeros_of
 from schedules.linear_int8 import CODES, SCALE, int8_levels
 from schedules.linear_int8 import LOWERS as FAMILY
-from schedules.packed import blocks, factors_of, interleave, name_tail, weight_packings
+from schedules.packed import affine_of, blocks, factors_of, interleave, name_tail, weight_packings
 from schedules.storage import LANES, QUAD, Storage, Table
 from schedules.vector import Expr
 
@@ -52,6 +55,7 @@ RANK = 10
 NEEDS = ("avx512f", "avx512bw", "avx512vl", "avx512vnni", "amx-tile", "amx-int8")
 LEAST_TOKENS = 16
 TILES, TILE_ROWS, TILE_BYTES = 8, 16, 64
+BYTES = LANES * QUAD
 Factors = tuple[Expr, Expr | None, Expr | None]  # scale, zero, offset: fp32 vectors of 16 rows of W
 SIGNED_BITS = 6  # code - zero of at most so many bits is an int8
 
@@ -62,7 +66,13 @@ class Plan:
 
     token_tiles: int
     row_blocks: int
-    parts: int  # tiles along the inputs of a span
+    prefetch_bytes: int
+    parts: int = 1  # tiles along the inputs of a span
+
+    @property
+    def tiles(self) -> int:
+        """How many it needs at least."""
+        return self.token_tiles * (self.row_blocks + 1) + self.row_blocks
 
     @property
     def resident(self) -> bool:
@@ -93,10 +103,16 @@ class Plan:
         return [1, *[0] * 15, *(byte for w in width for byte in (w, 0)), *[0] * 16, *rows, *[0] * 8]
 
 
+def _default(m: int) -> dict[str, int]:
+    return {
+        "token_tiles": min(2, -(-m // TILE_ROWS)), "row_blocks": 2,
+        "prefetch_bytes": avx512_vnni.KNOBS["gemm_prefetch_bytes"],
+    }  # fmt: skip
+
+
 def _plan(request: Request, m: int, n: int, width: int) -> Plan:
-    chosen = {"token_tiles": min(2, -(-m // TILE_ROWS)), "row_blocks": 2} | dict(request.knobs)
-    plan = Plan(chosen["token_tiles"], chosen["row_blocks"], -(-width // TILE_BYTES))
-    assert plan.token_tiles * (plan.row_blocks + 1) + plan.row_blocks <= TILES, f"too few tiles for {plan}"
+    plan = Plan(**_default(m) | dict(request.knobs), parts=-(-width // TILE_BYTES))
+    assert plan.tiles <= TILES, f"too few tiles for {plan}"
     assert blocks(n) % plan.row_blocks == 0, f"{blocks(n)} row blocks are no multiple of {plan.row_blocks}"
     return plan
 
@@ -172,7 +188,7 @@ class Task:
         start = (step * self.plan.token_tiles + t) * TILE_ROWS
         return start if self.steps * self.plan.token_tiles * TILE_ROWS == self.m else T.min(start, self.m - TILE_ROWS)
 
-    def _block(self, b: int) -> tuple[Expr, Expr]:
+    def _block(self, b: Expr) -> tuple[Expr, Expr]:
         """Where the task's row block b lies in weights: which x blocks, and which of them."""
         return (self.first + b) // self.x, (self.first + b) % self.x
 
@@ -184,7 +200,9 @@ class Task:
             row_zero = zeros_of(self.buffers["zero"], (outer, s, inner, 0), LANES)
             each = T.reinterpret(f"int8x{wide}", row_zero * T.broadcast(T.int32(0x01010101), LANES))
             zero = vector.hold(each, wide, "int8")
-        with T.serial(self.geometry.width // storage.inputs) as j:
+        steps = self.geometry.width // storage.inputs
+        with T.serial(steps) as j:
+            self._ask_codes(s, b, j, steps)
             stored = [[outer, s, j, inner, v, 0, 0] for v in range(storage.vectors)]
             held = [vector.hold(codes.vload(place, f"uint8x{wide}"), wide, "uint8") for place in stored]
             for f, value in enumerate(storages.unpack(storage, held, LANES)):
@@ -195,6 +213,19 @@ class Task:
                     value = T.reinterpret(f"int8x{wide}", value) - zero
                 place = [b, j * storage.quads + f, T.ramp(0, 1, wide)]
                 T.buffer_store(self.weights, T.reinterpret(f"uint8x{wide}", value), place)
+
+    def _ask_codes(self, s: Expr, b: int, j: Expr, steps: int) -> None:
+        """Ask for step j of what comes so many bytes later: of a later span, or of the task behind this one."""
+        size, spans = self.storage.vectors * BYTES, self.geometry.spans
+        ahead = min(-(-self.plan.prefetch_bytes // (steps * self.x * size)), spans)
+        if ahead == 0:
+            return
+        within = s + ahead < spans
+        span = T.Select(within, s + ahead, s + (ahead - spans))
+        outer, inner = self._block(b + T.Select(within, T.int32(0), T.int32(self.plan.row_blocks)))
+        index = ((outer * spans + span) * steps + j) * self.x + inner
+        for v in range(self.storage.vectors):
+            vector.prefetch(self.buffers["codes"], index * size + v * BYTES, level=2)
 
     def _row_factors(self, s: Expr, b: int) -> Factors:
         """What a span of row block b is scaled with; zero where it is still to be taken away."""
@@ -270,11 +301,17 @@ class Task:
                         write()
 
 
-def lower(request: Request) -> Kernel:
-    """The kernel for an AMX target and enough tokens; anybody else is asked next. Knobs: token_tiles, row_blocks."""
-    m, (n, k) = request.args[0].shape[0], request.args[CODES].shape
+def _suited(request: Request) -> tuple[int, tuple[int, ...]]:
+    """Tokens, and shape of the codes; raises NotSuited for another target or too few tokens."""
+    m = request.args[0].shape[0]
     if m < LEAST_TOKENS or not all(request.target.has(feature) for feature in NEEDS):
         raise NotSuited
+    return m, request.args[CODES].shape
+
+
+def lower(request: Request) -> Kernel:
+    """The kernel for an AMX target and enough tokens; anybody else is asked next."""
+    m, (n, k) = _suited(request)
     geometry, affine = Geometry(k, int(request.attrs["group"])), factors_of(request, SCALE)
     bits, scale_dtype = int(request.attrs["bits"]), request.args[SCALE].dtype
     storage = storages.choose(bits, geometry.width)
@@ -291,7 +328,28 @@ def lower(request: Request) -> Kernel:
     with IRBuilder() as builder, function as buffers:
         with T.parallel(nb // plan.row_blocks) as i:
             Task(m, n, geometry, storage, x, plan, signed, levels, buffers, i * plan.row_blocks).emit()
-    return Kernel(name, builder.get(), weight_packings(CODES, n, geometry, storage, scale_dtype, affine, x))
+    packings = weight_packings(CODES, n, geometry, storage, scale_dtype, affine, x)
+    return Kernel(name, balanced(builder.get()), packings)
 
 
 LOWERS = dict.fromkeys(FAMILY, lower)
+
+
+def space(request: Request) -> Space:
+    """What tuning may try; calls share records as those of schedules.linear_int8 do."""
+    m, (n, k) = _suited(request)
+    group, bits = int(request.attrs["group"]), int(request.attrs["bits"])
+    kind = str(request.attrs.get("grid", affine_of(request.op)))
+    tried = {
+        "token_tiles": tuple(t for t in (1, 2, 3) if t <= -(-m // TILE_ROWS)),
+        "row_blocks": tuple(b for b in (1, 2, 3) if blocks(n) % b == 0),
+        "prefetch_bytes": (0, 8192, 24576, 49152),
+    }
+    workload = {"m": m, "n": n, "k": k, "bits": bits, "group": group, "kind": kind}
+    return Space.around(
+        _default(m), tried, schedule="linear_int8.amx", workload=workload, macs=m * n * k,
+        allowed=lambda knobs: Plan(**knobs).tiles <= TILES,
+    )  # fmt: skip
+
+
+SPACES = dict.fromkeys(LOWERS, space)

@@ -62,6 +62,7 @@ class Function:
 
     def __init__(self, graph: Graph, name: str, tokens: int) -> None:
         self.tokens = tokens
+        self._last_only = False
         self._graph, self._name = graph, name
         self._bb = graph.builder
         self._args: dict[str, relax.Var] = {}
@@ -82,6 +83,10 @@ class Function:
     def span(self) -> relax.Var:
         """i32[2]: first position, and how many of the rows are real."""
         return self.argument("span", (2,), "int32")
+
+    def keep_last(self) -> None:
+        """The next attention's other rows only leave k and v: it and all behind it compute the last real row alone."""
+        self._last_only = self.tokens > 1
 
     def finish(self, result: relax.Var) -> None:
         """Return `result` and close the function."""
@@ -123,13 +128,13 @@ class Function:
         """The columns of several linear layers on one x, side by side."""
         joined, *others = (self.linear(x, weight) for weight in weights)
         for other in others:
-            columns = ops.shape_of(joined.ty)[1] + ops.shape_of(other.ty)[1]
-            joined = self._emit("concat", [joined, other], (self.tokens, columns))
+            (rows, first), (_, second) = ops.shape_of(joined.ty), ops.shape_of(other.ty)
+            joined = self._emit("concat", [joined, other], (rows, first + second))
         return joined
 
     def _product(self, x: relax.Var, weight: Linear) -> relax.Var:
         n, k, name = weight.type.n, weight.type.k, weight.name
-        out = (self.tokens, n)
+        out = (ops.shape_of(x.ty)[0], n)
         if weight.type.dense:
             return self._emit(
                 "linear_dense", [x, self.argument(f"{name}.weight", (n, k), STORAGE[weight.type.grid])], out
@@ -143,7 +148,7 @@ class Function:
         args = [*x, self.argument(f"{name}.codes", (kind.n, kind.k), "uint8")]
         args.append(self.argument(f"{name}.scale", (kind.n, kind.groups), kind.scale))
         attrs = {"bits": kind.bits, "group": kind.group_size, **attrs}
-        out = (self.tokens, kind.n if op.startswith("linear") else kind.k)
+        out = (ops.shape_of(x[0].ty)[0], kind.n if op.startswith("linear") else kind.k)
         if kind.table:
             return self._emit(f"{op}_table", args, out, grid=kind.grid, **attrs)
         if kind.offset:
@@ -154,7 +159,10 @@ class Function:
         return self._emit(op, args, out, **attrs)
 
     def attention(self, qkv: relax.Var, rope: relax.Var, cache: KvCache, layer: int, how: Attention) -> relax.Var:
-        """Norm q and k if asked, rotate them, append k and v to the layer's cache, attend to what each token sees."""
+        """Norm q and k if asked, rotate them, append k and v to the layer's cache, attend to what each token sees.
+
+        After `keep_last` only the last real row attends.
+        """
         past = [self.argument(f"layers.{layer}.{a.name}", a.shape, a.dtype) for a in cache.arrays]
         sizes = {"heads": how.heads, "kv_heads": cache.kv_heads, "head_dim": cache.head_dim}
         out = (self.tokens, how.heads * cache.head_dim)
@@ -166,27 +174,40 @@ class Function:
             args = [qkv, rope, self.span(), *norms, *past]
             appended = self._emit(f"rope_append_norm{kind}", args, out, **sizes, eps=how.norm_eps)
         q, *past = (self._bb.emit(relax.TupleGetItem(appended, i)) for i in range(1 + len(past)))
+        span = self.span()
+        if self._last_only:
+            q, span = self._last_row(q), self._bb.emit(ops.make("last_span", [span], {}, [span.ty]))
         attrs = {
             "scale": cache.head_dim**-0.5 if how.scale is None else how.scale,
             "softcap": how.softcap,
             "window": how.window if how.window < cache.capacity else 0,
         }
-        return self._emit(f"attention{kind}", [q, *past, self.span()], out, **sizes, **attrs)
+        return self._emit(f"attention{kind}", [q, *past, span], ops.shape_of(q.ty), **sizes, **attrs)
+
+    def _last_row(self, x: relax.Var) -> relax.Var:
+        """The last real row of x, f32[1, d]."""
+        return self._emit("last_row", [x, self.span()], (1, ops.shape_of(x.ty)[1]))
 
     def swiglu(self, gate_up: relax.Var) -> relax.Var:
         """silu(gate) * up; gate is the first half of the columns."""
-        return self._emit("swiglu", [gate_up], (self.tokens, ops.shape_of(gate_up.ty)[1] // 2))
+        return self._gated("swiglu", gate_up)
 
     def geglu(self, gate_up: relax.Var) -> relax.Var:
         """gelu(gate) * up, GELU by tanh."""
-        return self._emit("geglu", [gate_up], (self.tokens, ops.shape_of(gate_up.ty)[1] // 2))
+        return self._gated("geglu", gate_up)
+
+    def _gated(self, name: str, gate_up: relax.Var) -> relax.Var:
+        rows, columns = ops.shape_of(gate_up.ty)
+        return self._emit(name, [gate_up], (rows, columns // 2))
 
     def softcap(self, x: relax.Var, cap: float) -> relax.Var:
         """cap * tanh(x / cap)."""
         return self._emit("softcap", [x], ops.shape_of(x.ty), cap=cap)
 
     def add(self, residual: relax.Var, x: relax.Var) -> relax.Var:
-        """residual + x."""
+        """residual + x; where x is the last row alone, so is the sum."""
+        if ops.shape_of(residual.ty)[0] > ops.shape_of(x.ty)[0]:
+            residual = self._last_row(residual)
         return self._emit("add", [residual, x], ops.shape_of(x.ty))
 
     def _emit(self, name: str, args: list[relax.Var], out: tuple[int, ...], **attrs: ops.Attr) -> relax.Var:

@@ -65,6 +65,8 @@ SIGNATURES: dict[str, Signature] = {
     "geglu_quantize_permuted": Signature(("gate_up", "permutation"), ("group",)),
     **_caches("", ("k_cache", "v_cache")),
     **_caches("_int8", ("k_cache", "v_cache", "k_scale", "v_scale")),
+    "last_row": Signature(("x", "span")),
+    "last_span": Signature(("span",)),
     "add": Signature(("residual", "x")),
     "add_bias": Signature(("x", "bias")),
     "concat": Signature(("first", "second")),

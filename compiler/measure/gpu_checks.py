@@ -39,7 +39,10 @@ class Checks:
         self._on_cpu: dict[tuple[str, ...], Path] = {}
 
     def numerics(self, target: str, activations: str, left_s: float) -> Record:
-        """The logits of one text from the GPU's bundle and from this CPU's, of the same model and activations."""
+        """The logits of one text from the GPU's bundle and from this CPU's, of the same model and activations.
+
+        The last row is what follows the text as a prompt, whose function computes that alone.
+        """
         self._left_s = left_s
         folder = self.folder / f"{target}-{activations}"
         folder.mkdir()
@@ -87,9 +90,11 @@ class Checks:
             raise UserError(f"{error} Kernel by kernel nothing fails.") from None
 
     def _logits(self, bundle: Path, ids: Path, out: Path, more: Environment | None = None) -> NDArray[np.float32]:
-        self._run("runtime", "logits", str(bundle), "--ids", str(ids), "--out", str(out), more=more)
-        logits: NDArray[np.float32] = np.load(out)
-        return logits
+        parts = []
+        for last in ([], ["--last"]):
+            self._run("runtime", "logits", str(bundle), "--ids", str(ids), "--out", str(out), *last, more=more)
+            parts.append(np.load(out))
+        return np.concatenate(parts)
 
     def _run(
         self, module: str, *arguments: str, look: Callable[[], None] | None = None, more: Environment | None = None

@@ -158,9 +158,15 @@ def report(shape: str, bits: int, group_size: int, head_bits: int, context: int,
     found = tuple(forecast(board, decode, prefill, CHIPS[gpu.sm], planned) for board in boards)
     return Report(
         len(one.steps), weights, caches // room,
-        sum(count for name, count in sizes.items() if name != "head"), _instructions(decode),
+        sum(count for name, count in sizes.items() if _for_all(name, len(model.caches))), _instructions(decode),
         _instructions(prefill) / CHUNK, planned, decode, prefill, found,
     )  # fmt: skip
+
+
+def _for_all(linear: str, layers: int) -> bool:
+    """Whether every token of a prompt meets it: the head and the end of the last layer are for the last one."""
+    last = f"layers.{layers - 1}."
+    return linear != "head" and (not linear.startswith(last) or linear.startswith(f"{last}qkv"))
 
 
 def _instructions(kernels: Sequence[Kernel]) -> float:

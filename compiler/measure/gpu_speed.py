@@ -49,12 +49,18 @@ class GpuSpeed:
 
 
 def flops_per_token(manifest: Manifest) -> int:
-    """Two for each weight of the matrices that every token of a prompt meets: without embedding and head."""
+    """Two for each weight of the matrices that every token of a prompt meets: without embedding and head.
+
+    Of the last layer that is q, k and v, by their share of its bytes.
+    """
     prefill = next((f for name, f in manifest.functions.items() if name.startswith("prefill_")), None)
     hidden = prefill.output.shape[1] if prefill is not None else 0
     names = {w.name.partition(".")[0] for w in manifest.weights.tensors}
     tables = manifest.model.vocab_size * hidden * len(names & {"embedding", "head"})
-    return 2 * max(0, manifest.model.parameters - tables)
+    layers, last = manifest.model.layers, f"layers.{manifest.model.layers - 1}."
+    sizes = {w.name: w.nbytes for w in manifest.weights.tensors if w.name.startswith(last)}
+    met = sum(size for name, size in sizes.items() if name.startswith(f"{last}qkv")) / max(1, sum(sizes.values()))
+    return round(2 * max(0, manifest.model.parameters - tables) * (layers - 1 + met) / layers)
 
 
 def measure(path: Path, prompt: int, steps: int, rounds: int, context: int) -> GpuSpeed:

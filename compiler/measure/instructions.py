@@ -27,7 +27,10 @@ from targets import Target
 
 @dataclass(frozen=True)
 class Cost:
-    """Totals of one call of a function. `cycles` is None where LLVM has no model of the target's core."""
+    """Totals of one call of a function. `cycles` is None where LLVM has no model of the target's core.
+
+    single: kernels that compute one row, whatever the number of tokens.
+    """
 
     tokens: int
     macs: int
@@ -37,6 +40,7 @@ class Cost:
     cycles_by_kernel: Mapping[str, float]
     macs_by_kernel: Mapping[str, int]
     calls_by_kernel: Mapping[str, int]
+    single: frozenset[str] = frozenset()
 
     @property
     def instructions_per_mac(self) -> float:
@@ -113,7 +117,10 @@ def measure(
     program: Program, mod: tvm.IRModule, function: str, macs: Mapping[str, int], context: int, tokens: int,
     cycles_too: bool = True,
 ) -> Cost:  # fmt: skip
-    """One call of `function` for `tokens` after `context` others, weights all zero. macs: a token's, by parameter."""
+    """One call of `function` for `tokens` after `context` others, weights all zero. macs: a row's, by parameter.
+
+    Kernels of one row, of a prompt's last one, multiply for that alone.
+    """
     found = steps(mod, function)
     span = np.array([context, tokens], "int32")
     tensors: dict[str, np.ndarray | Type] = {**found.inputs, **found.results, "span": span}
@@ -122,12 +129,14 @@ def measure(
     by_kernel = by_function(executed, program.symbols(), set(kernels))
     modelled = cycles.of(by_kernel, program.target) if cycles_too else {}
     work: Counter[str] = Counter()
+    rows = {call.kernel: found.results[call.args[-1]][0][0] for call in found.calls}
     for call in found.calls:
-        work[call.kernel] += tokens * sum(macs.get(arg, 0) for arg in call.args)
+        work[call.kernel] += min(rows[call.kernel], tokens) * sum(macs.get(arg, 0) for arg in call.args)
     counts = {name: sum(e.count for e in part) for name, part in by_kernel.items()}
     return Cost(
         tokens, sum(work.values()), sum(counts.values()), sum(modelled.values()) if cycles_too else None,
         counts, modelled, {name: n for name, n in work.items() if n}, Counter(kernels),
+        frozenset(name for name, count in rows.items() if count == 1),
     )  # fmt: skip
 
 

@@ -48,7 +48,8 @@ def model(bundle: Path, work: Workload, max_mhz: int | None, report: Reporter) -
     """Count on the emulated board. max_mhz: the clock of the device at hand, if it is known; else the target's.
 
     The prompt is counted in the bundle's shortest prompt call, or one of COUNTED tokens where a call takes any number,
-    in the middle of the prompt; the weights are read once for each of its longest. Raises UserError: no emulator, no
+    in the middle of the prompt; the weights are read once for each of its longest, and the last layer's one row, once a
+    call, counts as if it were more: too slow by 1 / (COUNTED * layers) at most. Raises UserError: no emulator, no
     llvm-mca, a bundle for something else.
     """
     manifest = read_manifest(bundle)

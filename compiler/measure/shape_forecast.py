@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -66,21 +66,19 @@ def report(shape: str, bits: int, group_size: int, head_bits: int, context: int,
     if modelled and forecast.known(target):
         parallel = parallel_kernels(lowered.mod)
         read = token + caches * context // room
-        one, part = _work(decode, parallel, read), _work(prefill, parallel, read)
-        share = max(request.prompt_tokens) // CHUNK
-        many = replace(
-            part, tokens=CHUNK * share, shared_cycles=part.shared_cycles * share, own_cycles=part.own_cycles * share
-        )
+        one = _work(decode, parallel, read)
+        many = _work(prefill, parallel, read, max(request.prompt_tokens) // CHUNK)
         made = forecast.forecast(one, many, weights + caches + compiled.activation_bytes, weights, target)
     return Report(decode, prefill, token, llvm, made)
 
 
-def _work(cost: Cost, parallel: set[str], nbytes: int) -> Work:
-    """What one call does: the kernels in `parallel` share their work among threads, the others do not."""
-    shared = sum(n for name, n in cost.cycles_by_kernel.items() if name in parallel)
-    own = sum(n for name, n in cost.cycles_by_kernel.items() if name not in parallel)
+def _work(cost: Cost, parallel: set[str], nbytes: int, times: int = 1) -> Work:
+    """What one call of `times` the tokens does: kernels in `parallel` share their work among threads, others do not."""
+    cycles_of = {name: n * (1 if name in cost.single else times) for name, n in cost.cycles_by_kernel.items()}
+    shared = sum(n for name, n in cycles_of.items() if name in parallel)
+    own = sum(n for name, n in cycles_of.items() if name not in parallel)
     launches = sum(n for name, n in cost.calls_by_kernel.items() if name in parallel)
-    return Work(cost.tokens, shared, own, launches, nbytes)
+    return Work(cost.tokens * times, shared, own, launches, nbytes)
 
 
 def _cached(name: str) -> bool:

@@ -33,7 +33,6 @@ Describe = Callable[[str], WeightType]  # checkpoint module -> shape and kind; r
 class Options:
     """What a build decides about a model: positions to keep, prompt chunk sizes, the cache's element type.
 
-    counted: functions for several tokens compute as many rows as span says; where not, head_M has no span.
     linear and head: from a weight's kind in the checkpoint to its kind in the bundle (dense weights may be quantised on
     the way in; quantised ones stay as they are).
     """
@@ -43,7 +42,6 @@ class Options:
     cache_dtype: str
     linear: Callable[[WeightType], WeightType]
     head: Callable[[WeightType], WeightType]
-    counted: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 Shapes are static, so nothing of a call is decided on the device's CPU: no virtual machine, only a table to walk.
 
 Memory is one arena beside weights and caches. Its front holds what lives from call to call: the header (span i32[2],
-then ids i32[tokens] from byte HEADER on, so that one copy brings both) and the hidden states that a prompt's function
-leaves for a head. Behind it temporaries and results share space by lifetime, function by function.
+then ids i32[tokens] from byte HEADER on, so that one copy brings both) and the hidden state that a prompt's function
+leaves for the head. Behind it temporaries and results share space by lifetime, function by function.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ class Step:
 
 @dataclass(frozen=True)
 class FunctionPlan:
-    """A function as launches. It takes "ids", which lie in the header, or "hidden" states at byte input_at.
+    """A function as launches. It takes "ids", which lie in the header, or a "hidden" state at byte input_at.
 
-    Its result, `tokens` rows of row_bytes bytes, is at byte result_at of the arena afterwards.
+    Its result is at byte result_at of the arena afterwards.
     """
 
     name: str
-    tokens: int
     takes: str
     input_at: int
+    input_bytes: int
     result_at: int
-    row_bytes: int
+    result_bytes: int
     steps: tuple[Step, ...]
 
 
@@ -78,7 +78,7 @@ class Launches:
         """One line a launch, for people."""
         lines = [f"arena: {self.arena_bytes} bytes"]
         for plan in self.functions:
-            lines.append(f"\n{plan.name}: {plan.takes} -> rows of {plan.row_bytes} bytes at {plan.result_at}")
+            lines.append(f"\n{plan.name}: {plan.takes} -> {plan.result_bytes} bytes at {plan.result_at}")
             for step in plan.steps:
                 where = [self.parameters[p.at] if p.parameter else f"+{p.at}" for p in step.arguments]
                 lines.append(
@@ -109,10 +109,10 @@ class _Function:
     calls: list[_Call] = field(default_factory=list)
     arrays: list[_Array] = field(default_factory=list)
     takes: str = "ids"
-    tokens: int = 0
+    ids: int = 0
     hidden: _Array | None = None
     result: Place | _Array | None = None
-    row_bytes: int = 0
+    result_bytes: int = 0
 
 
 def lower_to_launches(mod: tvm.IRModule, target: Target, decide: Decide = lambda request: None) -> Launches:
@@ -123,10 +123,8 @@ def lower_to_launches(mod: tvm.IRModule, target: Target, decide: Decide = lambda
     made = _Lowering(target, decide)
     functions = [made.function(var.name_hint, f) for var, f in mod.functions_items() if isinstance(f, relax.Function)]
     functions.sort(key=lambda f: f.name)
-    ids = max((f.tokens for f in functions if f.takes == "ids"), default=0)
-    front = _up(HEADER + 4 * ids)
-    rows = max((f.tokens * f.row_bytes for f in functions if _leaves_hidden(f)), default=0)
-    start = front + _up(rows)
+    front = _up(HEADER + 4 * max((f.ids for f in functions), default=0))
+    start = front + _up(max((f.result_bytes for f in functions if _leaves_hidden(f)), default=0))
     end = max((_place(f, front, start) for f in functions), default=start)
     plans = tuple(_plan(f) for f in functions)
     return Launches(plans, tuple(made.parameters), made.kernels, made.packings, end, made.tuned)
@@ -159,9 +157,7 @@ class _Lowering:
                 assert op is not None, f"@fused {name}: {value} is no known operator"
                 values[binding.var] = self._call(op, values, found)
         (found.result,) = values[function.body.body]
-        shape = ops.shape_of(function.body.body.ty)
-        found.row_bytes = 4 * shape[1]
-        found.tokens = shape[0]
+        found.result_bytes = _nbytes(_spec(function.body.body.ty))
         _live(found.result, len(found.calls))
         return found
 
@@ -170,6 +166,7 @@ class _Lowering:
         if name == "span":
             return Place(0)
         if name == "ids":
+            (function.ids,) = ops.shape_of(var.ty)
             return Place(HEADER)
         if name == "hidden":
             function.takes, function.hidden = "hidden", _Array(_nbytes(_spec(var.ty)), 0, 0)
@@ -259,11 +256,9 @@ def _plan(function: _Function) -> FunctionPlan:
         for launch in call.kernel.launches
     ]
     assert function.result is not None
-    input_at = function.hidden.at if function.hidden is not None else 0
-    result = place(function.result)
-    return FunctionPlan(
-        function.name, function.tokens, function.takes, input_at, result.at, function.row_bytes, tuple(steps)
-    )
+    taken = (0, 0) if function.hidden is None else (function.hidden.at, function.hidden.nbytes)
+    left = (place(function.result).at, function.result_bytes)
+    return FunctionPlan(function.name, function.takes, *taken, *left, tuple(steps))
 
 
 def _spec(type_: relax.TensorType) -> TensorSpec:

@@ -68,7 +68,7 @@ def _write(
     starts = [sum(arena[:i]) for i in range(len(arena))]
     places = [*(Place(i, parameter=True) for i in range(len(parameters))), *map(Place, starts)]
     steps = tuple(Step(launch, tuple(places[i] for i in launch.arguments)) for launch in kernel.launches)
-    plan = FunctionPlan(FUNCTION, 1, "hidden", 0, 0, result_bytes, steps)
+    plan = FunctionPlan(FUNCTION, "hidden", 0, 0, 0, result_bytes, steps)
     launches = Launches((plan,), parameters, {kernel.name: kernel}, {}, max(ALIGNMENT, sum(arena)))
     code = nvrtc.compile(device_code.unit([kernel]), gpu)
     library.build(tables.source(launches, code, gpu), path, target)

@@ -1,6 +1,6 @@
 """Operators that make each element by itself: one thread an element. What they compute stands in schedules/OPERATOR.py.
 
-  quern.add  quern.add_bias  quern.concat  quern.gather  quern.softcap  quern.swiglu  quern.geglu
+  quern.add  quern.add_bias  quern.concat  quern.gather  quern.last_row  quern.softcap  quern.swiglu  quern.geglu
 fp32. Sums, copies and gathers give the CPU's bits. exp2_approx and the divisions by 1 + 2^e cost up to 4 units in the
 last place against the CPU's polynomial (2 of the exponential, each rounding once).
 """
@@ -39,6 +39,10 @@ def _gather(request: Request) -> str:
     return f"const float value = load_constant(a + t * {request.outs[0].shape[1]} + b[c]);"
 
 
+def _last_row(request: Request) -> str:
+    return f"const float value = load_constant(a + (b[1] - 1) * {request.outs[0].shape[1]} + c);"
+
+
 def _softcap(request: Request) -> str:
     cap, n = float(request.attrs["cap"]), request.outs[0].shape[1]
     # tanh(u) = 1 - 2 / (1 + 2^(2 u log2 e)); for small u by its series, where the difference would cancel.
@@ -73,10 +77,12 @@ BODIES: dict[str, Body] = {
     "add_bias": _add_bias,
     "concat": _concat,
     "gather": _gather,
+    "last_row": _last_row,
     "softcap": _softcap,
     "swiglu": _gated(f"gate * {literal(-LOG2_E)}"),
     "geglu": _gated(f"gate * fmaf(gate * gate, {_GELU[1]}, {_GELU[0]})"),
 }
+INTEGERS = ("gather", "last_row")  # take an order or a span as their second argument
 
 
 def lower(request: Request) -> CudaKernel:
@@ -86,7 +92,7 @@ def lower(request: Request) -> CudaKernel:
     name = f"{op}_" + "_".join("x".join(map(str, arg.shape)) for arg in request.args)
     name += "".join(f"_{key}{spelled(float(value))}" for key, value in request.attrs.items())
     name += f"_t{block}"
-    second = "" if len(request.args) == 1 else "const int32_t* b, " if op == "gather" else "const float* b, "
+    second = "" if len(request.args) == 1 else "const int32_t* b, " if op in INTEGERS else "const float* b, "
     source = f"""#include "quern.cuh"
 extern "C" __global__ void {name}(const float* a, {second}float* out) {{
   const int c = blockIdx.x * {block} + threadIdx.x, t = blockIdx.y;

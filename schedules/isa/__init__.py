@@ -46,6 +46,38 @@ class Isa(Protocol):
         """The dot product, as said above."""
 
 
+class ByQuads(Isa, Protocol):
+    """What more a file offers whose prompts go through schedules.linear_int8_unpacked.
+
+    KNOBS: unpacked_tokens of a tile; unpacked_few: so many tiles leave no codes behind; unpacked_quads of a loop body;
+    unpacked_span, stored inputs below which a span is mostly scaling. PARTIAL: elements of a register of sums.
+    BYTE_PLANES: passes that codes of 8 bits are multiplied in: 1, or 2 of 4 bits each.
+    levels(table, codes) -> u8[4 * VECTOR], where TABLE_ZERO makes them unsigned.
+    multiply(sums, codes u8[4 * VECTOR], quad i8[4 * VECTOR]) -> the sums with these products.
+    Where PARTIAL is not int32, held(bits) -> products of how many quads a sum holds, a power of two, and
+    gather(sums, plane) -> i32[VECTOR], what they add up to for each row.
+    """
+
+    PARTIAL: str
+    BYTE_PLANES: int
+
+    @staticmethod
+    def held(bits: int) -> int:
+        """As said above."""
+
+    @staticmethod
+    def levels(table: Table, codes: Any) -> Any:
+        """As said above."""
+
+    @staticmethod
+    def multiply(partial: Any, codes: Any, quad: Any) -> Any:
+        """As said above."""
+
+    @staticmethod
+    def gather(partial: Any, plane: int) -> Any:
+        """As said above."""
+
+
 def choose(target: Target) -> Isa:
     """The best instruction set whose features the target has. `generic` needs none, so there is always one."""
     found = [cast(Isa, importlib.import_module(f"{__name__}.{m.name}")) for m in pkgutil.iter_modules(__path__)]

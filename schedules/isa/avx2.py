@@ -26,6 +26,8 @@ NEEDS = ("avx2",)
 RANK = 10
 VECTOR = 8
 TABLE_ZERO = 0
+PARTIAL = "int16"
+BYTE_PLANES = 2
 KNOBS = {
     "row_blocks": 4,
     "unroll": 4,
@@ -34,6 +36,10 @@ KNOBS = {
     "gemm_tokens": 4,
     "gemm_unroll": 2,
     "gemm_prefetch_bytes": 16384,  # a block's steps lie 256 bytes apart: 64 of them
+    "unpacked_tokens": 4,  # with two registers of rows 8 partial sums: with codes and a quad 13 of 16 registers
+    "unpacked_quads": 16,
+    "unpacked_few": 4,
+    "unpacked_span": 32,
 }
 
 
@@ -55,6 +61,21 @@ def _by_table(table: Table, codes: Any, activations: Any) -> Any:
     sizes = T.call_llvm_pure_intrin("int8x32", "llvm.x86.avx2.pshuf.b", sizes, codes)
     signed = T.call_llvm_pure_intrin("int8x32", "llvm.x86.avx2.psign.b", activations, levels)
     return _quads(_pairs(sizes, signed))
+
+
+def held(bits: int) -> int:
+    """See schedules.isa.ByQuads."""
+    return 1 << SUMS[bits].bit_length() - 1
+
+
+def multiply(partial: Any, codes: Any, quad: Any) -> Any:
+    """See schedules.isa.ByQuads."""
+    return partial + _pairs(codes, quad)
+
+
+def gather(partial: Any, plane: int) -> Any:
+    """See schedules.isa.ByQuads."""
+    return _quads(partial, 16**plane)
 
 
 def step(storage: Storage, table: Table | None, acc: Any, w: Sequence[Any], a: Sequence[Any]) -> Any:

@@ -19,6 +19,8 @@ NEEDS = ("avx512f", "avx512bw", "avx512vl", "avx512vnni")
 RANK = 30
 VECTOR = 16
 TABLE_ZERO = 128
+PARTIAL = "int32"
+BYTE_PLANES = 1
 KNOBS = {
     "row_blocks": 8,
     "unroll": 16,
@@ -30,17 +32,27 @@ KNOBS = {
     "gemm_tokens": 8,  # 8 accumulators and their fp32 sums: nothing is spilled
     "gemm_unroll": 16,
     "gemm_prefetch_bytes": 24576,  # a block's steps lie 512 bytes apart: 48 of them
+    "unpacked_tokens": 8,  # accumulators and their fp32 sums: nothing is spilled
+    "unpacked_quads": 32,  # any span
+    "unpacked_few": 8,
+    "unpacked_span": 64,  # shorter ones lose 3 % (32)
 }
+
+
+def levels(table: Table, codes: Any) -> Any:
+    """See schedules.isa.ByQuads."""
+    found = T.call_llvm_pure_intrin("int8x64", "llvm.x86.avx512.pshuf.b.512", broadcast_table(table, VECTOR), codes)
+    return T.reinterpret("uint8x64", found)
+
+
+def multiply(partial: Any, codes: Any, quad: Any) -> Any:
+    """See schedules.isa.ByQuads."""
+    return T.call_llvm_pure_intrin("int32x16", "llvm.x86.avx512.vpdpbusd.512", partial, codes, quad)
 
 
 def step(storage: Storage, table: Table | None, acc: Any, w: Sequence[Any], a: Sequence[Any]) -> Any:
     """See schedules.isa.Isa."""
     for codes, quad in zip(unpack(storage, w, VECTOR), a, strict=True):
-        if table is not None:
-            codes = T.call_llvm_pure_intrin(
-                "int8x64", "llvm.x86.avx512.pshuf.b.512", broadcast_table(table, VECTOR), codes
-            )
-        acc = T.call_llvm_pure_intrin(
-            "int32x16", "llvm.x86.avx512.vpdpbusd.512", acc, codes, broadcast_quad(quad, VECTOR)
-        )
+        value = codes if table is None else levels(table, codes)
+        acc = multiply(acc, value, broadcast_quad(quad, VECTOR))
     return acc

@@ -87,7 +87,7 @@ def test_what_the_manifest_says(bundle: Path) -> None:
     tiled = {name: f.tiled for name, f in made.functions.items()}
     assert tiled == {
         "decode": None, "head_1": None,
-        **{f"{kind}_{m}": f"{kind}_{m}_amx" for kind in ("prefill", "head") for m in CHUNKS},
+        **{f"{kind}_{m}": f"{kind}_{m}_amx" for kind in ("prefill", "logits") for m in CHUNKS},
     }  # fmt: skip
     assert not [name for name in made.target.features if name.startswith("amx")]  # it runs without
 

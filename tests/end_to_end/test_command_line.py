@@ -113,7 +113,7 @@ def test_dump_ir_writes_every_stage(built: tuple[Built, Built]) -> None:
     assert sorted(path.name for path in folder.iterdir()) == IR_FILES
     graph, fused, scheduled, code = ((folder / name).read_text(encoding="utf-8") for name in IR_FILES)
     for stage in (graph, fused, scheduled):
-        for function in ("decode", "prefill_128", "head_1", "head_128"):
+        for function in ("decode", "prefill_128", "head_1", "logits_128"):
             assert f"def {function}(" in stage
     assert "quern.linear" in graph
     assert "quern." in fused

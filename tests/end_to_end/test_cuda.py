@@ -221,10 +221,10 @@ def test_a_kernel_that_fails_is_named(small: Built, tmp_path: Path) -> None:
     arguments = ("logits", small.bundle, "--ids", tmp_path / "ids.npy", "--out", tmp_path / "out.npy")
     settings = small.environment(False, refuse="launch") | {"QUERN_CHECK_LAUNCHES": "1"}
     done = commands.run("runtime", *arguments, env=settings)
-    first = re.search(r"prefill_16: .*\n  (\w+)<<<", (small.bundle.parent / "ir" / "3_launches.txt").read_text())
+    first = re.search(r"logits_16: .*\n  (\w+)<<<", (small.bundle.parent / "ir" / "3_launches.txt").read_text())
     assert first is not None
     assert commands.message(done.returncode, done.stdout, done.stderr) == (
-        f"{small.bundle}: quern_run: launch 1 of prefill_16, {first[1]}: CUDA_ERROR_LAUNCH_FAILED (719). "
+        f"{small.bundle}: quern_run: launch 1 of logits_16, {first[1]}: CUDA_ERROR_LAUNCH_FAILED (719). "
         f"The GPU is lost to this process: start again."
     )
 
@@ -330,7 +330,7 @@ def test_a_card_is_checked_and_a_failure_goes_on(
     assert (about["check"], about["multiprocessors"]) == ("card", 2)
     assert (broken["check"], broken["target"], broken["good"]) == ("numerics", "cuda-sm72", False)
     assert re.search(
-        r"cuStreamSynchronize failed: CUDA_ERROR_LAUNCH_FAILED \(719\).* Kernel by kernel: .*: launch 1 of prefill_16, "
+        r"cuStreamSynchronize failed: CUDA_ERROR_LAUNCH_FAILED \(719\).* Kernel by kernel: .*: launch 1 of logits_16, "
         r"embedding_\w+: CUDA_ERROR_LAUNCH_FAILED \(719\)", broken["error"],
     )  # fmt: skip
     assert numerics["good"] is True and 0 < numerics["worst"] < numerics["bound"] and numerics["same_tokens"] == 1

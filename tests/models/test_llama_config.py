@@ -107,17 +107,13 @@ def test_functions_by_hand() -> None:
     functions = {f.name: (f.tokens, f.shape, f.inputs[:2]) for f in model.graph.functions}
     assert functions == {
         "decode": (1, (1, 10), ("ids", "span")),
-        "prefill_16": (16, (16, 16), ("ids", "span")),
-        "prefill_128": (128, (128, 16), ("ids", "span")),
+        "prefill_16": (16, (1, 16), ("ids", "span")),
+        "prefill_128": (128, (1, 16), ("ids", "span")),
         "head_1": (1, (1, 10), ("hidden", "norm")),
-        "head_16": (16, (16, 10), ("hidden", "norm")),
-        "head_128": (128, (128, 10), ("hidden", "norm")),
+        "logits_16": (16, (16, 10), ("ids", "span")),
+        "logits_128": (128, (128, 10), ("ids", "span")),
     }
     verify(model.graph.module(), "graph")
-    counted = build(options=replace(OPTIONS, chunks=(128,), counted=True)).graph.functions
-    assert {f.name: f.inputs[:2] for f in counted if "head" in f.name} == {
-        "head_1": ("hidden", "norm"), "head_128": ("hidden", "span")
-    }  # fmt: skip
 
 
 def operators(model: Model, function: str) -> list[ops.Op]:
@@ -129,7 +125,10 @@ def test_operators_of_a_prompt_by_hand() -> None:
     layer = ["rms_norm", "linear_exact", "rope_append", "attention", "linear_exact", "add"]
     layer += ["rms_norm", "linear_exact", "swiglu", "linear_exact", "add"]
     found = operators(build(), "prefill_16")
-    assert [op.name for op in found] == ["embedding", *layer, *layer]
+    last = [*layer[:3], "last_row", "last_span", *layer[3:5], "last_row", *layer[5:]]
+    assert [op.name for op in found] == ["embedding", *layer, *last]
+    rows = [ops.shape_of(op.results[0])[0] for op in found]
+    assert rows == [16] * (1 + len(layer) + 3) + [1, 2] + [1] * (len(last) - 5)
     assert {tuple(op.attrs.items()) for op in found if op.name == "rms_norm"} == {(("eps", 1e-5),)}
     heads = {"heads": 4, "kv_heads": 2, "head_dim": 4}
     assert [dict(op.attrs) for op in found if op.name == "rope_append"] == [heads] * 2
@@ -138,6 +137,7 @@ def test_operators_of_a_prompt_by_hand() -> None:
     head = ["rms_norm", "linear_dense"]
     assert [op.name for op in operators(build(), "head_1")] == head
     assert [op.name for op in operators(build(), "decode")] == ["embedding", *layer, *layer, *head]
+    assert [op.name for op in operators(build(), "logits_16")] == ["embedding", *layer, *layer, *head]
 
 
 def test_every_argument_is_an_input_a_cache_or_a_weight() -> None:

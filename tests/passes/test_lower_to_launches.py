@@ -26,7 +26,7 @@ TABLE, HEAD = Table("embedding", "embedding", DENSE), Linear("head", ("head",), 
 
 
 def module() -> tvm.IRModule:
-    """A token's logits, sixteen tokens' hidden states, and a head for those."""
+    """A token's logits, sixteen tokens' sums, and a head for one row."""
     graph = Graph()
     decode = Function(graph, "decode", 1)
     x = decode.embedding(TABLE)
@@ -49,7 +49,7 @@ def test_a_model_by_hand() -> None:
     assert [plan.name for plan in found.functions] == ["decode", "head_1", "prefill_16"]
     assert sorted(found.parameters) == ["embedding", "head.weight"]
     assert (decode.takes, head.takes, prefill.takes) == ("ids", "hidden", "ids")
-    assert (decode.row_bytes, prefill.row_bytes, prefill.tokens) == (160, 256, 16)
+    assert (decode.result_bytes, prefill.result_bytes, head.input_bytes) == (160, 16 * 256, 256)
     table, weight = (Place(found.parameters.index(name), True) for name in ("embedding", "head.weight"))
     front, start = 2 * ALIGNMENT, 2 * ALIGNMENT + 16 * 256  # header of 16 ids; hidden states of the prompt behind it
     x, y, z = (Place(start + i * ALIGNMENT) for i in range(3))
@@ -62,7 +62,7 @@ def test_a_model_by_hand() -> None:
     assert head.steps[0].arguments == (Place(head.input_at), weight, Place(head.result_at))
     assert min(head.input_at, head.result_at) >= start and head.input_at != head.result_at
     assert found.arena_bytes == start + max(3 * ALIGNMENT, 16 * 256)
-    assert "decode: ids -> rows of 160 bytes" in found.script()
+    assert "decode: ids -> 160 bytes" in found.script()
 
 
 def test_one_kernel_serves_equal_calls() -> None:

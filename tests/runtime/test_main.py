@@ -197,6 +197,9 @@ def test_logits(toy: Path, tmp_path: Path, dtype: str) -> None:
     logits = np.load(tmp_path / "out.npy", allow_pickle=False)
     assert logits.dtype == np.float32
     assert np.array_equal(logits, tiny.reference(ids.tolist()))
+    last = ["--out", str(tmp_path / "out.npy"), "--last"]
+    assert main(["logits", str(toy), "--ids", str(tmp_path / "ids.npy"), *last]) == 0
+    assert np.array_equal(np.load(tmp_path / "out.npy"), logits[-1:])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ids.npy", "out.npy"]
 
 

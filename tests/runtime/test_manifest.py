@@ -19,7 +19,7 @@ CHUNKS = ["1" * 64, "2" * 64]
 def example() -> dict[str, Any]:
     """A small manifest with everything in it, as JSON data."""
     return {
-        "format": "quern-bundle", "version": 1, "abi": 1,
+        "format": "quern-bundle", "version": 2, "abi": 1,
         "model": {"type": "llama", "name": "m", "vocab_size": 8, "context": 16, "layers": 1, "parameters": 9},
         "quantization": {"format": "gptq", "bits": 4, "sym": True, "damp": 0.5, "note": None},
         "target": {"name": "native", "arch": "x86_64", "triple": "x86_64-linux-gnu", "cpu": "x86-64-v3",
@@ -31,7 +31,9 @@ def example() -> dict[str, Any]:
             "decode": {"tokens": 1, "inputs": ["ids", "span", "k", "table"],
                        "output": {"dtype": "float32", "shape": [1, 8]}},
             "prefill_4": {"tokens": 4, "inputs": ["ids", "span", "k", "table"],
-                          "output": {"dtype": "float32", "shape": [4, 2]}, "tiled": "prefill_4_amx"},
+                          "output": {"dtype": "float32", "shape": [1, 2]}, "tiled": "prefill_4_amx"},
+            "logits_4": {"tokens": 4, "inputs": ["ids", "span", "k", "table"],
+                         "output": {"dtype": "float32", "shape": [4, 8]}},
             "head_1": {"tokens": 1, "inputs": ["hidden", "norm"], "output": {"dtype": "float32", "shape": [1, 8]}},
         },
         "caches": [{"name": "k", "dtype": "float16", "shape": [16, 2]}],
@@ -97,7 +99,7 @@ def test_null_chat_and_no_prefill_are_fine() -> None:
 @pytest.mark.parametrize(("path", "value", "message"), [
     ("format", "zip", 'no "format": "quern-bundle", so this is not a quern bundle. '
                       "Point at a directory that quern built."),
-    ("version", 2, "version is 2, but this runtime reads version 1. Rebuild the bundle with this release of quern, "
+    ("version", 1, "version is 1, but this runtime reads version 2. Rebuild the bundle with this release of quern, "
                    "or use the runtime of the release that built it."),
     ("abi", True, "abi is True, but this runtime reads abi 1. Rebuild the bundle with this release of quern, "
                   "or use the runtime of the release that built it."),
@@ -153,8 +155,10 @@ def test_refuses_what_another_release_wrote(path: str, value: Any, message: str)
     ("memory/cache_bytes", 63, "memory.cache_bytes is 63, but the caches take 64"),
     ("memory/weights_bytes", 71, "memory.weights_bytes is 71, but weights.bin has 72"),
     ("functions/decode", ..., "functions has no 'decode'"),
-    ("functions/head_1", ..., "functions has prefill but no 'head_1'"),
-    ("functions/prefill_4", ..., "functions has a head but no prefill"),
+    ("functions/head_1", ..., "functions has no 'head_1'"),
+    ("functions/logits_4", ..., "functions has no 'logits_4'"),
+    ("functions/prefill_4", ...,
+     "functions has 'logits_4', but only decode is known, and prefill_M with its logits_M and head_1"),
     ("functions/prefill_4/tokens", 5, "functions.prefill_4.tokens is 5, but must lie in 4..4"),
     ("functions/prefill_4/tiled", "decode",
      "functions.prefill_4.tiled is 'decode', but only 'prefill_4_amx' is known"),
@@ -162,10 +166,13 @@ def test_refuses_what_another_release_wrote(path: str, value: Any, message: str)
      "functions.decode.counted is True, but only functions of several tokens have it, as true"),
     ("functions/prefill_4/counted", False,
      "functions.prefill_4.counted is False, but only functions of several tokens have it, as true"),
-    ("functions/head_4", {"tokens": 4, "inputs": ["hidden", "norm"], "counted": True,
-                          "output": {"dtype": "float32", "shape": [4, 8]}}, "functions.head_4 has no input 'span'"),
+    ("functions/logits_4/inputs/1", "norm", "functions.logits_4 has no input 'span'"),
+    ("functions/prefill_4/output/shape", [4, 2],
+     "functions.prefill_4.output is float32[4, 2], but float32[1, 2] is needed"),
+    ("functions/prefill_x", {"tokens": 1, "inputs": [], "output": {"dtype": "float32", "shape": [1, 8]}},
+     "functions has no 'logits_x'"),
     ("functions/main", {"tokens": 1, "inputs": [], "output": {"dtype": "float32", "shape": [1, 8]}},
-     "functions has 'main', but only decode, prefill_M and head_M are known"),
+     "functions has 'main', but only decode is known, and prefill_M with its logits_M and head_1"),
     ("functions/decode/inputs/3", "tabel",
      "functions.decode has the input 'tabel', which is neither a weight nor a cache"),
     ("functions/decode/inputs/0", "k", "functions.decode: input 'k' appears twice"),

@@ -183,11 +183,12 @@ def test_ids_of_the_wrong_kind(session: Session, ids: list[int], what: str) -> N
 
 def test_a_function_that_the_library_lacks(bundle: Path) -> None:
     functions = json.loads((bundle / "manifest.json").read_text())["functions"]
-    functions["head_2"] = {**functions["head_1"], "tokens": 2, "output": {"dtype": "float32", "shape": [2, tiny.VOCAB]}}
+    functions["prefill_2"] = {**functions["prefill_16"], "tokens": 2}
+    functions["logits_2"] = {**functions["prefill_2"], "output": {"dtype": "float32", "shape": [2, tiny.VOCAB]}}
     tiny.edit_manifest(bundle, functions=functions)
     with pytest.raises(VmError) as caught:
         Session(open_bundle(bundle), threads=1)
-    assert str(caught.value) == f"{bundle / 'model.so'}: has no function 'head_2'. Rebuild the bundle."
+    assert str(caught.value) == f"{bundle / 'model.so'}: has no function 'prefill_2'. Rebuild the bundle."
 
 
 def test_arguments_that_the_library_refuses(bundle: Path) -> None:

@@ -85,46 +85,64 @@ def add_kernels(builder: Any, m: int) -> dict[str, Any]:
                         out[vt, vv] = T.float32(0)
                     out[vt, vv] = out[vt, vv] + hidden[vt, vh] * weight[vv, vh]
 
-    kernels = {"append": append, "mix": mix, "head": head}
+    @T.prim_func(private=True, s_tir=True)
+    def last(
+        hidden: T.Buffer((m, HIDDEN), "float32"), span: T.Buffer((2,), "int32"), out: T.Buffer((1, HIDDEN), "float32")
+    ):
+        T.func_attr({"tirx.noalias": True})
+        for h in range(HIDDEN):
+            with T.sblock("last"):
+                vh = T.axis.spatial(HIDDEN, h)
+                out[0, vh] = hidden[span[1] - 1, vh]
+
+    kernels = {"append": append, "mix": mix, "head": head, "last": last}
     return {name: builder.add_func(kernel, f"{name}_{m}_kernel") for name, kernel in kernels.items()}
 
 
 def add_functions(builder: Any, m: int) -> dict[str, mf.Function]:
-    """`decode` for m = 1, `prefill_m` otherwise, and `head_m`; returns their manifest entries."""
+    """`decode` and `head_1` for m = 1, otherwise `prefill_m` and `logits_m`; returns their manifest entries."""
     from tvm import relax
 
     def var(name: str, shape: tuple[int, ...], dtype: str) -> Any:
         return relax.Var(name, relax.TensorType(shape, dtype))
 
-    def emit(kernel: str, args: list[Any], columns: int) -> Any:
-        return builder.emit(relax.call_tir(kernels[kernel], args, relax.TensorType((m, columns), "float32")))
+    def emit(kernel: str, args: list[Any], columns: int, rows: int = m) -> Any:
+        return builder.emit(relax.call_tir(kernels[kernel], args, relax.TensorType((rows, columns), "float32")))
 
     kernels = add_kernels(builder, m)
-    name = "decode" if m == 1 else f"prefill_{m}"
     cache_type = relax.TensorType((CONTEXT, HIDDEN), "float32")
-    step = [
-        var("ids", (m,), "int32"),
-        var("span", (2,), "int32"),
-        var("cache", (CONTEXT, HIDDEN), "float32"),
-        var("embedding", (VOCAB, HIDDEN), "float16"),
-        var("head", (VOCAB, HIDDEN), "float32"),
-    ]
-    ids, span, cache, table, weight = step
-    step = step if m == 1 else step[:-1]
-    with builder.function(name, step, attrs={"num_input": 2}):  # the VM checks ids and span, kernels check the rest
-        args = relax.Tuple([ids, span, table, cache])
-        cache = builder.emit(relax.call_tir_inplace(kernels["append"], args, [3], cache_type))
-        hidden = emit("mix", [cache, span], HIDDEN)
-        builder.emit_func_output(emit("head", [hidden, weight], VOCAB) if m == 1 else hidden)
-    head = [var("hidden", (m, HIDDEN), "float32"), var("weight", (VOCAB, HIDDEN), "float32")]
-    with builder.function(f"head_{m}", head):
+    made: dict[str, mf.Function] = {}
+
+    def step(name: str, last_only: bool) -> None:
+        ids, span, cache, table, weight = params = [
+            var("ids", (m,), "int32"),
+            var("span", (2,), "int32"),
+            var("cache", (CONTEXT, HIDDEN), "float32"),
+            var("embedding", (VOCAB, HIDDEN), "float16"),
+            var("head", (VOCAB, HIDDEN), "float32"),
+        ]
+        params = params[:-1] if last_only else params
+        # The VM checks ids and span, kernels check the rest.
+        with builder.function(name, params, attrs={"num_input": 2}):
+            args = relax.Tuple([ids, span, table, cache])
+            cache = builder.emit(relax.call_tir_inplace(kernels["append"], args, [3], cache_type))
+            hidden = emit("mix", [cache, span], HIDDEN)
+            result = emit("last", [hidden, span], HIDDEN, 1) if last_only else emit("head", [hidden, weight], VOCAB)
+            builder.emit_func_output(result)
+        shape = (1, HIDDEN) if last_only else (m, VOCAB)
+        inputs = ("ids", "span", "cache", "embedding", "head")[: len(params)]
+        made[name] = mf.Function(m, inputs, mf.TensorType("float32", shape))
+
+    if m > 1:
+        step(f"prefill_{m}", last_only=True)
+        step(f"logits_{m}", last_only=False)
+        return made
+    step("decode", last_only=False)
+    head = [var("hidden", (1, HIDDEN), "float32"), var("weight", (VOCAB, HIDDEN), "float32")]
+    with builder.function("head_1", head):
         builder.emit_func_output(emit("head", head, VOCAB))
-    shape = (m, VOCAB if m == 1 else HIDDEN)
-    inputs = ("ids", "span", "cache", "embedding", "head")[: len(step)]
-    return {
-        name: mf.Function(m, inputs, mf.TensorType("float32", shape)),
-        f"head_{m}": mf.Function(m, ("hidden", "head"), mf.TensorType("float32", (m, VOCAB))),
-    }
+    made["head_1"] = mf.Function(1, ("hidden", "head"), mf.TensorType("float32", (1, VOCAB)))
+    return made
 
 
 def tokenizer_json() -> str:

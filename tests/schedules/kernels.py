@@ -30,11 +30,11 @@ class Built:
     executable: Any
     inplace: tuple[int, ...]
 
-    def __call__(self, *args: np.ndarray) -> list[np.ndarray]:
-        """Fresh outputs; arguments named in `inplace` are overwritten in the caller's arrays."""
+    def __call__(self, *args: np.ndarray, real: int | None = None) -> list[np.ndarray]:
+        """Fresh outputs; arguments named in `inplace` are overwritten in the caller's arrays. real: how many tokens."""
         tensors = [tvm.runtime.tensor(a) for a in args]
         if self.kernel.counted:
-            tensors.append(tvm.runtime.tensor(np.array([0, len(args[0])], np.int32)))
+            tensors.append(tvm.runtime.tensor(np.array([0, real or len(args[0])], np.int32)))
         result = relax.VirtualMachine(self.executable, tvm.cpu())["main"](*tensors)
         results = [result] if not isinstance(result, tvm.ir.Array | tuple | list) else list(result)
         for i in self.inplace:

@@ -18,7 +18,7 @@ from compiler.quant.ir import QuantWeight
 from compiler.quant.reference import quantize_activations
 from schedules import linear_int8, linear_int8_amx
 from schedules.geometry import Geometry
-from schedules.kernel import Lower, NotSuited, TensorSpec, lowerings
+from schedules.kernel import Lower, NotSuited, Space, TensorSpec, lowerings, space
 from tests.emulator import x86
 from tests.schedules.kernels import EPS32, Built, build, request, spec
 from tests.schedules.linears import require
@@ -170,7 +170,10 @@ def test_no_accumulator_overflows(case: Case) -> None:
             assert (np.abs(got - want - (0 if residual is None else residual)) <= 4 * EPS32 * size).all()
 
 
-@pytest.mark.parametrize("knobs", [{"token_tiles": 1}, {"row_blocks": 1}, {"token_tiles": 3, "row_blocks": 1}], ids=str)
+@pytest.mark.parametrize("knobs", [
+    {"token_tiles": 1, "prefetch_bytes": 0}, {"row_blocks": 1}, {"token_tiles": 3, "row_blocks": 1},
+    {"prefetch_bytes": 1 << 20},
+], ids=str)  # fmt: skip
 def test_knobs_change_no_bit(knobs: dict[str, int]) -> None:
     """One token tile leaves room for the B tiles of a whole span, which then stay where they are."""
     case = Case("int4", False, 50, 64, 256, 128, residual=True)
@@ -179,6 +182,26 @@ def test_knobs_change_no_bit(knobs: dict[str, int]) -> None:
     activations = quantize_activations(x, case.geometry.source)
     other = compiled(linear_int8_amx.lower, case, AMX, knobs)
     assert np.array_equal(run(other, activations, w, residual), run(amx(case), activations, w, residual))
+
+
+def test_what_tuning_may_try() -> None:
+    """Points that fit eight tiles and divide the rows; fewer tokens than a tile has are another family's."""
+    case = Case("int4", False, 128, 96, 256, 128)  # six blocks of rows
+
+    def asked(m: int) -> Space | None:
+        args = [*spans(sample(case), np.zeros((m, case.k))), *weight_arguments(sample(case))]
+        call = request("quern.linear_int8", args, [TensorSpec((m, 96), "float32")], AMX, bits=4, group=case.group)
+        return space(call)
+
+    found = asked(128)
+    assert found is not None
+    assert found.schedule == "linear_int8.amx" and found.macs == 128 * 96 * 256
+    tiles = {(p["token_tiles"], p["row_blocks"]) for p in [found.default, *found.points()]}
+    assert tiles == {(1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (3, 1)}
+    few = asked(16)
+    assert few is not None and few.choices["token_tiles"] == (1,)
+    one = asked(8)
+    assert one is not None and one.schedule == "linear_int8.avx512_vnni"
 
 
 def test_the_family_for_every_token_count() -> None:

@@ -7,7 +7,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define QUERN_ABI 1
+#define QUERN_ABI 2
 
 /* ---- written by the compiler ---- */
 
@@ -26,9 +26,8 @@ typedef struct {
 typedef struct {
   const char *name;
   uint32_t first_step, steps;
-  uint32_t tokens;
-  uint32_t takes_ids; /* 1: the header is copied in before the call; 0: hidden states lie at input_at */
-  uint64_t input_at, result_at, row_bytes;
+  uint32_t takes_ids; /* 1: the header is copied in before the call; 0: a hidden state lies at input_at */
+  uint64_t input_at, input_bytes, result_at, result_bytes;
 } quern_function;
 
 typedef struct {
@@ -94,7 +93,7 @@ QUERN_API int32_t quern_load(quern *model);
 QUERN_API int32_t quern_host(quern *model, uint64_t bytes, void **out);
 QUERN_API void quern_host_free(quern *model, void *memory);
 QUERN_API int32_t quern_run(quern *model, int32_t function, const void *header, uint64_t header_bytes, void *result);
-QUERN_API int32_t quern_hand_over(quern *model, int32_t from, uint32_t first_row, uint32_t rows, int32_t to);
+QUERN_API int32_t quern_hand_over(quern *model, int32_t from, int32_t to);
 QUERN_API int32_t quern_replay(quern *model, int32_t on);
 QUERN_API int32_t quern_milliseconds(quern *model, float *out);
 QUERN_API int32_t quern_borrow(quern *model, uint32_t sets, const uint64_t *addresses);

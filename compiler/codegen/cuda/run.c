@@ -58,8 +58,8 @@ static int32_t launch(quern *model, uint32_t index) {
   return launch_set(model, function, 0);
 }
 
-/* One call. header: pinned, span i32[2] and from header_ids_at on ids i32[tokens]; NULL for one of hidden states.
- * result: pinned room for all rows, or NULL to leave them on the GPU. All of it has happened when this returns. */
+/* One call. header: pinned, span i32[2] and from header_ids_at on ids i32[tokens]; NULL for one of a hidden
+ * state. result: pinned room for what it gives, or NULL to leave that on the GPU. All of it has happened when this returns. */
 int32_t quern_run(quern *model, int32_t function, const void *header, uint64_t header_bytes, void *result) {
   if (function < 0 || (uint32_t)function >= quern_this.functions) return fail(QUERN_FAILED, "no such function");
   const quern_function *called = &quern_functions[function];
@@ -71,20 +71,19 @@ int32_t quern_run(quern *model, int32_t function, const void *header, uint64_t h
   if (code) return code;
   if (model->timed) TRY(model, cuEventRecord, model->ended, model->stream);
   if (result)
-    TRY(model, cuMemcpyDtoHAsync_v2, result, model->arena + called->result_at, called->tokens * called->row_bytes,
-        model->stream);
+    TRY(model, cuMemcpyDtoHAsync_v2, result, model->arena + called->result_at, called->result_bytes, model->stream);
   TRY(model, cuStreamSynchronize, model->stream);
   return QUERN_OK;
 }
 
-/* Rows of what `from` left become the first rows of what `to` takes; nothing leaves the GPU. */
-int32_t quern_hand_over(quern *model, int32_t from, uint32_t first_row, uint32_t rows, int32_t to) {
+/* What `from` left is what `to` takes; nothing leaves the GPU. */
+int32_t quern_hand_over(quern *model, int32_t from, int32_t to) {
   const quern_function *a = &quern_functions[from], *b = &quern_functions[to];
-  if (first_row + rows > a->tokens || rows > b->tokens)
-    return fail(QUERN_FAILED, "%s has no rows %u to %u for %s", a->name, first_row, first_row + rows, b->name);
+  if (b->takes_ids || a->result_bytes != b->input_bytes)
+    return fail(QUERN_FAILED, "%s does not take what %s leaves", b->name, a->name);
   TRY(model, cuCtxSetCurrent, model->context);
-  TRY(model, cuMemcpyDtoDAsync_v2, model->arena + b->input_at, model->arena + a->result_at + first_row * a->row_bytes,
-      rows * a->row_bytes, model->stream);
+  TRY(model, cuMemcpyDtoDAsync_v2, model->arena + b->input_at, model->arena + a->result_at, a->result_bytes,
+      model->stream);
   return QUERN_OK;
 }
 

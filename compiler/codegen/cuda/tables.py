@@ -59,7 +59,8 @@ def source(launches: Launches, code: DeviceCode, gpu: Gpu) -> str:
 
 def _function(plan: FunctionPlan, first_step: int) -> str:
     takes_ids = int(plan.takes == "ids")
-    numbers = (first_step, len(plan.steps), plan.tokens, takes_ids, plan.input_at, plan.result_at, plan.row_bytes)
+    places = (plan.input_at, plan.input_bytes, plan.result_at, plan.result_bytes)
+    numbers = (first_step, len(plan.steps), takes_ids, *places)
     return f'{{"{plan.name}", {", ".join(map(str, numbers))}}}'
 
 

@@ -203,7 +203,8 @@ class Decoder:
         logits_scale: float = 1.0,
         softcap: float = 0.0,
     ) -> Model:
-        """Functions: decode (1 token to logits), prefill_M (M tokens to hidden states), head_M (those to logits).
+        """Functions: decode (1 token to logits), prefill_M (M tokens to the last one's hidden state), head_1 (that to
+        logits), logits_M (M tokens to the logits after each).
 
         logits_scale is folded into the last norm's weight.
         """
@@ -215,11 +216,13 @@ class Decoder:
         source = {"model.embed_tokens" if shape.tied else "lm_head": shape.vocab}
         head = self.linears("head", shape.hidden, source, VOCABULARY_KEYS, self.options.head)
 
-        def hidden(f: Function) -> relax.Var:
+        def hidden(f: Function, last_only: bool = False) -> relax.Var:
             x = f.embedding(table, embedding_scale)
-            for block in blocks:
+            for block in blocks[:-1]:
                 x = block(f, x)
-            return x
+            if last_only:
+                f.keep_last()
+            return blocks[-1](f, x)
 
         def logits(f: Function, x: relax.Var) -> relax.Var:
             made = f.linears(f.rms_norm(x, last, shape.eps), head)
@@ -230,13 +233,12 @@ class Decoder:
         decode.finish(logits(decode, hidden(decode)))
         for m in self.options.chunks:
             prefill = Function(graph, f"prefill_{m}", m)
-            prefill.finish(hidden(prefill))
-        for m in (1, *self.options.chunks):
-            top = Function(graph, f"head_{m}", m)
-            rows = top.argument("hidden", (m, shape.hidden), "float32")
-            if m > 1 and self.options.counted:
-                top.span()
-            top.finish(logits(top, rows))
+            prefill.finish(hidden(prefill, last_only=True))
+        top = Function(graph, "head_1", 1)
+        top.finish(logits(top, top.argument("hidden", (1, shape.hidden), "float32")))
+        for m in self.options.chunks:
+            each = Function(graph, f"logits_{m}", m)
+            each.finish(logits(each, hidden(each)))
         return Model(
             type=type_,
             graph=graph,

@@ -92,6 +92,8 @@ def elementwise_cases() -> Iterator[Case]:
         yield case("concat", [a, normal(m, 5)], (m, n + 5), lambda got: None)
         order = rng.permutation(n).astype(np.int32)
         yield case("gather", [a, order], (m, n), close(a[:, order], 0))
+        span = np.array([4, m], np.int32)
+        yield case("last_row", [a, span], (1, n), close(a[-1:], 0))
         x = (a * 10 ** rng.uniform(-6, 3, a.shape)).astype(F32)
         want = 30 * np.tanh(x.astype(np.float64) / 30)
         yield case("softcap", [x], (m, n), close(want, 16 * EPS32 * np.abs(want) + 2.0**-120), cap=30.0)
