@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import importlib
 import os
 import pkgutil
-import signal
 import sys
 from pathlib import Path
-from types import FrameType
 
-from runtime.arguments import Parser
+from runtime.arguments import Parser, clean_up_on_sigterm, discard_output, refuse, settle_streams
 
 CLI = Path(__file__).parent / "cli"
 INTERRUPTED = 130
@@ -28,54 +27,48 @@ def verbs() -> dict[str, str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb. 0 = done, 2 = the user's mistake, 130 = interrupted (143: terminated)."""
-    arguments = sys.argv[1:] if argv is None else argv
-    table = verbs()
-    parser = Parser(
-        prog="python -m compiler", description="quern: quantised checkpoints to device bundles."
-    )
+    try:
+        from compiler.errors import UserError
+        from runtime.errors import UNWRITABLE
+        from runtime.errors import UserError as RuntimeUserError
+        from targets import TargetError
+
+        settle_streams()
+        options = _options(sys.argv[1:] if argv is None else argv)
+        code = int(options.run(options))
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except (UserError, RuntimeUserError, TargetError) as error:
+        return refuse(str(error))
+    except OSError as error:
+        if error.filename is not None:
+            return refuse(f"{os.fsdecode(error.filename)}: {error.strerror}.")
+        if error.errno not in UNWRITABLE:
+            raise
+        if isinstance(error, BrokenPipeError):
+            discard_output()
+            return 0
+        return refuse(f"cannot write: {error.strerror}. Make room where the output goes.")
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    """Parsed, with the verb's `run`. A verb's file is imported when it is asked for."""
+    parser = Parser(prog="python -m compiler", description="quern: quantised checkpoints to device bundles.")
     commands = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     asked = next((a for a in arguments if not a.startswith("-")), None)
-    for name, summary in table.items():
+    for name, summary in verbs().items():
         sub = commands.add_parser(name, help=summary, description=summary)
         if name == asked:
             module = importlib.import_module(f"compiler.cli.{name}")
             module.arguments(sub)
             sub.set_defaults(run=module.run, verb_parser=sub)
-    options = parser.parse_args(arguments)
-    from compiler.errors import UserError
-    from runtime.errors import UNWRITABLE
-    from runtime.errors import UserError as RuntimeUserError
-    from targets import TargetError
-
-    try:
-        code = int(options.run(options))
-        if sys.stdout is not None:
-            sys.stdout.flush()
-        return code
-    except (UserError, RuntimeUserError, TargetError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return UserError.exit_code
-    except OSError as error:
-        if error.filename is not None:
-            print(f"error: {error.filename}: {error.strerror}.", file=sys.stderr)
-            return UserError.exit_code
-        if error.errno not in UNWRITABLE:
-            raise
-        # The interpreter flushes stdout once more when it ends: give it somewhere to write to.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            return 0
-        print(f"error: cannot write: {error.strerror}. Make room where the output goes.", file=sys.stderr)
-        return UserError.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    sys.exit(128 + number)
+    options: argparse.Namespace = parser.parse_args(arguments)
+    return options
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _terminate)  # so that `kill` cleans up as Ctrl-C does
+    clean_up_on_sigterm()
     sys.exit(main())

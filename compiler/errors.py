@@ -4,6 +4,8 @@ A message says where, what was found, what is needed and what to do. `assert` is
 """
 from __future__ import annotations
 
+from runtime.errors import printable
+
 
 class UserError(Exception):
     """A mistake in the user's input or request, not in quern. Control characters in the message come out escaped."""
@@ -11,9 +13,7 @@ class UserError(Exception):
     exit_code = 2
 
     def __init__(self, message: str) -> None:
-        # Names from a hostile file may stand in a message: none may move the cursor of a terminal.
-        shown = message if message.isprintable() else "".join(map(_visible, message))
-        super().__init__(shown)
+        super().__init__(printable(message))
 
 
 class CheckpointError(UserError):
@@ -30,7 +30,3 @@ class FormatError(UserError):
 
 class UnsupportedError(UserError):
     """The input is sound, but quern cannot handle it (yet)."""
-
-
-def _visible(character: str) -> str:
-    return character if character.isprintable() or character == "\n" else ascii(character)[1:-1]

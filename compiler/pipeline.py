@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
@@ -17,7 +18,7 @@ from compiler.checkpoint import Checkpoint, open_checkpoint
 from compiler.codegen import bundle, carried, chat_format, link, nvrtc, tokenizer_files, weights_file
 from compiler.codegen.build import compile_module
 from compiler.codegen.cuda import device_code, library, tables
-from compiler.errors import CheckpointError, ConfigError, UnsupportedError
+from compiler.errors import CheckpointError, ConfigError, UnsupportedError, UserError
 from compiler.graph.weights import Linear, Table
 from compiler.models import Model
 from compiler.passes.fuse_quantize import FuseQuantize
@@ -41,7 +42,6 @@ from targets import Gpu, Target
 
 LIBRARY, WEIGHTS = "model.so", "weights.bin"
 DP4A_SM = 61  # the first architecture with dp4a: PTX ISA manual
-LINKING_BYTES = 8 << 20  # objects, the library and its copies while it is linked: 1 to 4 MiB were seen
 # Prompt tokens a call; the runtime cuts a prompt into these. On a CPU they are the most that a call takes: kernels
 # compute as many rows as there are. A GPU's launches have grids that never change.
 CPU_CHUNKS, GPU_CHUNKS = (128,), (16, 128)
@@ -185,6 +185,12 @@ def _refuse_idle_options(checkpoint: Checkpoint, source: Source, model: Model, r
         raise UnsupportedError(
             f"{checkpoint.path}: is quantised already, and --bits applies to dense linear layers. Leave --bits out."
         )
+    heads = [source.describe(w.sources[0]) for w in model.weights if isinstance(w, Linear) and w.name == "head"]
+    if request.head_bits is not None and not any(head.dense or head.bits == request.head_bits for head in heads):
+        raise UnsupportedError(
+            f"{checkpoint.path}: its output head has {heads[0].bits} bits already, and --head-bits applies to a dense "
+            f"one. Leave --head-bits out."
+        )
 
 
 def _end_tokens(checkpoint: Checkpoint, model: Model) -> tuple[int, ...]:
@@ -248,7 +254,7 @@ def compile_inputs(inputs: Inputs, request: Request, report: Reporter) -> manife
     code = _for_cpu(mod, request, report) if target.gpu is None else _for_gpu(mod, target.gpu, request, report)
     # No layout stores codes narrower than they are.
     room = sum(w.type.n * w.type.k * w.type.bits // 8 for w in model.weights if isinstance(w, (Linear, Table)))
-    room += LINKING_BYTES + sum(map(len, (libraries or {}).values()))
+    room += link.ROOM_BYTES + sum(map(len, (libraries or {}).values()))
     with bundle.staged(request.out, room) as folder:
         with report.stage("link") as stage:
             code.link(folder / LIBRARY)
@@ -358,7 +364,12 @@ def _checked(mod: tvm.IRModule, stage: str, request: Request) -> None:
 def _dump(folder: Path | None, name: str, text: Any) -> None:
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text(), encoding="utf-8")
+        try:
+            (folder / name).write_text(text(), encoding="utf-8")
+        except OSError as error:
+            with suppress(OSError):  # of half a stage
+                (folder / name).unlink()
+            raise UserError(f"--dump-ir: {folder / name}: cannot be written: {error.strerror}.") from None
 
 
 def _manifest(

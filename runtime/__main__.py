@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import TYPE_CHECKING, Optional, TypeVar  # noqa: E402
 
-from .arguments import Parser  # noqa: E402
-from .errors import UNWRITABLE, InputError, LibraryError, UserError  # noqa: E402
+from .arguments import Parser, clean_up_on_sigterm, discard_output, refuse, settle_streams  # noqa: E402
+from .errors import UNWRITABLE, InputError, LibraryError, UserError, printable  # noqa: E402
 
 if TYPE_CHECKING:
     from .bundle import Bundle
@@ -38,31 +38,26 @@ that do not say. With QUERN_API_KEY in the environment, requests must carry that
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Run one command; gives the exit code."""
     try:
-        for stream in (sys.stdin, sys.stdout, sys.stderr):  # None if it is closed
-            if hasattr(stream, "reconfigure"):  # a terminal that cannot show a character gets "?", not a traceback
-                stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "replace")
+        settle_streams()
         options = parser().parse_args(arguments)
         options.run(options)
-        if sys.stdout is not None:  # as in `>&-`
-            sys.stdout.flush()
+        sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refuse(str(error))
     except MemoryError:
-        print("error: out of memory. Use a smaller model or context, or close other programs.", file=sys.stderr)
-        return 2
+        return refuse("out of memory. Use a smaller model or context, or close other programs.")
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    except OSError as error:  # of printing: whatever opens a file says itself what is wrong with it
-        if error.filename is not None or error.errno not in UNWRITABLE:
+    except OSError as error:
+        if error.filename is not None:  # a name that is too long, a folder that may not be looked into
+            return refuse(f"{os.fsdecode(error.filename)}: {error.strerror}.")
+        if error.errno not in UNWRITABLE:
             raise
-        # The interpreter flushes stdout once more when it ends: give it somewhere to write to.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
+            discard_output()
             return 141
-        print(f"error: the output cannot be written: {error.strerror}. Make room where it goes.", file=sys.stderr)
-        return 2
+        return refuse(f"the output cannot be written: {error.strerror}. Make room where it goes.")
     return 0
 
 
@@ -140,8 +135,8 @@ def _key(text: str) -> str:
 
 
 def _port(text: str) -> int:
-    if not text.isdigit() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text} is not a port")
+    if not (text.isascii() and text.isdigit() and len(text) <= 5 and int(text) <= 65535):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port: 0 to 65535")
     return int(text)
 
 
@@ -273,28 +268,33 @@ def run_chat(options: argparse.Namespace) -> None:
     conversation = Conversation(
         session, Tokenizer(bundle.tokenizer), sampler, options.max_new_tokens, options.stop, options.system
     )
-    interactive = sys.stdin is not None and sys.stdin.isatty()
-    converse(conversation, terminal_reader(), lambda piece: print(piece, end="", flush=True), interactive)
+    converse(conversation, terminal_reader(), lambda piece: print(piece, end="", flush=True), sys.stdin.isatty())
 
 
 def run_serve(options: argparse.Namespace) -> None:
     """Serve until interrupted."""
-    import signal
-
     bundle, session, (sampler, _) = _open(options, lambda found: _for_text(options, found))
     from .completions import Defaults
     from .server import Server
     from .tokenizer import Tokenizer
 
+    _check_address(options.host, key := os.environ.get("QUERN_API_KEY") or None)
     defaults = Defaults(sampler.sampling, options.max_new_tokens, tuple(options.stop))
-    address, key = (options.host, options.port), os.environ.get("QUERN_API_KEY") or None
-    server = Server(session, Tokenizer(bundle.tokenizer), defaults, address, key)
+    server = Server(session, Tokenizer(bundle.tokenizer), defaults, (options.host, options.port), key)
     host = f"[{options.host}]" if ":" in options.host else options.host
-    print(f"{bundle.manifest.model.name}: http://{host}:{server.port}/v1", file=sys.stderr, flush=True)
+    print(f"{printable(bundle.manifest.model.name)}: http://{host}:{server.port}/v1", file=sys.stderr, flush=True)
     if not server.local and key is None:
         print("whoever reaches this address may use it: set QUERN_API_KEY to ask for a key", file=sys.stderr)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    clean_up_on_sigterm()
     server.run()
+
+
+def _check_address(host: str, key: Optional[str]) -> None:
+    """Raise InputError for no address, which would be all of them, and for a key that no request could carry."""
+    if not host:
+        raise InputError("host is empty. Give an address of this machine with --host; 0.0.0.0 is all of them.")
+    if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
+        raise InputError("QUERN_API_KEY has a space or a character that is not ASCII. Set another key.")
 
 
 def run_info(options: argparse.Namespace) -> None:
@@ -323,6 +323,7 @@ def run_logits(options: argparse.Namespace) -> None:
             f"{options.out}: cannot be written: it is a directory or a device, or is in a directory that does not "
             f"exist. Name a .npy file."
         )
+    clean_up_on_sigterm()  # a half-written file goes
     write_logits(_open(options, lambda _: None)[1], ids, options.out, options.last)
 
 
@@ -350,13 +351,13 @@ def run_bench(options: argparse.Namespace) -> None:
 
 def run_rpc_server(options: argparse.Namespace) -> None:
     """Serve until interrupted."""
-    import signal
-
     from .rpc_server import Server
+    from .tvm_libs import check_threads
 
+    check_threads(options.threads)
     if not options.limit > 0:
         raise InputError(f"limit is {options.limit:g} s, but must be more than 0.")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    clean_up_on_sigterm()
     Server(
         options.tracker, options.key, options.bind, options.port, options.limit, options.threads, options.tunnel
     ).run()

@@ -78,13 +78,10 @@ def open_bundle(
     """
     found = read_manifest(path)
     device.require(found.target, str(path))
-    for name, digest in sorted(found.files.items()):
-        _check_size(path / name, digest)
+    _check_sizes(path, found)
     on_gpu = found.target.gpu is not None
     with _mapped(path / found.weights.file, found, not on_gpu, verify_weights and not on_gpu) as mapping:
-        for name, digest in sorted(found.files.items()):
-            if name != found.weights.file:
-                _check_digest(path / name, digest)
+        _check_digests(path, found, but=found.weights.file)
         meanwhile(found)
     return Bundle(path, found, _arrays(mapping, found), verify_weights and on_gpu)
 
@@ -102,10 +99,13 @@ def missing(path: Path, found: Manifest) -> list[str]:
 
 def require_whole(path: Path, found: Manifest) -> None:
     """Read every file, on whichever machine, and raise BundleError for the first that is not what its digest says."""
+    _check_sizes(path, found)
+    _check_digests(path, found)
+
+
+def _check_sizes(path: Path, found: Manifest) -> None:
     for name, digest in sorted(found.files.items()):
         _check_size(path / name, digest)
-    for name, digest in sorted(found.files.items()):
-        _check_digest(path / name, digest)
 
 
 def _check_size(path: Path, digest: FileDigest) -> None:
@@ -119,6 +119,12 @@ def _check_size(path: Path, digest: FileDigest) -> None:
         raise BundleError(
             f"{path}: has {status.st_size} bytes, but the manifest says {digest.bytes}. Copy the bundle again."
         )
+
+
+def _check_digests(path: Path, found: Manifest, but: str = "") -> None:
+    for name, digest in sorted(found.files.items()):
+        if name != but:
+            _check_digest(path / name, digest)
 
 
 def _check_digest(path: Path, digest: FileDigest) -> None:
@@ -144,7 +150,8 @@ def _mapped(path: Path, found: Manifest, ahead: bool, verify: bool) -> Iterator[
         with path.open("rb") as stream:
             mapping = mmap.mmap(stream.fileno(), found.files[path.name].bytes, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:
-        raise BundleError(f"{path}: cannot be mapped into memory: {error}.") from None
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise BundleError(f"{path}: cannot be mapped into memory: {reason}.") from None
     if ahead:
         _read_ahead(mapping)
     if not verify:

@@ -161,10 +161,10 @@ def converse(
 
 def terminal_reader() -> Callable[[], str]:
     """Lines from standard input: with a prompt and line editing on a terminal, silent in a pipe."""
-    if sys.stdin is None or not sys.stdin.isatty():
+    if not sys.stdin.isatty():
 
         def from_pipe() -> str:
-            line = sys.stdin.readline() if sys.stdin is not None else ""  # None: closed, as in `<&-`
+            line = sys.stdin.readline()
             if not line:
                 raise EOFError
             return line.rstrip("\n")

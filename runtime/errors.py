@@ -8,8 +8,18 @@ import errno
 UNWRITABLE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
+def printable(text: str) -> str:
+    """Names from a hostile file may stand in a message: none may move the cursor of a terminal. Line ends stay."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 class UserError(Exception):
-    """Base of all errors that are printed as one message, without a traceback."""
+    """Base of all errors that are printed as one message, without a traceback; control characters come out escaped."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class ManifestError(UserError):

@@ -11,6 +11,7 @@ from typing import Any
 
 from . import device
 from .bundle import missing, read_manifest, require_whole
+from .errors import printable
 from .manifest import Gpu, Manifest
 
 
@@ -51,7 +52,7 @@ def as_text(path: Path, verify: bool = False) -> str:
         **({"digests": "right, of every file"} if verify else {}),
         "runs here": "no: " + "; ".join(refusals) if refusals else "yes",
     }
-    return "".join(f"{name + ':':<14}{value}\n" for name, value in rows.items())
+    return "".join(f"{name + ':':<14}{printable(value)}\n" for name, value in rows.items())
 
 
 def _refusals(path: Path, manifest: Manifest) -> list[str]:

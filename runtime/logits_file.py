@@ -18,6 +18,8 @@ MAX_IDS = 1 << 24  # above any context; keeps a wrong file from being read whole
 def read_ids(path: Path) -> Array:
     """A one-dimensional integer .npy file. No pickles: they can run code."""
     try:
+        if not path.is_file() and path.exists():  # a pipe can be read once
+            raise InputError(f"{path}: is no regular file, and .npy files are mapped. Save the ids with numpy.save.")
         with path.open("rb") as stream:
             magic = stream.read(6)
         ids = np.load(path, mmap_mode="r", allow_pickle=False) if magic == b"\x93NUMPY" else None

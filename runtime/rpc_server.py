@@ -291,7 +291,7 @@ def exception(message: str) -> bytes:
 
 def _reason(error: OSError) -> str:
     """Without what socket.create_server adds."""
-    return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+    return os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or str(error)
 
 
 def _number(text: object, default: float) -> float:

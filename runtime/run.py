@@ -24,6 +24,7 @@ USAGE = """usage: python3 {name} PROMPT [options of generate]  continue a text
        python3 {name} PROMPT --help                   the options
 """
 RUNTIME = "runtime.zip"
+VERBS = ("--chat", "--serve", "--info", "--bench", "--rpc-server")  # the last one takes no bundle
 
 
 OLD_TOKENIZER = "tokenizers.cpython-38-*.so"  # the other one is for Python 3.9 and later
@@ -38,12 +39,17 @@ def main(arguments: List[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         (sys.stdout if arguments else sys.stderr).write(USAGE.format(name=sys.argv[0]))
         return 0 if arguments else 2
+    # A word that is mistyped, or options before the prompt: nobody wants them continued.
+    if arguments[0][:2] == "--" and arguments[0][2:3].isalpha() and arguments[0] not in VERBS:
+        return refuse(f"{arguments[0]} is none of {', '.join(VERBS)}. Options come after the prompt.")
     archive = here / RUNTIME
     try:
         expected = json.loads((here / "manifest.json").read_bytes())["files"][RUNTIME]["sha256"]
         intact = hashlib.sha256(archive.read_bytes()).hexdigest() == expected
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return refuse(f"{here}: cannot be read: {error}. Copy the bundle again.")
+    except OSError as error:
+        return refuse(f"{error.filename}: cannot be read: {error.strerror}. Copy the bundle again.")
+    except (ValueError, KeyError, TypeError) as error:
+        return refuse(f"{here}/manifest.json: cannot be read: {error}. Copy the bundle again.")
     if not intact:
         return refuse(f"{archive}: is damaged: its SHA-256 is not the manifest's. Copy the bundle again or rebuild it.")
     rest_of_path = [place for place in sys.path if place != str(here)]
@@ -52,7 +58,7 @@ def main(arguments: List[str]) -> int:
     from runtime.__main__ import main as run
 
     first, rest = arguments[0], arguments[1:]
-    if first in ("--chat", "--serve", "--info", "--bench"):
+    if first in VERBS[:-1]:
         return run([first[2:], str(here), *rest])
     if first == "--rpc-server":
         return run([first[2:], *rest])

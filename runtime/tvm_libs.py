@@ -112,6 +112,12 @@ def _dist_info(package: Path, wheel: str) -> dict[str, str]:
     return {}
 
 
+def check_threads(threads: Optional[int]) -> None:
+    """Raise InputError for a number that TVM's pool does not take."""
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise InputError(f"threads is {threads}, but must lie in 1..{MAX_THREADS}.")
+
+
 def load(built_with: Optional[TvmVersions], threads: Optional[int] = None) -> Libraries:
     """Load both libraries once a process, with TVM's thread count set before; check that they fit the bundle.
 
@@ -119,8 +125,7 @@ def load(built_with: Optional[TvmVersions], threads: Optional[int] = None) -> Li
     `threads` None: TVM_NUM_THREADS if set, else device.default_threads(). A second call cannot change the count.
     """
     global _loaded  # noqa: PLW0603  one process has one TVM
-    if threads is not None and not 1 <= threads <= MAX_THREADS:
-        raise InputError(f"threads is {threads}, but must lie in 1..{MAX_THREADS}.")
+    check_threads(threads)
     if _loaded is None:
         found = find()
         if built_with is not None:

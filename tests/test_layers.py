@@ -25,7 +25,7 @@ LAW: dict[str, set[str]] = {
     "compiler.__main__": {"compiler.cli", "runtime.arguments", "runtime.errors", "targets"},
     "compiler.cli": ANYTHING,
     "compiler.pipeline": ANYTHING,
-    "compiler.errors": set(),
+    "compiler.errors": {"runtime.errors"},
     "compiler.progress": {"rich"},
     "compiler.checkpoint": {"numpy"},
     "compiler.checkpoint.hub": {"compiler.checkpoint", "huggingface_hub"},  # optional: only where a model is an id
@@ -40,8 +40,8 @@ LAW: dict[str, set[str]] = {
     "compiler.passes": {"compiler.graph", "compiler.quant", "schedules", "targets", "tvm"},
     "compiler.tune": {
         "compiler.codegen.cuda", "compiler.codegen.link", "compiler.codegen.nvrtc", "compiler.graph.ops",
-        "compiler.measure.read_bandwidth", "compiler.passes", "numpy", "runtime", "schedules", "targets", "tvm",
-        "xgboost",
+        "compiler.measure.read_bandwidth", "compiler.measure.record_file", "compiler.passes", "numpy", "runtime",
+        "schedules", "targets", "tvm", "xgboost",
     },
     "compiler.tune.model": {
         "compiler.measure.cycles", "compiler.measure.emulator", "compiler.measure.instructions", "compiler.tune",

@@ -30,15 +30,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="bundle folder to measure")
     shape = parser.add_argument_group("a published shape with random weights, instead of a bundle")
     shape.add_argument("--shape", metavar="NAME", help=f"e.g. {DEFAULT_SHAPE}; {DEFAULT_SHAPE}:1 is one layer of it")
-    shape.add_argument("--bits", type=int, choices=BITS, default=4, help="bits of the linear layers (default: 4)")
-    shape.add_argument(
-        "--group-size", type=int, default=128, metavar="G", help="inputs that share a scale (default: 128)"
-    )
+    shape.add_argument("--bits", type=int, choices=BITS, help="bits of the linear layers (default: 4)")
+    shape.add_argument("--group-size", type=int, metavar="G", help="inputs that share a scale (default: 128)")
     shape.add_argument("--head-bits", type=int, choices=BITS, help="bits of the output head (default: as --bits)")
     shape.add_argument(
         "--kv-cache", choices=KV_CACHES, help="what keys and values of past tokens are kept in (default: float16)"
     )
-    shape.add_argument("--target", default="native", metavar="NAME", help="build for this target (default: native)")
+    shape.add_argument("--target", metavar="NAME", help="build for this target (default: native)")
     gpu_size_argument(shape)
     board = parser.add_argument_group("a board, instead of this machine, with BUNDLE")
     board.add_argument(
@@ -49,13 +47,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     connection_arguments(board)
     work = parser.add_argument_group("workload")
     work.add_argument(
-        "--threads", type=_counts, default=[None], metavar="N[,N]",
+        "--threads", type=_counts, metavar="N[,N]",
         help="threads, or several numbers one after the other (default: what the runtime would take)",
     )  # fmt: skip
-    work.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="tokens of a prefill (default: 512)")
-    work.add_argument("--decode-tokens", type=int, default=16, metavar="N", help="tokens decoded a round (default: 16)")
-    work.add_argument("--context", type=int, default=128, metavar="N", help="tokens before these (default: 128)")
-    work.add_argument("--rounds", type=int, default=5, metavar="N", help="how often each is run (default: 5)")
+    work.add_argument("--prompt-tokens", type=int, metavar="N", help="tokens of a prefill (default: 512)")
+    work.add_argument("--decode-tokens", type=int, metavar="N", help="tokens decoded a round (default: 16)")
+    work.add_argument("--context", type=int, metavar="N", help="tokens before these (default: 128)")
+    work.add_argument("--rounds", type=int, metavar="N", help="how often each is run (default: 5)")
     peers = parser.add_argument_group("other engines, run in turns with quern")
     peers.add_argument(
         "--against", action="append", default=[], metavar="PEER[:VARIANT]",
@@ -83,21 +81,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     more.add_argument("--json", action="store_true", help="print JSON to stdout")
 
 
-def _check_board(options: argparse.Namespace) -> None:
-    from compiler.errors import UserError
-
-    name = "--host" if options.host else "--board"
-    if options.host and options.board:
-        raise UserError("--host measures on a device, --board counts on an emulated one: give one of the two.")
-    others = {"--against": options.against, "--growth": options.growth, "--perplexity": options.perplexity}
-    if wrong := [other for other, value in others.items() if value]:
-        raise UserError(f"{wrong[0]} runs on this machine: leave it or {name} out.")
-    if options.bundle is None:
-        raise UserError(f"{name} needs a BUNDLE: what `build` wrote for that board.")
-    if len(options.threads) > 1:
-        raise UserError(f"{name} takes one number of --threads at a time.")
-
-
 def _counts(text: str) -> list[int]:
     try:
         counts = [int(part) for part in text.split(",")]
@@ -111,9 +94,16 @@ def _counts(text: str) -> list[int]:
 def run(options: argparse.Namespace) -> int:
     """Build the shape if asked, measure, print."""
     import targets
+    from compiler.errors import UserError
+    from compiler.measure import bench_options
 
-    _check(options)
-    if options.host or options.board:
+    bench_options.check(options)
+    bench_options.complete(options)
+    if options.record is not None:
+        from compiler.measure import record_file
+
+        record_file.require_writable(options.record)
+    if options.host is not None or options.board:
         return _on_device(options)
     target = targets.load(options.target).sized(options.multiprocessors)
     if options.cost == "model":
@@ -124,6 +114,10 @@ def run(options: argparse.Namespace) -> int:
         return 0
     if options.bundle is None:
         _require(target)
+    on_gpu = target.gpu is not None if options.bundle is None else _on_gpu(options.bundle)
+    if on_gpu and options.threads != [None]:
+        what = options.bundle or target.name
+        raise UserError(f"{what}: runs on a GPU, and threads are the CPU's. Leave --threads out.")
     if options.growth is not None:
         return _grow(options, target)
     from compiler.measure import shapes
@@ -139,14 +133,15 @@ def run(options: argparse.Namespace) -> int:
         found: list[dict[str, object]] = []
         for threads in options.threads:
             if options.profile:
-                found += _profile(options, path, target, setup.work, threads)
+                latest = _profile(options, path, target, setup.work, threads)
             elif engines.others or options.perplexity:
-                found += _beside(options, path, setup, engines, threads)
+                latest = _beside(options, path, setup, engines, threads)
             else:
-                found += _alone(options, path, target, setup.work, threads)
+                latest = _alone(options, path, target, setup.work, threads)
+            _record(options.record, latest)  # one number of threads after the other, before it can be interrupted
+            found += latest
     if options.json:
         print("\n".join(json.dumps(record) for record in found))
-    _record(options.record, found)
     return 0
 
 
@@ -156,14 +151,14 @@ def _on_device(options: argparse.Namespace) -> int:
 
     from compiler.progress import Reporter
 
-    if options.host:
+    if options.host is not None:
         require_asyncssh("bench --host")
     from compiler.measure import on_device
 
     (threads,), report = options.threads, Reporter(quiet=options.json)
     work = _fitting(options.bundle, _workload(options))
     found = None
-    if options.host:
+    if options.host is not None:
         device = on_device.Device(options.host, options.port, options.identity)
         found = asyncio.run(on_device.measured(options.bundle, device, work, threads, report))
         made = on_device.modelled_or_reason(options.bundle, work, found["max_mhz"], report)
@@ -184,59 +179,6 @@ def _made_with() -> dict[str, object]:
     from compiler.measure import machine
 
     return {name: value for name, value in machine.describe().items() if name not in ("cpu", "cpus")}
-
-
-def _check(options: argparse.Namespace) -> None:
-    from compiler.errors import UserError
-
-    if options.host or options.board:
-        _check_board(options)
-    if options.growth is None and (options.bundle is None) == (options.shape is None):
-        raise UserError("bench measures either a BUNDLE or a --shape: give one of the two.")
-    if options.growth is not None and options.bundle is not None:
-        raise UserError("--growth builds models of its own: give a --shape, or nothing, instead of a BUNDLE.")
-    if options.cost == "model" and options.shape is None:
-        raise UserError("--cost model compiles a shape for its target: give a --shape, not a BUNDLE.")
-    if options.cost == "model":
-        measured = {
-            "--against": options.against, "--growth": options.growth, "--perplexity": options.perplexity,
-            "--threads": options.threads != [None],
-        }  # fmt: skip
-        if wrong := [other for other, value in measured.items() if value]:
-            raise UserError(f"--cost model measures nothing and runs no engine: leave it or {wrong[0]} out.")
-    if options.profile:
-        others = {
-            "--against": options.against, "--growth": options.growth, "--perplexity": options.perplexity,
-            "--host": options.host, "--board": options.board, "--cost model": options.cost == "model",
-        }  # fmt: skip
-        if wrong := [other for other, value in others.items() if value]:
-            raise UserError(f"--profile times kernels on this machine and nothing else: leave it or {wrong[0]} out.")
-    if options.kv_cache is not None and (options.bundle is not None or options.cost == "model"):
-        raise UserError("--kv-cache goes with a --shape that is measured: a BUNDLE has its own, --cost model none.")
-    low = {"prompt_tokens": 1, "decode_tokens": 1, "rounds": 1, "group_size": 1, "context": 0, "windows": 2}
-    for name, least in low.items():
-        if (value := getattr(options, name)) is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} is {value}, but it must be at least {least}.")
-    for threads in options.threads:
-        if threads is not None and threads < 1:
-            raise UserError(f"--threads is {threads}, but it must be at least 1.")
-    if options.growth is None and (options.plot or options.growth_values):
-        raise UserError("--plot and --growth-values belong to --growth, which is missing.")
-    if options.perplexity and options.bundle is None:
-        raise UserError("--perplexity needs a BUNDLE: random weights have none worth knowing.")
-    if options.against and options.bundle is not None and options.model is None:
-        raise UserError("--against runs the peer on the same weights. Add --model with the checkpoint of the bundle.")
-    if options.model is not None and (options.bundle is None or not options.against):
-        raise UserError("--model belongs to a BUNDLE and --against: it is where the peer's weights come from.")
-    if options.model is not None and options.model.is_file():
-        raise UserError(
-            f"{options.model}: --against writes the peer's file from a checkpoint folder. For a GGUF file, run "
-            f"llama.cpp's llama-bench on the file itself."
-        )
-    if options.record is not None:
-        from compiler.measure import record_file
-
-        record_file.require_writable(options.record)
 
 
 def _require(target: Target) -> None:
@@ -374,18 +316,21 @@ def _grow(options: argparse.Namespace, target: Target) -> int:
         shapes.settings(setup.shape)  # a wrong name is told before the first minutes have passed
     grown = growth_report.Growth(options.growth, todo, _engines(options))
     found: list[dict[str, object]] = []
-    for value, setup, rows in grown.run(target, options.threads):
-        more = {**_where(options), "shape": setup.shape, "growth": options.growth, "value": value}
-        latest = compare.records(rows, setup.work, more)
-        _record(options.record, latest)
-        found += latest
-        if not options.json:
-            growth_report.show(options.growth, value, setup, rows)
-    if options.json:
-        print("\n".join(json.dumps(record) for record in found))
-    if options.plot is not None:
-        title = f"{options.shape or DEFAULT_SHAPE}, {options.bits} bits"
-        growth.plot(options.growth, grown.points, title, options.plot)
+    try:
+        for value, setup, rows in grown.run(target, options.threads):
+            more = {**_where(options), "shape": setup.shape, "growth": options.growth, "value": value}
+            latest = compare.records(rows, setup.work, more)
+            _record(options.record, latest)
+            found += latest
+            if not options.json:
+                growth_report.show(options.growth, value, setup, rows)
+    finally:  # hours may have been measured when it is interrupted
+        if options.json and found:
+            print("\n".join(json.dumps(record) for record in found))
+        if options.plot is not None and grown.points:
+            growth.plot(options.growth, grown.points, growth.title(options.growth, _setup(options)), options.plot)
+        if grown.stopped is not None:
+            print(grown.stopped.told(f"in {options.record}" if options.record else "above"), file=sys.stderr)
     return 0
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 TARGETS = "cuda-sm90,cuda-sm87,cuda-sm72,cuda-sm53"  # a card's own first: what matters most, should time run out
 SHAPES = "tinyllama-1.1b,llama-2-7b"
+ACTIVATIONS = ("exact", "int8", "float16", "default")  # of `build`; default: what it does by itself
 LEAST_S = 90  # no part begins with less time left
 
 Record = dict[str, Any]
@@ -60,6 +61,12 @@ def run(options: argparse.Namespace) -> int:
     from runtime.errors import DeviceError
 
     chosen = [targets.load(name) for name in _names(options.targets)]
+    if not chosen:
+        raise UserError("--targets names none, and card checks one after the other. Give some, or leave it out.")
+    for activations in _names(options.activations):
+        if activations not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            raise UserError(f"--activations {activations}: there are no such numerics. Take some of {known}.")
     for shape in _names(options.shapes):
         shapes.settings(shape)
     if not options.model.exists():

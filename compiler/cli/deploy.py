@@ -10,16 +10,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 
-def _port(text: str) -> int:
-    value = int(text)
-    if not 1 <= value <= 65535:
-        raise argparse.ArgumentTypeError(f"{text} is not a port")
-    return value
+def port(text: str) -> int:
+    """An option's value that must be a port to connect to."""
+    if not (text.isascii() and text.isdigit() and len(text) <= 5 and 1 <= int(text) <= 65535):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port: 1 to 65535")
+    return int(text)
 
 
 def connection_arguments(parser: argparse._ActionsContainer) -> None:
     """Options of every verb that connects to a device."""
-    parser.add_argument("--port", type=_port, metavar="N", help="of the SSH server (default: ~/.ssh/config, or 22)")
+    parser.add_argument("--port", type=port, metavar="N", help="of the SSH server (default: ~/.ssh/config, or 22)")
     parser.add_argument("--identity", type=Path, metavar="FILE", help="private key (default: agent and ~/.ssh)")
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compiler.cli.build import gpu_size_argument, positive
+from compiler.cli.deploy import port
 
 if TYPE_CHECKING:
     from compiler.tune.measure import Setting
@@ -68,10 +69,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--ssh", action="append", metavar="[USER@]HOST", help="start everything on this board, and end it afterwards;"
         " may be repeated",
     )  # fmt: skip
-    boards.add_argument("--port", type=positive, metavar="N", help="of the SSH servers (~/.ssh/config, 22)")
+    boards.add_argument("--port", type=port, metavar="N", help="of the SSH servers (~/.ssh/config, 22)")
     boards.add_argument("--identity", type=Path, metavar="FILE", help="private key (default: agent and ~/.ssh)")
     boards.add_argument(
-        "--patience", type=seconds, default=900.0, metavar="T", help="give up a board after this time (default: 15m)"
+        "--patience", type=seconds, metavar="T", help="give up a board after this time (default: 15m)"
     )
     parser.add_argument("--tuning-logs", type=Path, metavar="DIR", help="databases (default: the repository's)")
     parser.add_argument("--json", action="store_true", help="print one JSON object to stdout")
@@ -90,10 +91,14 @@ def run(options: argparse.Namespace) -> int:
         return _run_modelled(options, target)
     if target.gpu is not None and options.threads:
         raise UserError(f"{target.name}: runs on a GPU, and threads are the CPU's. Leave --threads out.")
-    if options.rpc or options.ssh:
+    if options.rpc is not None or options.ssh:
         return _run_there(options, target)
     _require(target)
-    return _run_here(options, target) if target.gpu is None else _run_there(options, target)
+    if target.gpu is not None:
+        return _run_there(options, target)
+    if options.patience is not None:
+        raise UserError("--patience belongs to --rpc or --ssh, which is missing. Give one of them.")
+    return _run_here(options, target)
 
 
 def _run_here(options: argparse.Namespace, target: Target) -> int:
@@ -163,7 +168,7 @@ def _run_there(options: argparse.Namespace, target: Target) -> int:
     from compiler.errors import UserError
     from compiler.tune import records, report, search, tasks
     from compiler.tune.boards import BoardMeasurer
-    from compiler.tune.fleet import Fleet
+    from compiler.tune.fleet import PATIENCE_S, Fleet
     from compiler.tune.measure import Setting
 
     try:
@@ -190,7 +195,8 @@ def _run_there(options: argparse.Namespace, target: Target) -> int:
             with report.bar(options.json) as bar:
                 if bar is not None:
                     tuner.advance = partial(bar.advance, bar.add_task("trials", total=sum(map(tuner.wanted, found))))
-                fleet = Fleet(tuner, slots, lambda line: print(line, file=sys.stderr, flush=True), options.patience)
+                tell = partial(print, file=sys.stderr, flush=True)
+                fleet = Fleet(tuner, slots, tell, PATIENCE_S if options.patience is None else options.patience)
                 outcomes = fleet.run(found)
         database.keep()
     finally:
@@ -204,16 +210,19 @@ def _check_boards(options: argparse.Namespace) -> None:
     from compiler.errors import UserError
     from runtime.rpc_tracker import Address
 
-    if options.rpc and options.ssh:
+    if options.rpc is not None and options.ssh:
         raise UserError("--rpc takes boards from a tracker that runs already, --ssh starts one: give one of the two.")
     if options.cost == "model":
-        for name in ("rpc", "ssh", "threads", "drift", "key", "boards", "port", "identity"):
+        for name in ("rpc", "ssh", "threads", "drift", "key", "boards", "port", "identity", "patience"):
             if getattr(options, name) is not None:
                 raise UserError(f"--cost model asks no device and no clock: leave out --{name}.")
     given = [f"--{name}" for name in ("key", "boards", "port", "identity") if getattr(options, name) is not None]
-    if given and not (options.rpc or options.ssh):
-        raise UserError(f"{given[0].replace('_', '-')} belongs to --rpc or --ssh, which is missing. Give one of them.")
-    if options.rpc:
+    if given and options.rpc is None and not options.ssh:
+        raise UserError(f"{given[0]} belongs to --rpc or --ssh, which is missing. Give one of them.")
+    if options.rpc is not None:
+        for name in ("port", "identity"):
+            if getattr(options, name) is not None:
+                raise UserError(f"--{name} belongs to --ssh: with --rpc, boards come by themselves. Leave it out.")
         try:
             Address.parse(options.rpc)
         except ValueError as error:

@@ -31,6 +31,10 @@ class BundleError(UserError):
 def check_place(out: Path) -> None:
     """Refuse early what `staged` would refuse after the work: a file, a folder with foreign things in it, no parent."""
     place = out.resolve()
+    try:
+        str(place).encode()
+    except UnicodeEncodeError:
+        raise BundleError(f"{out}: this name is not UTF-8, and TVM writes to no other. Give --out another.") from None
     if place.is_dir() and (foreign := _foreign(place)):
         raise BundleError(
             f"{out}: is a folder with {foreign[0]!r} in it, which is no part of a bundle and would be lost: a build "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,8 @@ from compiler.codegen import elf
 from compiler.errors import UserError
 from targets import Target
 
+ROOM_BYTES = 8 << 20  # objects, the library and its copies while it is linked: 1 to 4 MiB were seen
+LAST_LINES = 12  # of what zig says that a message shows: on a full disk it is a thousand
 FLAGS = ("-shared", "-s", "-Wl,--build-id=none")
 # What TVM's code may leave to the runtime libraries, which are loaded before it with RTLD_GLOBAL.
 RUNTIME_PREFIXES = ("TVMFFI", "TVMBackend")
@@ -50,9 +53,9 @@ def link(objects: list[Path], out: Path, target: Target, libraries: tuple[str, .
         command += [*(str(path.resolve()) for path in objects), *(f"-l{name}" for name in libraries)]
         done = subprocess.run(command, env=zig_environment(), cwd=scratch, capture_output=True, text=True, check=False)
         if done.returncode or not made.is_file():
+            said = "\n".join((done.stderr or done.stdout).strip().splitlines()[-LAST_LINES:])
             raise LinkError(
-                f"{out}: linking for {target.zig_triple} failed (zig cc left with {done.returncode}):\n"
-                f"{(done.stderr or done.stdout).strip()}"
+                f"{out}: linking for {target.zig_triple} failed (zig cc left with {done.returncode}):\n{said}"
             )
         check(made, target, shown=out)
         made.replace(out)
@@ -71,6 +74,12 @@ def export(executable: Any, out: Path, target: Target) -> None:
     """Write what `tvm.compile` or `relax.build` made for `target` as one shared library. Raises LinkError."""
     # Beside `out`, as in `link`: what a signal leaves while the folder is being made goes with the one it is in.
     beside = out.parent.resolve()
+    free = shutil.disk_usage(beside).free
+    if free < ROOM_BYTES:  # LLVM ends the process when it cannot write
+        raise LinkError(
+            f"{out}: linking takes up to {ROOM_BYTES >> 20} MiB, but its disk has {free >> 20} MiB left. Make room"
+            f"{', or set TMPDIR to another place' if beside.is_relative_to(tempfile.gettempdir()) else ''}."
+        )
     with tempfile.TemporaryDirectory(dir=beside, prefix=".objects.", ignore_cleanup_errors=True) as scratch:
         executable.export_library(
             str(out), fcompile=lambda _, files: link([Path(f) for f in files], out, target), workspace_dir=scratch

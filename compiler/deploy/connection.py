@@ -5,6 +5,7 @@ Everything goes through `sh` and core tools: a board needs an SSH server, no SFT
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import AsyncIterator
@@ -135,7 +136,9 @@ async def connect(place: Place, port: int | None, identity: Path | None) -> Asyn
     except asyncssh.ConfigParseError as error:
         raise DeployError(f"~/.ssh/config cannot be read: {error}.") from None
     except (OSError, asyncssh.Error) as error:
-        why = getattr(error, "strerror", None) or str(error) or f"no answer in {CONNECT_S:.0f} s"
+        number = getattr(error, "errno", None) or 0  # asyncio has words of its own for them; names have negative ones
+        said = os.strerror(number) if number > 0 else getattr(error, "strerror", None)
+        why = said or str(error) or f"no answer in {CONNECT_S:.0f} s"
         raise DeployError(
             f"{place}: cannot be reached: {why}. Is it on, does its SSH server run, are --port and the name right?"
         ) from None

@@ -23,6 +23,7 @@ BOUNDS = {"exact": 5e-4, "int8": 0.5, "float16": 0.5}
 SAME = 0.9  # of the most likely tokens, at least
 STEP_S = 1200  # a command that takes longer hangs: a build of 7 billion weights takes minutes
 TELL_S = 30  # how often a command that runs is told of
+HEAD_BITS = (4, 8, 16)  # of `build --head-bits`
 BY_LAUNCH = {"QUERN_CHECK_LAUNCHES": "1"}  # runtime/on_cuda.py
 
 Record = dict[str, Any]
@@ -68,7 +69,9 @@ class Checks:
         key = (activations, head, cache)
         if key not in self._on_cpu:
             place = self.folder / "-".join(("cpu", *key))
-            self._build(place, "--activations", activations, "--head-bits", head, "--kv-cache", cache)
+            # Bits that `build` cannot be asked for are the checkpoint's own.
+            bits = ["--head-bits", head] if int(head) in HEAD_BITS else []
+            self._build(place, "--activations", activations, *bits, "--kv-cache", cache)
             self._on_cpu[key] = place
         return self._on_cpu[key]
 

@@ -92,6 +92,12 @@ def values(kind: str, given: str | None) -> list[Any]:
     return numbers
 
 
+def title(kind: str, base: Setup) -> str:
+    """What all points have in common."""
+    about = {"size": base.shape, "bits": f"{base.bits} bits", "group": f"groups of {base.group_size}"}
+    return ", ".join(text for name, text in about.items() if name != kind)
+
+
 def require_plot(out: Path) -> None:
     """Raise UserError where `plot` could not draw, before hours have been measured."""
     if importlib.util.find_spec("matplotlib") is None:
@@ -101,7 +107,10 @@ def require_plot(out: Path) -> None:
 
 
 def plot(kind: str, points: Sequence[Point], title: str, out: Path) -> None:
-    """Lines of tokens/s over the axis, one a engine and phase, with min and max as a band. SVG or PNG by the name."""
+    """Lines of tokens/s over the axis, one an engine, number of threads and phase, with min and max as a band.
+
+    SVG or PNG by the name.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -109,10 +118,13 @@ def plot(kind: str, points: Sequence[Point], title: str, out: Path) -> None:
 
     plt.rcParams["svg.hashsalt"] = "quern"  # equal points give equal files
     phases = [phase for phase in ("prefill", "decode") if any(getattr(p.row, f"{phase}_tok_s") for p in points)]
+    several = len({p.row.threads for p in points}) > 1
+    names = [_counted(p.row) if several else p.row.name for p in points]
     figure, axes = plt.subplots(1, len(phases), figsize=(5.5 * len(phases), 4), squeeze=False)
     for axis, phase in zip(axes[0], phases, strict=True):
-        for name in dict.fromkeys(p.row.name for p in points):
-            mine = [(p.at, getattr(p.row, f"{phase}_tok_s")) for p in points if p.row.name == name]
+        for name in dict.fromkeys(names):
+            own = [p for p, its in zip(points, names, strict=True) if its == name]
+            mine = [(p.at, getattr(p.row, f"{phase}_tok_s")) for p in own]
             _line(axis, name, [(at, spread) for at, spread in mine if spread is not None])
         axis.set_title(phase)
         axis.set_xlabel(KINDS[kind][0])
@@ -129,6 +141,10 @@ def plot(kind: str, points: Sequence[Point], title: str, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
     plt.close(figure)
+
+
+def _counted(row: Row) -> str:
+    return f"{row.name}, {row.threads} thread{'s' if row.threads != 1 else ''}"
 
 
 def _line(axis: Any, name: str, points: list[tuple[float, Spread]]) -> None:

@@ -18,7 +18,6 @@ import fcntl
 import hashlib
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from compiler.errors import UserError
+from compiler.measure import record_file
 from compiler.passes.lower_to_schedules import Decision
 from compiler.tune.measure import EMULATED, MODEL, Device
 from schedules.kernel import OutsideSpace, Request, Space, space
@@ -164,15 +164,10 @@ class Database:
         assert self._file is not None
         line = json.dumps({"target": self.key, **record}, allow_nan=False).encode()
         self._add(line, len(self.records) + 1)
-        size = self.path.stat().st_size
         try:
-            rest = memoryview(line + b"\n")
-            while rest:  # one write, unless the disk is full in its middle
-                rest = rest[self._file.write(rest) :]
-            os.fsync(self._file.fileno())
+            record_file.add(self._file, line + b"\n", sync=True)
         except OSError as error:
             del self.records[-1], self.names[-1]
-            self._file.truncate(size)
             raise DatabaseError(
                 f"{self.path}: cannot take another record: {error.strerror}. What it has is whole: make room and run "
                 f"the same command again, it goes on from there."

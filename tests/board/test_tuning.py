@@ -21,8 +21,8 @@ from compiler.tune.records import Database, frozen
 from compiler.tune.search import Task, Tuner
 from runtime.rpc_tracker import Address
 from schedules.kernel import space
-from tests.tune.fake_board import wait_for
 from tests.tune.test_records import linear
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.board, pytest.mark.slow]
 RPI4 = targets.load("rpi4")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from compiler.__main__ import main
+from compiler.cli import bench
 from runtime import device
 
 
@@ -41,10 +42,31 @@ from runtime import device
         (["story", "--against", "llama.cpp", "--model", __file__],
          f"{__file__}: --against writes the peer's file from a checkpoint folder. For a GGUF file, run "
          f"llama.cpp's llama-bench on the file itself."),
-        (["story", "--kv-cache", "int8"],
-         "--kv-cache goes with a --shape that is measured: a BUNDLE has its own, --cost model none."),
+        *[(["story", option, value],
+           f"{option} goes with a --shape: a BUNDLE was built with its own. Leave one of the two out.")
+          for option, value in (("--kv-cache", "int8"), ("--bits", "8"), ("--group-size", "64"), ("--head-bits", "8"),
+                                ("--target", "native"), ("--multiprocessors", "16"))],
+        *[(["story", *options], f"{options[0]} belongs to {other}, which is missing. Give both, or neither.")
+          for options, other in ((["--port", "22"], "--host"), (["--identity", "key"], "--host"),
+                                 (["--windows", "4"], "--perplexity"), (["--install-peers"], "--against"),
+                                 (["--peers-dir", "there"], "--against"))],
+        *[(["story", "--board", "qemu", option, "2"],
+           f"--board counts one decoded token and one prompt, and times nothing: leave {option} out.")
+          for option in ("--threads", "--rounds", "--decode-tokens")],
+        (["story", "--host", "pi", "--threads", "1,2"], "--host takes one number of --threads at a time."),
+        (["--host", "", "--growth", "bits"], "--growth runs on this machine: leave it or --host out."),
+        (["story", "--growth-values", ""], "--plot and --growth-values belong to --growth, which is missing."),
+        *[(["--growth", kind, option, value],
+           f"--growth {kind} takes its points from --growth-values, not from {option}: leave that out.")
+          for kind, option, value in (("context", "--context", "128"), ("prompt", "--prompt-tokens", "512"),
+                                      ("size", "--shape", "llama-2-7b"), ("group", "--group-size", "128"),
+                                      ("bits", "--bits", "4"), ("bits", "--head-bits", "4"))],
+        (["--growth", "context", "--prompt-tokens", "512"],
+         "--growth context measures decoding alone: leave --prompt-tokens out."),
+        *[(["--growth", "prompt", option, "16"], f"--growth prompt measures prompts alone: leave {option} out.")
+          for option in ("--decode-tokens", "--context")],
         (["--shape", "a72-count", "--target", "rpi4", "--cost", "model", "--kv-cache", "int8"],
-         "--kv-cache goes with a --shape that is measured: a BUNDLE has its own, --cost model none."),
+         "--kv-cache goes with a --shape that is measured: --cost model knows the default alone."),
         (["story", "--profile", "--perplexity", "x.txt"],
          "--profile times kernels on this machine and nothing else: leave it or --perplexity out."),
         (["--shape", "a72-count", "--target", "rpi4"],
@@ -59,8 +81,9 @@ from runtime import device
         (["story", "--record", "/"], "/: Is a directory."),
         (["--shape", "a72-count", "--target", "rpi4", "--cost", "model", "--against", "openvino"],
          "--cost model measures nothing and runs no engine: leave it or --against out."),
-        (["--shape", "a72-count", "--target", "rpi4", "--cost", "model", "--threads", "2"],
-         "--cost model measures nothing and runs no engine: leave it or --threads out."),
+        *[(["--shape", "a72-count", "--target", "rpi4", "--cost", "model", option, "2"],
+           f"--cost model measures nothing and runs no engine: leave it or {option} out.")
+          for option in ("--threads", "--rounds", "--prompt-tokens", "--decode-tokens")],
         (["story", "--cost", "model"], "--cost model compiles a shape for its target: give a --shape, not a BUNDLE."),
         (["--shape", "a72-count", "--target", "rpi"],
          "There is no target 'rpi'. Did you mean 'rpi5'? Known targets: native, aarch64, cuda-sm53, cuda-sm72, "
@@ -72,6 +95,27 @@ from runtime import device
 def test_refused(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", *options]) == 2
     assert capsys.readouterr() == ("", f"error: {said}\n")
+
+
+def test_threads_beside_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(bench, "_on_gpu", lambda path: True)
+    assert main(["bench", "story", "--threads", "1,2"]) == 2
+    assert capsys.readouterr() == ("", "error: story: runs on a GPU, and threads are the CPU's. Leave --threads out.\n")
+
+
+def test_each_number_of_threads_is_recorded_when_it_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def alone(options: object, path: object, target: object, work: object, threads: int) -> list[dict[str, object]]:
+        if threads == 2:
+            raise KeyboardInterrupt
+        return [{"threads": threads}]
+
+    monkeypatch.setattr(bench, "_alone", alone)
+    monkeypatch.setattr(bench, "_on_gpu", lambda path: False)
+    monkeypatch.setattr(bench, "_fitting", lambda path, work: work)
+    assert main(["bench", "story", "--threads", "1,2", "--record", str(tmp_path / "r.jsonl")]) == 130
+    assert (tmp_path / "r.jsonl").read_text() == '{"threads": 1}\n'
 
 
 def test_a_bundle_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

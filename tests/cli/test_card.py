@@ -15,6 +15,7 @@ from compiler.errors import UserError
 from compiler.measure import commands
 from compiler.measure.gpu_checks import Checks, compared
 from tests.mock import cuda as mock
+from tests.waiting import wait_for
 
 
 def test_without_a_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,6 +84,20 @@ def test_a_shape_that_there_is_not(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     )
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--activations", "exact,int9"],
+         "--activations int9: there are no such numerics. Take some of exact, int8, float16, default."),
+        (["--targets", ","],
+         "--targets names none, and card checks one after the other. Give some, or leave it out."),
+    ],
+)  # fmt: skip
+def test_options_that_name_nothing(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["card", *options]) == 2
+    assert capsys.readouterr() == ("", f"error: {said}\n")
+
+
 def test_a_model_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["card", "--model", str(tmp_path / "gone")]) == 2
     assert capsys.readouterr().err == (
@@ -119,9 +134,7 @@ def test_commands_end_with_all_that_they_started(tmp_path: Path, monkeypatch: py
     assert str(caught.value) == "sleeper now was ended after 2 s: it hangs, or the machine is too slow."
     assert time.monotonic() - started < 30 and len(looks) > 2
     child = Path("/proc", (tmp_path / "child").read_text(), "stat")
-    while child.exists() and child.read_text().rpartition(")")[2].split()[0] != "Z":
-        assert time.monotonic() - started < 30
-        time.sleep(0.05)
+    wait_for(lambda: not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z")
 
 
 def test_a_command_that_fails_has_the_last_word() -> None:

@@ -6,7 +6,6 @@ import argparse
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from compiler.cli import targets as a_verb
 from compiler.errors import UnsupportedError
 from runtime.errors import BundleError
 from targets import TargetError
+from tests.waiting import wait_for
 
 REPO = Path(__file__).parents[2]
 VERBS = sorted(path.stem for path in (REPO / "compiler" / "cli").glob("*.py") if path.stem != "__init__")
@@ -101,6 +101,17 @@ def test_how_a_verb_ends(
     assert capsys.readouterr() == ("", said)
 
 
+def test_an_interrupt_while_the_options_are_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(parser: argparse.ArgumentParser) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(a_verb, "arguments", run)
+    assert main(["targets"]) == INTERRUPTED
+    assert capsys.readouterr() == ("", "interrupted\n")
+
+
 @pytest.mark.parametrize("bug", [AssertionError("ours"), KeyError("ours"), OSError("no file")], ids=repr)
 def test_our_own_bugs_keep_their_traceback(bug: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(options: argparse.Namespace) -> int:
@@ -147,10 +158,7 @@ def test_kill_cleans_up_as_an_interrupt_does(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "compiler", "bench", "--shape", "a72-count:1"]
     settings = {**os.environ, "PYTHONPATH": str(REPO), "TMPDIR": str(tmp_path)}
     with subprocess.Popen(command, cwd=tmp_path, env=settings, stderr=subprocess.PIPE, text=True) as process:
-        end = time.monotonic() + 60
-        while not list(tmp_path.iterdir()):
-            assert process.poll() is None and time.monotonic() < end
-            time.sleep(0.01)
+        wait_for(lambda: list(tmp_path.iterdir()) or process.poll() is not None)
         process.terminate()
         _, said = process.communicate(timeout=60)
     assert (process.returncode, "Traceback" in said, list(tmp_path.iterdir())) == (143, False, [])

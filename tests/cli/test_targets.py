@@ -24,6 +24,20 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "300")  # else the table wraps
 
 
+def test_a_line_a_target_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("COLUMNS")
+    assert list(listed(capsys)) == targets.names()
+
+
+def test_a_narrow_terminal_cuts_no_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    assert main(["targets"]) == 0
+    words = capsys.readouterr().out.split()
+    assert all(name in words for name in targets.names())
+
+
 def test_every_target_with_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     found = listed(capsys)
     assert list(found) == targets.names()

@@ -169,6 +169,12 @@ def test_an_architecture_without_wheels() -> None:
     )
 
 
+def test_a_mistyped_option_is_no_prompt(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["--caht"]) == 2
+    said = "error: --caht is none of --chat, --serve, --info, --bench, --rpc-server. Options come after the prompt.\n"
+    assert capsys.readouterr() == ("", said)
+
+
 def test_the_runtime_is_whole_and_reproducible(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()

@@ -4,10 +4,13 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -69,6 +72,19 @@ def test_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")] == ["below/model.so"]
 
 
+@pytest.mark.parametrize("temporary", [True, False])
+def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temporary: bool) -> None:
+    """LLVM would end the process, and leave what is half-written."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path if temporary else tmp_path / "elsewhere"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=(8 << 20) - 1))
+    with pytest.raises(link.LinkError) as caught:
+        link.export(None, tmp_path / "read.so", RPI4)
+    more = ", or set TMPDIR to another place" if temporary else ""
+    assert str(caught.value) == (
+        f"{tmp_path / 'read.so'}: linking takes up to 8 MiB, but its disk has 7 MiB left. Make room{more}."
+    )
+
+
 def test_an_older_library_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "model.so").write_text("old")
     link.export(compiled(RPI4), tmp_path / "model.so", RPI4)
@@ -83,6 +99,17 @@ def test_a_failing_linker_says_so_and_leaves_nothing(tmp_path: Path) -> None:
     assert first == f"{tmp_path / 'model.so'}: linking for aarch64-linux-gnu.2.28 failed (zig cc left with 1):"
     assert "broken.o" in rest
     assert [path.name for path in tmp_path.iterdir()] == ["broken.o"]
+
+
+def test_a_linker_that_says_much_has_the_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a full disk: a warning for every file of zig's cache."""
+    said = "".join(f"warning: {i}\n" for i in range(1000)) + "error: no space left\n"
+    failed = subprocess.CompletedProcess([], 1, "", said)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(link.LinkError) as caught:
+        link.link([tmp_path / "a.o"], tmp_path / "model.so", RPI4)
+    lines = str(caught.value).splitlines()
+    assert (len(lines), lines[1], lines[-1]) == (13, "warning: 989", "error: no space left")
 
 
 def test_ziglang_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

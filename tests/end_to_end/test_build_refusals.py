@@ -7,17 +7,22 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import targets
 from compiler import models, pipeline
 from compiler.__main__ import main
 from compiler.checkpoint import open_checkpoint
 from compiler.codegen import nvrtc
+from compiler.errors import UnsupportedError, UserError
+from tests.checkpoint.gguf_files import write_llama
 from tests.end_to_end import commands
 from tests.end_to_end.places import DEMO, STORIES260K
+from tests.tune.test_records import files_end_at
 
 EDITED = "The configuration belongs to another checkpoint, or was edited."
 HEADS = "num_attention_heads,num_key_value_heads,head_dim,hidden_size"
@@ -201,6 +206,32 @@ def test_options_without_effect(refusal: Callable[..., str]) -> None:
     assert refusal("--model", STORIES260K, "--out", "bundle", "--group-size", 32) == (
         "--group-size belongs to --bits, which is missing. Give both, or neither."
     )
+
+
+def test_a_head_that_has_its_bits_already(tmp_path: Path) -> None:
+    model, native = write_llama(tmp_path / "tiny.gguf", head="Q6_K"), targets.load("native")
+    asked = pipeline.Request(tmp_path / "bundle", native)
+    for bits in (None, 6):
+        pipeline.import_checkpoint(model, replace(asked, head_bits=bits))
+    with pytest.raises(UnsupportedError) as caught:
+        pipeline.import_checkpoint(model, replace(asked, head_bits=4))
+    assert str(caught.value) == (
+        f"{model}: its output head has 6 bits already, and --head-bits applies to a dense one. Leave --head-bits out."
+    )
+
+
+def test_a_name_that_is_not_utf8(refusal: Callable[..., str]) -> None:
+    assert refusal("--out", "b\udcff") == (
+        "b\\udcff: this name is not UTF-8, and TVM writes to no other. Give --out another."
+    )
+
+
+def test_a_stage_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "ir").mkdir()
+    with files_end_at(100), pytest.raises(UserError) as caught:
+        pipeline._dump(tmp_path / "ir", "1_graph.py", lambda: "x" * 1000)
+    assert str(caught.value) == f"--dump-ir: {tmp_path}/ir/1_graph.py: cannot be written: File too large."
+    assert list((tmp_path / "ir").iterdir()) == []
 
 
 def test_folders_that_are_none(refusal: Callable[..., str], tmp_path: Path) -> None:

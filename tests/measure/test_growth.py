@@ -19,6 +19,7 @@ from compiler.measure import growth, growth_report, peers, shapes, speed
 from compiler.measure.compare import Row, Workload
 from compiler.measure.engines import Engines
 from compiler.measure.growth import Point, Setup
+from compiler.measure.growth_report import Stopped
 from compiler.measure.peers import PeerModel
 from compiler.measure.speed import Spread
 from tests.measure.test_compare import Scripted
@@ -70,9 +71,17 @@ def test_the_sizes_grow() -> None:
     assert 0.1e9 < counts[0] < 0.15e9 and 6.7e9 < counts[-1] < 6.8e9
 
 
+def test_a_title_is_what_the_points_share() -> None:
+    titles = {kind: growth.title(kind, BASE) for kind in growth.KINDS}
+    assert titles == {
+        "context": "tinyllama-1.1b, 4 bits, groups of 128", "prompt": "tinyllama-1.1b, 4 bits, groups of 128",
+        "size": "4 bits, groups of 128", "group": "tinyllama-1.1b, 4 bits", "bits": "tinyllama-1.1b, groups of 128",
+    }  # fmt: skip
+
+
 def test_a_plot_is_drawn_and_repeats(tmp_path: Path) -> None:
-    def point(value: int, name: str, speed: float) -> Point:
-        return Point(value, value, Row(name, {}, 2, None, Spread(speed, speed - 1, speed + 1), None, None))
+    def point(value: int, name: str, speed: float, threads: int = 2) -> Point:
+        return Point(value, value, Row(name, {}, threads, None, Spread(speed, speed - 1, speed + 1), None, None))
 
     points = [point(v, name, s / (1 + v)) for v in (0, 128) for name, s in (("quern", 40.0), ("llama.cpp", 20.0))]
     growth.plot("context", points, "tinyllama-1.1b, 4 bits", tmp_path / "a" / "context.svg")
@@ -81,6 +90,9 @@ def test_a_plot_is_drawn_and_repeats(tmp_path: Path) -> None:
     assert drawn == (tmp_path / "again.svg").read_text()
     assert all(f"<!-- {text} -->" in drawn for text in ("quern", "llama.cpp", "tokens of context", "decode"))
     assert "<!-- prefill -->" not in drawn
+    growth.plot("context", [*points, point(0, "quern", 30.0, 1)], "", tmp_path / "threads.svg")
+    drawn = (tmp_path / "threads.svg").read_text()
+    assert all(f"<!-- {text} -->" in drawn for text in ("quern, 1 thread", "quern, 2 threads", "llama.cpp, 2 threads"))
 
 
 def test_an_engine_that_cannot_run_a_point_is_told_once_and_not_tried_again(
@@ -114,6 +126,50 @@ def test_an_engine_that_cannot_run_a_point_is_told_once_and_not_tried_again(
     assert said[:2] == [f"building tinyllama-1.1b, {bits} bits, groups of 128" for bits in (3, 4)]
     assert said[2:5] == ["round 1 of 3: bits 3", "left out at bits 3: has no 3 bits.", "round 1 of 3: bits 4"]
     assert sum("left out" in line for line in said) == 1
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt(), UserError("The measured process died.")], ids=repr)
+@pytest.mark.parametrize("record", [True, False])
+def test_what_was_measured_outlives_an_interrupt(
+    end: BaseException, record: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Of three rounds of two points in one thread and in two, it comes in the second round's second point."""
+    opened: list[int] = []
+
+    @contextmanager
+    def quern(path: Path, threads: int | None) -> Iterator[Scripted]:
+        opened.append(threads or 0)
+        if len(opened) == 6 + 4:
+            raise end
+        yield Scripted("quern", [9.0, len(opened)], [9.0, len(opened)], [], threads or 2)
+
+    monkeypatch.setattr(speed, "open_side", quern)
+    monkeypatch.setattr(growth_report, "built", lambda setup, target, quiet: nullcontext(Path()))
+    more = ["--record", str(tmp_path / "r.jsonl")] if record else []
+    options = ["--growth", "bits", "--growth-values", "4,8", "--threads", "1,2", "--rounds", "3", "--json", *more]
+    plot = ["--plot", str(tmp_path / "r.svg")]
+    assert main(["bench", *options, *plot]) == (130 if isinstance(end, KeyboardInterrupt) else 2)
+    out, err = capsys.readouterr()
+    made = [json.loads(line) for line in out.splitlines()]
+    kept = [(r["threads"], r["value"], r["rounds"], r["decode_tok_s"]["max"]) for r in made]
+    assert kept == [(1, 4, 3, 5), (1, 8, 3, 6), (2, 4, 2, 9), (2, 8, 1, 8)]
+    assert not record or (tmp_path / "r.jsonl").read_text() == out
+    assert "quern, 2 threads" in (tmp_path / "r.svg").read_text()
+    where = f"in {tmp_path / 'r.jsonl'}" if record else "above"
+    assert err.splitlines()[-2:] == [
+        f"stopped in round 2 of 3: what was measured is kept {where}. To go on: the same command with --rounds 2 "
+        f"--threads 2",
+        "interrupted" if isinstance(end, KeyboardInterrupt) else "error: The measured process died.",
+    ]
+
+
+def test_how_to_go_on() -> None:
+    assert Stopped(0, 5, [None]).told("above") == (
+        "stopped in round 1 of 5: what was measured is kept above. To go on: the same command with --rounds 5")
+    assert Stopped(1, 5, [1, 2, 4]).told("above") == (
+        "stopped in round 2 of 5: what was measured is kept above. To go on: the same command with --rounds 4 "
+        "--threads 1, then with --threads 2,4")  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ from compiler.errors import UserError
 from compiler.measure.bundle_process import nll
 from compiler.measure.process import REPO, Process
 from tests.runtime import tiny
+from tests.waiting import wait_for
 
 
 def test_it_has_the_runtime_and_nothing_else_of_quern() -> None:
@@ -65,18 +64,11 @@ def test_it_is_stopped_between_answers_and_gone_with_whoever_asks(tmp_path: Path
     ) as asking:  # fmt: skip
         assert asking.stdin is not None and asking.stdout is not None
         status = Path(f"/proc/{int(asking.stdout.readline())}/status")
-        within(lambda: "State:\tT (stopped)" in status.read_text())
+        wait_for(lambda: "State:\tT (stopped)" in status.read_text())
         asking.stdin.write("\n")
         asking.stdin.close()
-        within(lambda: not status.exists() or "State:\tZ" in status.read_text())  # who adopts it may leave it a zombie
-
-
-def within(happens: Callable[[], bool]) -> None:
-    """Raise AssertionError unless it does within half a minute."""
-    end = time.monotonic() + 30
-    while not happens():
-        assert time.monotonic() < end
-        time.sleep(0.05)
+        # Who adopts it may leave it a zombie.
+        wait_for(lambda: not status.exists() or "State:\tZ" in status.read_text())
 
 
 def test_log_likelihood_by_hand() -> None:

@@ -1,6 +1,7 @@
 """The command line: what it prints, how it fails, and that it runs alone."""
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -13,7 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from runtime import manifest
 from runtime.__main__ import main
+from runtime.session import Session
 from tests.runtime import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -236,6 +239,56 @@ def test_a_header_that_promises_too_much(toy: Path, tmp_path: Path, capsys: pyte
     )
 
 
+def test_ids_that_can_be_read_once(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert fails(capsys, "logits", toy, "--ids", tmp_path / "pipe", "--out", tmp_path / "out.npy") == (
+        f"{tmp_path / 'pipe'}: is no regular file, and .npy files are mapped. Save the ids with numpy.save."
+    )
+
+
+def test_names_that_the_system_refuses(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    long = tmp_path / ("a" * 300)
+    assert fails(capsys, "generate", long, "--prompt", "b") == f"{long}: File name too long."
+    np.save(tmp_path / "ids.npy", np.array([2]))
+    assert fails(capsys, "logits", toy, "--ids", tmp_path / "ids.npy", "--out", long) == f"{long}: File name too long."
+
+
+def test_no_name_moves_a_cursor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fails(capsys, "info", tmp_path / "\x1b[2Jb") == (
+        f"{tmp_path}/\\x1b[2Jb: there is no such directory. Point at a directory that quern built."
+    )
+    made = tiny.build(tmp_path / "toy")
+    hostile = dataclasses.replace(made, model=dataclasses.replace(made.model, name="\x1b[2Jtoy"))
+    manifest.dump(hostile, tmp_path / "toy" / "manifest.json")
+    assert main(["info", str(tmp_path / "toy")]) == 0
+    assert capsys.readouterr().out.startswith("model:        \\x1b[2Jtoy (")
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "2>/dev/full"])
+def test_statistics_that_nobody_can_read(toy: Path, closed: str) -> None:
+    """They never get into the text; where they cannot be written at all, the exit code says so."""
+    command = f"{sys.executable} -m runtime generate {toy} --prompt bcd --max-new-tokens 3 --ignore-eos {closed}"
+    done = subprocess.run(command, shell=True, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=60, check=False)
+    text = "".join(tiny.ALPHABET[t] for t in greedy(PROMPT_IDS, 3) if t > 1).replace("Ġ", " ")
+    assert (done.stdout, done.returncode) == (f"{text}\n", 2 if "full" in closed else 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "key", "said"),
+    [
+        (["--host", ""], "", "host is empty. Give an address of this machine with --host; 0.0.0.0 is all of them."),
+        ([], "a b", "QUERN_API_KEY has a space or a character that is not ASCII. Set another key."),
+        ([], "\u00e9", "QUERN_API_KEY has a space or a character that is not ASCII. Set another key."),
+    ],
+)
+def test_serve_refuses(
+    toy: Path, options: list[str], key: str, said: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("QUERN_API_KEY", key)
+    assert fails(capsys, "serve", toy, *options) == said
+
+
 def test_logits_to_an_impossible_place(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.save(tmp_path / "ids.npy", np.array([2]))
     os.mkfifo(tmp_path / "device")
@@ -246,6 +299,25 @@ def test_logits_to_an_impossible_place(toy: Path, tmp_path: Path, capsys: pytest
         )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["device", "ids.npy"]
     assert (tmp_path / "device").is_fifo()
+
+
+def test_a_kill_leaves_no_half_written_logits(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(self: Session, ids: Any) -> Any:
+        yield np.zeros((1, 32), np.float32)
+        assert any(path.suffix == ".part" for path in tmp_path.iterdir())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Session, "_logits", killed)
+    np.save(tmp_path / "ids.npy", np.arange(2, 29))
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with pytest.raises(SystemExit) as left:
+            main(["logits", str(toy), "--ids", str(tmp_path / "ids.npy"), "--out", str(tmp_path / "out.npy")])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (left.value.code, [p.name for p in tmp_path.iterdir()]) == (143, ["ids.npy"])
 
 
 def test_a_full_disk_leaves_nothing_behind(toy: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from runtime.__main__ import main
 from runtime.rpc_server import exception
 from runtime.rpc_session import PROTOCOL
 from runtime.rpc_tracker import Address, Offer, Tracker, TrackerError
+from tests.waiting import wait_for
 
 tvm = pytest.importorskip("tvm")
 REPO = Path(__file__).parents[2]
@@ -102,13 +103,6 @@ def log(tmp_path: Path) -> Path:
 def connects(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def wait_for(what: Callable[[], object]) -> None:
-    end = time.monotonic() + PATIENCE_S
-    while not what():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def said(log: Path, what: str, count: int) -> None:
@@ -312,10 +306,35 @@ def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        (["--threads", "0"], "threads is 0, but must lie in 1..1024."),
+        (["--limit", "nan"], "limit is nan s, but must be more than 0."),
+        (["--bind", "no.such.host.invalid"],
+         "no.such.host.invalid:9090: cannot be listened on: Name or service not known. Give another --port (0: any "
+         "that is free), or an address of this machine to --bind."),
+    ],
+)  # fmt: skip
+def test_options_that_cannot_be(
+    options: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main(["rpc-server", "--tracker", "127.0.0.1:1", "--key", KEY, *options]) == 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err == f"error: {said}\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
         (["--tracker", "pi", "--key", "a"], "argument --tracker: 'pi' is not HOST:PORT"),
         (["--tracker", "pi:0", "--key", "a"], "argument --tracker: 'pi:0' is not HOST:PORT"),
         (["--tracker", "pi:1", "--key", "a:b"], "argument --key: 'a:b' is no name without spaces and colons"),
-        (["--tracker", "pi:1", "--key", "a", "--port", "70000"], "argument --port: 70000 is not a port"),
+        (["--tracker", "pi:1", "--key", "a", "--port", "70000"], "argument --port: '70000' is not a port: 0 to 65535"),
     ],
 )
 def test_options_that_are_none(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from typing import Any
 from runtime import rpc_session
 from runtime.rpc_server import Server
 from runtime.rpc_tracker import Address, Tracker
+from tests.waiting import wait_for
 
 REPO = Path(__file__).parents[2]
-PATIENCE_S = 60
 HOT_LOOKS, HOT = 3, 1.5
 original = rpc_session.Session
 
@@ -145,14 +145,6 @@ def free(tracker: Address, key: str) -> int:
         return int(found.get("free", 0))
     finally:
         connection.close()
-
-
-def wait_for(what: Callable[[], object], patience_s: float = PATIENCE_S) -> None:
-    """Until it is true."""
-    end = time.monotonic() + patience_s
-    while not what():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 if __name__ == "__main__":

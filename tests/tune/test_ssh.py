@@ -20,7 +20,7 @@ from compiler.tune.records import FILE_NAME, Database, frozen
 from tests.deploy import sshd
 from tests.end_to_end import commands
 from tests.mock import cuda as mock
-from tests.tune.fake_board import wait_for
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.slow
 NATIVE = targets.load("native")
@@ -143,7 +143,7 @@ def test_a_board_that_cannot_be_reached(
     own = ["--tokens", "1", "--ssh", "127.0.0.1", "--port", "1", "--identity", str(server.key)]
     assert main([*tune, *own]) == 2
     assert capsys.readouterr().err == (
-        "error: 127.0.0.1: cannot be reached: Connect call failed ('127.0.0.1', 1). Is it on, does its SSH "
+        "error: 127.0.0.1: cannot be reached: Connection refused. Is it on, does its SSH "
         "server run, are --port and the name right?\n"
     )
     assert list(tmp_path.glob("*/*")) == []

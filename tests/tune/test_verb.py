@@ -72,6 +72,15 @@ def _restore_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         ([*SHAPE, "--rpc", "pi:9190", "--ssh", "pi"],
          "--rpc takes boards from a tracker that runs already, --ssh starts one: give one of the two."),
         ([*SHAPE, "--boards", "2"], "--boards belongs to --rpc or --ssh, which is missing. Give one of them."),
+        (["--shapes", "a72-count", "--patience", "1m"],
+         "--patience belongs to --rpc or --ssh, which is missing. Give one of them."),
+        *[([*SHAPE, "--rpc", "pi:9190", option, "22"],
+           f"{option} belongs to --ssh: with --rpc, boards come by themselves. Leave it out.")
+          for option in ("--port", "--identity")],
+        ([*SHAPE, "--cost", "model", "--patience", "1m"],
+         "--cost model asks no device and no clock: leave out --patience."),
+        ([*SHAPE, "--rpc", ""],
+         "--rpc: '' is not HOST:PORT. Give the address of `python -m tvm.exec.rpc_tracker`."),
         ([*SHAPE, "--rpc", "pi"],
          "--rpc: 'pi' is not HOST:PORT. Give the address of `python -m tvm.exec.rpc_tracker`."),
         ([*SHAPE, "--rpc", "127.0.0.1:1"],
@@ -160,6 +169,15 @@ def test_a_narrow_terminal_cuts_names_and_no_numbers(width: int, monkeypatch: py
         line = shown.getvalue().rstrip().splitlines()[-1]
     assert "  0/528 0:00:00 1/11 linear_int8.avx512_vnni m=1" in line
     assert ("kind=zero" in line) == (width == 200)
+
+
+@pytest.mark.parametrize("text", ["ssh", "0", "65536", "\u0664"])
+@pytest.mark.parametrize("verb", [["tune"], ["deploy", "story", "pi"], ["bench", "story"]], ids="-".join)
+def test_a_port_that_is_none(verb: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*verb, "--port", text])
+    help_ = f"For what there is: python -m compiler {verb[0]} --help"
+    assert capsys.readouterr().err == f"error: argument --port: {text!r} is not a port: 1 to 65535. {help_}\n"
 
 
 @pytest.mark.parametrize("text", ["0s", "soon", "5d", "-3"])
