@@ -118,7 +118,7 @@ def test_small_kernels_have_blocks_of_several_sizes(op: str, target: Target) -> 
 
 def test_every_kernel_has_something_to_choose() -> None:
     found = {op for family in families(schedules.cuda).values() for m in family for op in getattr(m, "SPACES", {})}
-    assert found == LOWERS.keys()
+    assert found == LOWERS.keys() - {"quern.last_span"}  # one thread writes two numbers
 
 
 CHIPS = [(NANO, "int8", "int4"), (XAVIER, "float16", "int8"), (ORIN, "float16", "int4")]  # cache, grid
