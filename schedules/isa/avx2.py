@@ -38,6 +38,7 @@ KNOBS = {
     "gemm_prefetch_bytes": 16384,  # a block's steps lie 256 bytes apart: 64 of them
     "unpacked_tokens": 4,  # with two registers of rows 8 partial sums: with codes and a quad 13 of 16 registers
     "unpacked_quads": 16,
+    "unpacked_asks": 1,
     "unpacked_few": 4,
     "unpacked_span": 32,
 }

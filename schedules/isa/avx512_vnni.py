@@ -34,6 +34,7 @@ KNOBS = {
     "gemm_prefetch_bytes": 24576,  # a block's steps lie 512 bytes apart: 48 of them
     "unpacked_tokens": 8,  # accumulators and their fp32 sums: nothing is spilled
     "unpacked_quads": 32,  # any span
+    "unpacked_asks": 4,  # with one, prompts of 2 to 4 tokens take 1.13 of the time; with 8, those of 64 take 1.05
     "unpacked_few": 8,
     "unpacked_span": 64,  # shorter ones lose 3 % (32)
 }

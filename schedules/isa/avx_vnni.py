@@ -27,6 +27,7 @@ KNOBS = {
     "gemm_prefetch_bytes": 16384,  # a block's steps lie 256 bytes apart: 64 of them
     "unpacked_tokens": 4,  # as with AVX2, not measured
     "unpacked_quads": 8,
+    "unpacked_asks": 1,
     "unpacked_few": 4,
     "unpacked_span": 64,
 }
