@@ -49,9 +49,9 @@ class Isa(Protocol):
 class ByQuads(Isa, Protocol):
     """What more a file offers whose prompts go through schedules.linear_int8_unpacked.
 
-    KNOBS: unpacked_tokens of a tile; unpacked_few: so many tiles leave no codes behind;
-    unpacked_asks: times that such a tile asks memory for a line, since not every wish is granted; unpacked_quads of a loop body;
-    unpacked_span, stored inputs below which a span is mostly scaling. PARTIAL: elements of a register of sums.
+    KNOBS: unpacked_tokens of a tile; unpacked_few: so many tiles leave no codes behind; unpacked_asks: times that such
+    a tile asks memory for a line, since not every wish is granted; unpacked_quads of a loop body; unpacked_span, stored
+    inputs below which a span is mostly scaling. PARTIAL: elements of a register of sums.
     BYTE_PLANES: passes that codes of 8 bits are multiplied in: 1, or 2 of 4 bits each.
     levels(table, codes) -> u8[4 * VECTOR], where TABLE_ZERO makes them unsigned.
     multiply(sums, codes u8[4 * VECTOR], quad i8[4 * VECTOR]) -> the sums with these products.
