@@ -8,6 +8,7 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
+from schedules import vector
 from schedules.geometry import Geometry
 from schedules.packed import blocks
 from schedules.storage import LANES, QUAD, Storage
@@ -44,6 +45,14 @@ def linear_function(
             T.reads(*(region for label, region in regions.items() if label != "out"))
             T.writes(regions["out"])
             yield buffers
+
+
+def ask_codes(codes: Any, block: Any, span: Any, step: Any, ahead: int = 0, level: int = 2) -> None:
+    """Ask for a step of a block's codes, or for what lies `ahead` bytes behind it, into a cache."""
+    _, spans, steps, x, vectors, *_ = codes.shape
+    index = ((block // x * spans + span) * steps + step) * x + block % x
+    for v in range(int(vectors)):
+        vector.prefetch(codes, (index * int(vectors) + v) * (LANES * QUAD) + ahead, level)
 
 
 def zeros_of(buffer: Any, place: tuple[Any, ...], lanes: int) -> Any:

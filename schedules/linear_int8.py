@@ -249,9 +249,17 @@ LOWERS = {
 }
 
 
+def tuned_alike(request: Request) -> dict[str, int | str]:
+    """What calls that share records agree in. A residual, scale's dtype and symmetry change few bytes."""
+    m, (n, k) = request.args[0].shape[0], request.args[CODES].shape
+    bits, group = int(request.attrs["bits"]), int(request.attrs["group"])
+    kind = str(request.attrs.get("grid", affine_of(request.op)))
+    return {"m": m, "n": n, "k": k, "bits": bits, "group": group, "kind": kind}
+
+
 def space(request: Request) -> Space:
-    """What tuning may try. A residual, scale's dtype and symmetry change few bytes: such calls share records."""
-    group, affine = int(request.attrs["group"]), affine_of(request.op)
+    """What tuning may try."""
+    group = int(request.attrs["group"])
     m, (n, k) = request.args[0].shape[0], request.args[CODES].shape
     geometry, isa = Geometry(k, group), isas.choose(request.target)
     storage = storages.choose(int(request.attrs["bits"]), geometry.width)
@@ -272,10 +280,8 @@ def space(request: Request) -> Space:
         "prefetch_bytes": (0, 512, 1024, 2048, 4096) if m == 1 else (),
         "prefetch_level": (1, 2) if m == 1 else (),
     }
-    kind = request.attrs.get("grid", affine)
-    workload = {"m": m, "n": n, "k": k, "bits": int(request.attrs["bits"]), "group": group, "kind": str(kind)}
     name = f"linear_int8.{isa.NAME}"
-    return Space.around(default, tried, schedule=name, workload=workload, macs=m * n * k, allowed=allowed)
+    return Space.around(default, tried, schedule=name, workload=tuned_alike(request), macs=m * n * k, allowed=allowed)
 
 
 SPACES = dict.fromkeys(LOWERS, space)

@@ -30,6 +30,7 @@ that is for a machine to decide.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from tvm import tirx
@@ -44,10 +45,10 @@ from schedules.counted import marks
 from schedules.geometry import Geometry
 from schedules.isa import avx512_vnni, broadcast_table
 from schedules.kernel import Kernel, NotSuited, Request, Space
-from schedules.linear_function import linear_function, zeros_of
-from schedules.linear_int8 import CODES, SCALE, int8_levels
+from schedules.linear_function import ask_codes, linear_function, zeros_of
+from schedules.linear_int8 import CODES, SCALE, int8_levels, tuned_alike
 from schedules.linear_int8 import LOWERS as FAMILY
-from schedules.packed import affine_of, blocks, factors_of, interleave, name_tail, weight_packings
+from schedules.packed import blocks, factors_of, interleave, name_tail, weight_packings
 from schedules.storage import LANES, QUAD, Storage, Table
 from schedules.vector import Expr
 
@@ -55,7 +56,6 @@ RANK = 10
 NEEDS = ("avx512f", "avx512bw", "avx512vl", "avx512vnni", "amx-tile", "amx-int8")
 LEAST_TOKENS = 16
 TILES, TILE_ROWS, TILE_BYTES = 8, 16, 64
-BYTES = LANES * QUAD
 Factors = tuple[Expr, Expr | None, Expr | None]  # scale, zero, offset: fp32 vectors of 16 rows of W
 SIGNED_BITS = 6  # code - zero of at most so many bits is an int8
 
@@ -188,7 +188,7 @@ class Task:
         start = (step * self.plan.token_tiles + t) * TILE_ROWS
         return start if self.steps * self.plan.token_tiles * TILE_ROWS == self.m else T.min(start, self.m - TILE_ROWS)
 
-    def _block(self, b: Expr) -> tuple[Expr, Expr]:
+    def _block(self, b: int) -> tuple[Expr, Expr]:
         """Where the task's row block b lies in weights: which x blocks, and which of them."""
         return (self.first + b) // self.x, (self.first + b) % self.x
 
@@ -200,9 +200,8 @@ class Task:
             row_zero = zeros_of(self.buffers["zero"], (outer, s, inner, 0), LANES)
             each = T.reinterpret(f"int8x{wide}", row_zero * T.broadcast(T.int32(0x01010101), LANES))
             zero = vector.hold(each, wide, "int8")
-        steps = self.geometry.width // storage.inputs
-        with T.serial(steps) as j:
-            self._ask_codes(s, b, j, steps)
+        with T.serial(self.geometry.width // storage.inputs) as j:
+            self._ask_codes(s, b, j)
             stored = [[outer, s, j, inner, v, 0, 0] for v in range(storage.vectors)]
             held = [vector.hold(codes.vload(place, f"uint8x{wide}"), wide, "uint8") for place in stored]
             for f, value in enumerate(storages.unpack(storage, held, LANES)):
@@ -214,18 +213,15 @@ class Task:
                 place = [b, j * storage.quads + f, T.ramp(0, 1, wide)]
                 T.buffer_store(self.weights, T.reinterpret(f"uint8x{wide}", value), place)
 
-    def _ask_codes(self, s: Expr, b: int, j: Expr, steps: int) -> None:
+    def _ask_codes(self, s: Expr, b: int, j: Expr) -> None:
         """Ask for step j of what comes so many bytes later: of a later span, or of the task behind this one."""
-        size, spans = self.storage.vectors * BYTES, self.geometry.spans
-        ahead = min(-(-self.plan.prefetch_bytes // (steps * self.x * size)), spans)
+        codes, spans = self.buffers["codes"], self.geometry.spans
+        ahead = min(-(-self.plan.prefetch_bytes // prod(map(int, codes.shape[2:]))), spans)
         if ahead == 0:
             return
         within = s + ahead < spans
         span = T.Select(within, s + ahead, s + (ahead - spans))
-        outer, inner = self._block(b + T.Select(within, T.int32(0), T.int32(self.plan.row_blocks)))
-        index = ((outer * spans + span) * steps + j) * self.x + inner
-        for v in range(self.storage.vectors):
-            vector.prefetch(self.buffers["codes"], index * size + v * BYTES, level=2)
+        ask_codes(codes, self.first + b + T.Select(within, T.int32(0), T.int32(self.plan.row_blocks)), span, j)
 
     def _row_factors(self, s: Expr, b: int) -> Factors:
         """What a span of row block b is scaled with; zero where it is still to be taken away."""
@@ -336,18 +332,15 @@ LOWERS = dict.fromkeys(FAMILY, lower)
 
 
 def space(request: Request) -> Space:
-    """What tuning may try; calls share records as those of schedules.linear_int8 do."""
+    """What tuning may try."""
     m, (n, k) = _suited(request)
-    group, bits = int(request.attrs["group"]), int(request.attrs["bits"])
-    kind = str(request.attrs.get("grid", affine_of(request.op)))
     tried = {
         "token_tiles": tuple(t for t in (1, 2, 3) if t <= -(-m // TILE_ROWS)),
         "row_blocks": tuple(b for b in (1, 2, 3) if blocks(n) % b == 0),
         "prefetch_bytes": (0, 8192, 24576, 49152),
     }
-    workload = {"m": m, "n": n, "k": k, "bits": bits, "group": group, "kind": kind}
     return Space.around(
-        _default(m), tried, schedule="linear_int8.amx", workload=workload, macs=m * n * k,
+        _default(m), tried, schedule="linear_int8.amx", workload=tuned_alike(request), macs=m * n * k,
         allowed=lambda knobs: Plan(**knobs).tiles <= TILES,
     )  # fmt: skip
 

@@ -24,7 +24,7 @@ from tvm.script.ir_builder import tirx as T
 from schedules.counted import marks
 from schedules.geometry import Geometry
 from schedules.kernel import Kernel, NotSuited, Request, Space
-from schedules.linear_int8 import CODES, SCALE, int8_levels
+from schedules.linear_int8 import CODES, SCALE, int8_levels, tuned_alike
 from schedules.packed import affine_of, factors_of, name_tail
 from schedules.packed_rows import BYTES, ROWS, blocks, storage_of, weight_packings
 from schedules.packed_rows import steps as steps_of
@@ -109,7 +109,7 @@ def default_knobs(layer: Layer) -> dict[str, int]:
 
 
 def space(request: Request) -> Space:
-    """What tuning may try. A residual, scale's dtype and symmetry change few bytes: such calls share records."""
+    """What tuning may try."""
     _require(request)
     group, affine = int(request.attrs["group"]), affine_of(request.op)
     m, (n, k) = request.args[0].shape[0], request.args[CODES].shape
@@ -124,10 +124,8 @@ def space(request: Request) -> Space:
         "unroll": tuple(bodies.values()),
         "prefetch_bytes": (0, 256, 512, 1024, 2048) if m == 1 else (0, 512),
     }
-    kind = request.attrs.get("grid", affine)
-    workload = {"m": m, "n": n, "k": k, "bits": bits, "group": group, "kind": str(kind)}
     name = "linear_int8_widening.neon"
-    return Space.around(default, tried, schedule=name, workload=workload, macs=m * n * k)
+    return Space.around(default, tried, schedule=name, workload=tuned_alike(request), macs=m * n * k)
 
 
 LOWERS = {

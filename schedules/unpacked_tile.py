@@ -15,7 +15,7 @@ from schedules import vector
 from schedules.counted import marks, real_tiles
 from schedules.geometry import MAX_SPAN, Geometry
 from schedules.isa import ByQuads, broadcast_quad
-from schedules.linear_function import zeros_of
+from schedules.linear_function import ask_codes, zeros_of
 from schedules.packed import blocks
 from schedules.storage import LANES, QUAD, Storage, Table
 from schedules.vector import Expr
@@ -141,7 +141,7 @@ class Task:
         layer = self.layer
         if kind == REST:  # step `tile`, and those that no tile stands for, of this span in the next block
             for step in range(0, layer.steps, layer.m // layer.tokens):
-                self._ask_codes(self.block + 1, s, T.min(tile + step, T.int32(layer.steps - 1)))
+                ask_codes(self.buffers["codes"], self.block + 1, s, T.min(tile + step, T.int32(layer.steps - 1)))
         at_once = min(layer.at_once, layer.steps)
         with T.serial(layer.steps // at_once) as i:
             self._stretch(tile, s, kind, totals, i * at_once, at_once)
@@ -163,8 +163,8 @@ class Task:
                     order = product(tokens, fields) if kind == ALONE else ((t, f) for f, t in product(fields, tokens))
                     again = layer.tokens // isa.KNOBS["unpacked_asks"]
                     for t, f in order:
-                        if kind == ALONE and t and t % again == 0 and f == fields[0]:
-                            self._ask_codes(self.block, s, step, layer.ahead)
+                        if kind == ALONE and plane == f == 0 and t % again == 0:
+                            ask_codes(self.buffers["codes"], self.block, s, step, layer.ahead)
                         self._add(partial, codes[f], t, tile, s, step, f)
                     if held < quads:
                         self._gather(totals, partial, plane)
@@ -176,9 +176,7 @@ class Task:
         if kind == REST:
             return self._kept(s, step, plane)
         if plane == 0 and kind == FIRST:  # the task before has asked memory for them
-            self._ask_codes(self.block, s + 1, step, level=1)
-        elif plane == 0:
-            self._ask_codes(self.block, s, step, self.layer.ahead)
+            ask_codes(self.buffers["codes"], self.block, s + 1, step, level=1)
         codes = self._unpacked(s, step, plane)
         if kind == FIRST:
             self._keep(s, step, plane, codes)
@@ -237,13 +235,6 @@ class Task:
                 codes = [isa.levels(layer.table, code) for code in codes]
             found.append([vector.hold(code, size, "uint8") for code in codes])
         return [list(quad) for quad in zip(*found, strict=True)]
-
-    def _ask_codes(self, block: Expr, s: Expr, step: Expr, ahead: int = 0, level: int = 2) -> None:
-        """Ask for a step of a block's codes, or for what lies so many bytes behind it, into a cache."""
-        layer, size = self.layer, self.layer.storage.vectors * BYTES
-        index = ((block // layer.x * layer.geometry.spans + s) * layer.steps + step) * layer.x + block % layer.x
-        for v in range(layer.storage.vectors):
-            vector.prefetch(self.buffers["codes"], index * size + (v * BYTES + ahead), level)
 
     def _scale(self, first: Expr, s: Expr, kind: str, totals: Cells, sums: Cells) -> None:
         """A span's sums to fp32, in the operations and the order of schedules.linear_int8."""
