@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import TYPE_CHECKING, Optional, TypeVar  # noqa: E402
 
-from .arguments import Parser, clean_up_on_sigterm, discard_output, refuse, settle_streams  # noqa: E402
+from .arguments import Parser, clean_up_on_sigterm, discard_output, port, refuse, settle_streams  # noqa: E402
 from .errors import UNWRITABLE, InputError, LibraryError, UserError, printable  # noqa: E402
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def parser() -> Parser:
     _sampling_options(chat, max_new_tokens=512)
     serve = _verb(verbs, "serve", "answer OpenAI's requests over HTTP", run_serve, SERVER)
     serve.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="to listen on (default: 127.0.0.1)")
-    serve.add_argument("--port", type=_port, default=8080, metavar="N", help="to listen on (default: 8080; 0: any)")
+    serve.add_argument("--port", type=port, default=8080, metavar="N", help="to listen on (default: 8080; 0: any)")
     _running_options(serve)
     _sampling_options(serve, max_new_tokens=512)
     info = _verb(verbs, "info", "what is in a bundle, and whether it runs here", run_info)
@@ -112,7 +112,7 @@ def _rpc_options(verb: argparse.ArgumentParser) -> None:
         "--bind", default="127.0.0.1", metavar="ADDRESS",
         help="where clients may come from (default: this machine alone, through a tunnel)",
     )  # fmt: skip
-    verb.add_argument("--port", type=_port, default=9090, metavar="N", help="to listen on (default: 9090; 0: any)")
+    verb.add_argument("--port", type=port, default=9090, metavar="N", help="to listen on (default: 9090; 0: any)")
     verb.add_argument("--threads", type=int, help="kernel threads, when a client does not say (default: as generate)")
     verb.add_argument("--limit", type=float, default=1800, metavar="SECONDS", help="of a client's session (1800)")
     verb.add_argument("--tunnel", action="store_true", help=argparse.SUPPRESS)  # for `compiler tune --ssh`
@@ -132,12 +132,6 @@ def _key(text: str) -> str:
     if not text or not text.isprintable() or ":" in text or " " in text:
         raise argparse.ArgumentTypeError(f"{text!r} is no name without spaces and colons")
     return text
-
-
-def _port(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) <= 5 and int(text) <= 65535):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port: 0 to 65535")
-    return int(text)
 
 
 def _verb(

@@ -30,6 +30,13 @@ class Parser(argparse.ArgumentParser):
         return found
 
 
+def port(text: str, least: int = 0) -> int:
+    """An option's value that must be a port; 0, to listen on, is any that is free."""
+    if not (text.isascii() and text.isdigit() and len(text) <= 5 and least <= int(text) <= 65535):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port: {least} to 65535")
+    return int(text)
+
+
 def clean_up_on_sigterm() -> None:
     """From now on `kill` cleans up as Ctrl-C does, and the exit code is a shell's: 143."""
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))

@@ -7,19 +7,19 @@ import asyncio
 import json
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
+from runtime.arguments import port
 
-def port(text: str) -> int:
-    """An option's value that must be a port to connect to."""
-    if not (text.isascii() and text.isdigit() and len(text) <= 5 and 1 <= int(text) <= 65535):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port: 1 to 65535")
-    return int(text)
+remote_port = partial(port, least=1)  # to connect to
 
 
 def connection_arguments(parser: argparse._ActionsContainer) -> None:
     """Options of every verb that connects to a device."""
-    parser.add_argument("--port", type=port, metavar="N", help="of the SSH server (default: ~/.ssh/config, or 22)")
+    parser.add_argument(
+        "--port", type=remote_port, metavar="N", help="of the SSH server (default: ~/.ssh/config, or 22)"
+    )
     parser.add_argument("--identity", type=Path, metavar="FILE", help="private key (default: agent and ~/.ssh)")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compiler.cli.build import gpu_size_argument, positive
-from compiler.cli.deploy import port
+from compiler.cli.deploy import remote_port
 
 if TYPE_CHECKING:
     from compiler.tune.measure import Setting
@@ -69,7 +69,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--ssh", action="append", metavar="[USER@]HOST", help="start everything on this board, and end it afterwards;"
         " may be repeated",
     )  # fmt: skip
-    boards.add_argument("--port", type=port, metavar="N", help="of the SSH servers (~/.ssh/config, 22)")
+    boards.add_argument("--port", type=remote_port, metavar="N", help="of the SSH servers (~/.ssh/config, 22)")
     boards.add_argument("--identity", type=Path, metavar="FILE", help="private key (default: agent and ~/.ssh)")
     boards.add_argument(
         "--patience", type=seconds, metavar="T", help="give up a board after this time (default: 15m)"

@@ -31,6 +31,7 @@ from compiler.graph.weights import Linear
 from compiler.measure import gpu_issue, ptx, ptx_walk, shapes
 from compiler.measure.forecast import Spread
 from compiler.measure.gpu_issue import CHIPS, Busy, Chip
+from compiler.measure.gpu_speed import for_every_token
 from compiler.passes.lower_to_launches import HEADER, FunctionPlan, Launches, Step, lower_to_launches
 from targets import Gpu, Target
 
@@ -158,15 +159,9 @@ def report(shape: str, bits: int, group_size: int, head_bits: int, context: int,
     found = tuple(forecast(board, decode, prefill, CHIPS[gpu.sm], planned) for board in boards)
     return Report(
         len(one.steps), weights, caches // room,
-        sum(count for name, count in sizes.items() if _for_all(name, len(model.caches))), _instructions(decode),
+        sum(count for name, count in sizes.items() if for_every_token(name, len(model.caches))), _instructions(decode),
         _instructions(prefill) / CHUNK, planned, decode, prefill, found,
     )  # fmt: skip
-
-
-def _for_all(linear: str, layers: int) -> bool:
-    """Whether every token of a prompt meets it: the head and the end of the last layer are for the last one."""
-    last = f"layers.{layers - 1}."
-    return linear != "head" and (not linear.startswith(last) or linear.startswith(f"{last}qkv"))
 
 
 def _instructions(kernels: Sequence[Kernel]) -> float:

@@ -48,6 +48,12 @@ class GpuSpeed:
         return {**found, "kernels": self.kernels}
 
 
+def for_every_token(weight: str, layers: int) -> bool:
+    """Whether all tokens of a prompt meet a linear layer: head and the last layer's end are for the last one."""
+    last = f"layers.{layers - 1}."
+    return weight.partition(".")[0] != "head" and (not weight.startswith(last) or weight.startswith(f"{last}qkv"))
+
+
 def flops_per_token(manifest: Manifest) -> int:
     """Two for each weight of the matrices that every token of a prompt meets: without embedding and head.
 
@@ -57,9 +63,9 @@ def flops_per_token(manifest: Manifest) -> int:
     hidden = prefill.output.shape[1] if prefill is not None else 0
     names = {w.name.partition(".")[0] for w in manifest.weights.tensors}
     tables = manifest.model.vocab_size * hidden * len(names & {"embedding", "head"})
-    layers, last = manifest.model.layers, f"layers.{manifest.model.layers - 1}."
-    sizes = {w.name: w.nbytes for w in manifest.weights.tensors if w.name.startswith(last)}
-    met = sum(size for name, size in sizes.items() if name.startswith(f"{last}qkv")) / max(1, sum(sizes.values()))
+    layers = manifest.model.layers
+    sizes = {w.name: w.nbytes for w in manifest.weights.tensors if w.name.startswith(f"layers.{layers - 1}.")}
+    met = sum(size for name, size in sizes.items() if for_every_token(name, layers)) / max(1, sum(sizes.values()))
     return round(2 * max(0, manifest.model.parameters - tables) * (layers - 1 + met) / layers)
 
 
